@@ -1,0 +1,281 @@
+"""Past predictions, a row per training sample: PS-KD's p_past as a table."""
+
+from typing import Dict, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from .losses import TopK, _check_sums
+
+__all__ = ['PredictionBank']
+
+
+class PredictionBank:
+    """The probabilities that a network last gave for each training sample.
+
+    Not a module, and not part of any model: buffers of a model are averaged, copied and cast by EMA, DDP and
+    mixed-precision machinery. Save it beside the model with :meth:`state_dict`.
+
+    Sample indices are integers in [0, num_samples), each the same sample all through training. Pass them as a
+    CPU tensor, as a data loader gives them: which rows are known is book-kept on the CPU, so that neither reading nor
+    writing waits for the accelerator.
+
+    Args:
+        num_samples: number of rows, N.
+        num_classes: C.
+        top_k: keep only the k largest probabilities and their class ids of a row, and spread the rest of its mass evenly
+            over the other classes. ImageNet takes 0.1 GB with ``top_k=16`` instead of 5.1 GB.
+        dtype: of the stored probabilities, ``torch.float32`` (exact) or ``torch.float16``.
+        device: where the table lives. With the table on the CPU and probabilities on an accelerator, rows written are
+            copied over in the background.
+
+    Raises:
+        ValueError: arguments out of range.
+        MemoryError: the table would take more than half of the device's free memory.
+
+    Example:
+        >>> bank = PredictionBank(num_samples=4, num_classes=3)
+        >>> bank.write(torch.tensor([2, 0]), torch.tensor([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]]))
+        >>> bank.read(torch.tensor([2]))
+        tensor([[0.2000, 0.5000, 0.3000]])
+        >>> bank.seen(torch.tensor([0, 1]))
+        tensor([ True, False])
+        >>> bank.nbytes  # 4 rows of 3 floats, and a flag a row
+        52
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        *,
+        top_k: Optional[int] = None,
+        dtype: torch.dtype = torch.float32,
+        device: Union[str, torch.device] = 'cpu',
+    ):
+        if num_samples < 1:
+            raise ValueError(f'num_samples: must be at least 1, got {num_samples}')
+        if num_classes < 2:
+            raise ValueError(f'num_classes: must be at least 2, got {num_classes}')
+        if top_k is not None and not 1 <= top_k <= num_classes:
+            raise ValueError(f'top_k: must lie in [1, num_classes={num_classes}] or be None, got {top_k}')
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(f'dtype: must be torch.float32 or torch.float16, got {dtype}')
+        self.num_samples, self.num_classes, self.top_k = num_samples, num_classes, top_k
+        self.device = torch.device(device)
+        columns = num_classes if top_k is None else top_k
+        id_dtype = torch.int16 if num_classes <= 2**15 else torch.int32
+        row_bytes = columns * (dtype.itemsize if hasattr(dtype, 'itemsize') else torch.finfo(dtype).bits // 8)
+        row_bytes += 0 if top_k is None else columns * torch.iinfo(id_dtype).bits // 8
+        self._refuse_if_too_large(num_samples * row_bytes, dtype)
+        self._values = torch.zeros(num_samples, columns, dtype=dtype, device=self.device)
+        self._classes = (
+            None if top_k is None else torch.zeros(num_samples, columns, dtype=id_dtype, device=self.device)
+        )
+        self._seen = torch.zeros(num_samples, dtype=torch.bool)
+        self._pending = []  # rows on their way from an accelerator: (indices, rows, event), oldest first
+
+    def _refuse_if_too_large(self, nbytes: int, dtype: torch.dtype) -> None:
+        free = _free_memory(self.device)
+        if free is None or nbytes <= free / 2:
+            return
+        way_out = 'set top_k (16 is plenty)' if self.top_k is None else f'lower top_k (now {self.top_k})'
+        if dtype == torch.float32:
+            way_out += ' or dtype=torch.float16'
+        raise MemoryError(
+            f'PredictionBank: {self.num_samples} x {self.num_classes} probabilities take {nbytes / 2**30:.1f} GiB, '
+            f'more than half of the {free / 2**30:.1f} GiB free on {self.device}: {way_out}'
+        )
+
+    def read(self, indices: Tensor, *, return_seen: bool = False):
+        """Past predictions of samples.
+
+        Args:
+            indices: ``[B]``.
+            return_seen: also return which rows are known, as :meth:`seen`; rows that are not come as the uniform
+                distribution. Otherwise an unknown row is an error.
+
+        Returns:
+            probs ``[B, C]``, float32, on the bank's device; with ``return_seen`` the pair (probs, seen ``[B]`` bool on the
+            CPU), so that ``pskd_loss(logits, labels, probs, alpha * seen)`` trains new samples on their labels alone.
+
+        Raises:
+            KeyError: a row was never written and ``return_seen`` is false.
+            IndexError: an index outside the table.
+        """
+        rows = self._read_rows(indices, return_seen)
+        probs = rows.dense(self.num_classes) if self.top_k else rows
+        return (probs, self.seen(indices)) if return_seen else probs
+
+    def read_top_k(self, indices: Tensor, *, return_seen: bool = False):
+        """As :meth:`read`, as :class:`~selfkd.losses.TopK` without widening the rows. For banks with ``top_k``."""
+        if not self.top_k:
+            raise ValueError('top_k: this bank keeps whole rows (top_k=None), use read()')
+        rows = self._read_rows(indices, return_seen)
+        return (rows, self.seen(indices)) if return_seen else rows
+
+    def _read_rows(self, indices: Tensor, allow_unseen: bool):
+        seen = self.seen(indices)
+        if not allow_unseen and not seen.all():
+            first = indices.cpu()[~seen][:5].tolist()
+            raise KeyError(f'PredictionBank: rows {first} were never written; pass return_seen=True to allow for it')
+        self._land(indices.cpu())
+        where = indices.to(self.device, non_blocking=True)
+        values = self._values[where].float()
+        unseen = (~seen).to(self.device, non_blocking=True)[:, None]
+        if self.top_k:
+            classes = self._classes[where].long()
+            if allow_unseen:  # distinct ids with the uniform probability
+                values = values.masked_fill(unseen, 1 / self.num_classes)
+                classes = torch.where(unseen, torch.arange(self.top_k, device=self.device), classes)
+            return TopK(values, classes)
+        return values.masked_fill(unseen, 1 / self.num_classes) if allow_unseen else values
+
+    @torch.no_grad()
+    def write(self, indices: Tensor, probs: Union[Tensor, TopK]) -> None:
+        """Replaces the rows of samples; where an index comes twice, the last of its rows stays.
+
+        Args:
+            indices: ``[B]``.
+            probs: ``[B, C]``, any floating dtype, on any device; or :class:`~selfkd.losses.TopK` with the bank's ``top_k``.
+
+        Raises:
+            ValueError: shapes that do not match; on the CPU, where looking is free, rows that are not distributions.
+            IndexError: an index outside the table.
+        """
+        indices = self._check_indices(indices)
+        rows = self.encode(probs)
+        if len(rows[0]) != len(indices):
+            raise ValueError(f'probs: must have a row for each of {len(indices)} indices, got {len(rows[0])}')
+        if len(indices) == 0:
+            return
+        last = _last_of_each(indices)
+        if len(last) < len(indices):
+            indices, rows = indices[last], [row[last.to(row.device)] for row in rows]
+        self._seen[indices] = True
+        if self.device.type == 'cpu' and rows[0].is_cuda:
+            host = [torch.empty(row.shape, dtype=row.dtype, pin_memory=True).copy_(row, non_blocking=True) for row in rows]
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append((indices, host, event))
+        else:
+            self._land(indices)
+            self._put(indices, rows)
+
+    def encode(self, probs: Union[Tensor, TopK]) -> Tuple[Tensor, ...]:
+        """Rows in the form they are stored and exchanged in: ``(values,)``, or ``(values, class ids)`` with top_k."""
+        if isinstance(probs, TopK):
+            if probs.values.shape[1] != self.top_k:
+                raise ValueError(f'probs: TopK must keep top_k={self.top_k} classes, got {probs.values.shape[1]}')
+            return probs.values.to(self._values.dtype), probs.classes.to(self._classes.dtype)
+        if probs.dim() != 2 or probs.shape[1] != self.num_classes or not probs.is_floating_point():
+            raise ValueError(f'probs: must be floating, [B, {self.num_classes}], got {probs.dtype}, {tuple(probs.shape)}')
+        if probs.device.type == 'cpu' and probs.numel():
+            _check_sums('probs', probs.sum(1, dtype=torch.float32))
+        if self.top_k:
+            top = probs.topk(self.top_k, dim=1)
+            return top.values.to(self._values.dtype), top.indices.to(self._classes.dtype)
+        return (probs.to(self._values.dtype),)
+
+    def write_encoded(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
+        """As :meth:`write`, with rows that :meth:`encode` or :meth:`read_encoded` gave (of another process, say)."""
+        self.write(indices, TopK(*rows) if self.top_k else rows[0])
+
+    def read_encoded(self, indices: Tensor) -> Tuple[Tensor, ...]:
+        """Known rows as they are stored, for :meth:`write_encoded` of another process's bank."""
+        indices = self._check_indices(indices)
+        self._land(indices)
+        where = indices.to(self.device)
+        return (self._values[where],) if self._classes is None else (self._values[where], self._classes[where])
+
+    def _put(self, indices: Tensor, rows) -> None:
+        where = indices.to(self.device, non_blocking=True)
+        self._values[where] = rows[0].to(self.device)
+        if self._classes is not None:
+            self._classes[where] = rows[1].to(self.device)
+
+    def _land(self, wanted: Optional[Tensor] = None) -> None:
+        """Puts rows that have arrived into the table; waits for rows under way only if they hold a wanted sample."""
+        last = -1
+        for i, (indices, _, event) in enumerate(self._pending):
+            if event.query() or wanted is None or bool(torch.isin(wanted, indices).any()):
+                last = i
+        for indices, rows, event in self._pending[: last + 1]:  # in order, so that the newest row of a sample stays
+            event.synchronize()
+            self._put(indices, rows)
+        del self._pending[: last + 1]
+
+    def seen(self, indices: Tensor) -> Tensor:
+        """Whether a prediction of each sample is known: bool ``[B]``, on the CPU."""
+        return self._seen[self._check_indices(indices)]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the table takes, its flags included."""
+        tensors = [self._values, self._classes, self._seen]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def state_dict(self) -> Dict[str, object]:
+        """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``."""
+        self._land()
+        state = {'num_classes': self.num_classes, 'values': self._values.cpu().clone(), 'seen': self._seen.clone()}
+        if self._classes is not None:
+            state['classes'] = self._classes.cpu().clone()
+        return state
+
+    def load_state_dict(self, state: Dict[str, object]) -> None:
+        """Restores :meth:`state_dict` of a bank with the same settings.
+
+        Raises:
+            ValueError: the saved bank has other rows, classes, ``top_k`` or dtype.
+        """
+        values, classes = state['values'], state.get('classes')
+        saved = (len(values), state['num_classes'], None if classes is None else classes.shape[1], values.dtype)
+        ours = (self.num_samples, self.num_classes, self.top_k, self._values.dtype)
+        for name, theirs, own in zip(('num_samples', 'num_classes', 'top_k', 'dtype'), saved, ours):
+            if theirs != own:
+                raise ValueError(
+                    f'PredictionBank: the saved bank has {name}={theirs}, this one {name}={own}: resume with the settings '
+                    f'and the training set of the saved run, or start without it'
+                )
+        self._pending.clear()
+        self._values.copy_(values)
+        if self._classes is not None:
+            self._classes.copy_(classes)
+        self._seen.copy_(state['seen'])
+
+    def _check_indices(self, indices: Tensor) -> Tensor:
+        if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+            raise ValueError(f'indices: must be integers [B], got {indices.dtype}, {tuple(indices.shape)}')
+        indices = indices.cpu().long()
+        if len(indices) and not (0 <= indices.min() and indices.max() < self.num_samples):
+            raise IndexError(
+                f'indices: must lie in [0, num_samples={self.num_samples}), got values from {indices.min().item()} to '
+                f'{indices.max().item()}'
+            )
+        return indices
+
+
+def _last_of_each(indices: Tensor) -> Tensor:
+    """Positions of the last occurrence of each value, ascending."""
+    values, inverse = torch.unique(indices, return_inverse=True)
+    if len(values) == len(indices):
+        return torch.arange(len(indices))
+    positions = torch.arange(len(indices))
+    last = torch.zeros(len(values), dtype=torch.long).scatter_reduce_(0, inverse, positions, 'amax')
+    return last.sort().values
+
+
+def _free_memory(device: torch.device) -> Optional[int]:
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != 'cpu':
+        return None
+    try:  # what the system could still hand out, page cache included
+        with open('/proc/meminfo') as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):
+        return None

@@ -1,0 +1,363 @@
+"""All of the loss arithmetic of selfkd, as functions.
+
+Shape letters used on this page: N samples, C classes, ``...`` any further dimensions. The class dimension is 1,
+as in :func:`torch.nn.functional.cross_entropy`, so ``[N, C]``, ``[N, C, H, W]`` and ``[tokens, C]`` all work.
+*Logits* are unnormalised; *probs* are non-negative and sum to 1 over the class dimension. Mixing, softmax and
+KL are computed in float32 (float64 for float64 logits), whatever the logits' dtype.
+
+Everything that stands for a teacher (past predictions, partners) is treated as a constant: no gradient flows into it.
+"""
+
+from typing import NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['TopK', 'distillation_kl', 'progressive_targets', 'pskd_loss', 'soft_cross_entropy']
+
+REDUCTIONS = ('none', 'mean', 'sum')
+# Storage in float16 and top-k renormalisation leave sums of about 1 +- 1e-3; anything further off is not a distribution.
+SUM_TOLERANCE = 1e-2
+
+
+class TopK(NamedTuple):
+    """A distribution over C classes kept as its k largest probabilities; the rest of the mass is spread evenly.
+
+    Attributes:
+        values: probabilities of the kept classes, ``[N, k]``.
+        classes: their class ids, integers, ``[N, k]``, without repetition in a row.
+    """
+
+    values: Tensor
+    classes: Tensor
+
+    def rest(self, num_classes: int) -> Tensor:
+        """Probability of each class that was not kept, ``[N]``."""
+        others = num_classes - self.values.shape[1]
+        if others == 0:
+            return torch.zeros_like(self.values[:, 0])
+        return (1 - self.values.sum(1)).clamp_(min=0) / others
+
+    def dense(self, num_classes: int) -> Tensor:
+        """The same distribution as probs ``[N, C]``."""
+        probs = self.rest(num_classes)[:, None].repeat(1, num_classes)
+        return probs.scatter_(1, self.classes.long(), self.values)
+
+
+def soft_cross_entropy(
+    logits: Tensor, target_probs: Tensor, *, class_weight: Optional[Tensor] = None, reduction: str = 'mean'
+) -> Tensor:
+    r"""Cross-entropy against soft targets, :math:`-\sum_c q_c \log \mathrm{softmax}(z)_c`.
+
+    Args:
+        logits: ``[N, C, ...]``.
+        target_probs: targets q, same shape; taken as a constant.
+        class_weight: ``[C]`` factors on the classes' terms, as ``weight`` of :func:`torch.nn.functional.cross_entropy`
+            with soft targets. ``'mean'`` still divides by the number of samples.
+        reduction: ``'none'`` (``[N, ...]``), ``'mean'`` over all samples and positions, or ``'sum'``. The mean of
+            nothing is a zero that is joined to the graph.
+
+    Raises:
+        ValueError: shapes that differ, targets that are not distributions (checked on the CPU only, where looking
+            costs no device synchronisation), an unknown reduction.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> soft_cross_entropy(logits, torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+        tensor(0.4701)
+    """
+    _check_logits(logits, reduction)
+    _check_probs('target_probs', target_probs, logits)
+    if class_weight is not None:
+        target_probs = target_probs * class_weight.view(-1, *[1] * (logits.dim() - 2))
+    losses = _MixedNLL.apply(_log_softmax(logits), None, target_probs, None, 1.0)
+    return _reduce(losses, reduction)
+
+
+def progressive_targets(
+    labels_or_probs: Tensor, past_probs: Union[Tensor, TopK], alpha, *, num_classes: Optional[int] = None
+) -> Tensor:
+    r"""PS-KD's softened target, :math:`q = (1 - \alpha)\, y + \alpha\, p_\mathrm{past}`.
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021, eq. 2
+    https://arxiv.org/abs/2006.12000
+    :func:`pskd_loss` computes the loss of these targets without building them.
+
+    Args:
+        labels_or_probs: class ids ``[N, ...]`` (integers) or hard targets as probs ``[N, C, ...]``.
+        past_probs: past predictions as probs ``[N, C, ...]`` or :class:`TopK` (``[N]`` samples only).
+        alpha: share of the past prediction in [0, 1]: a number, or a tensor ``[N, ...]`` with one per sample.
+        num_classes: C; needed for :class:`TopK` with class ids only.
+
+    Returns:
+        probs ``[N, C, ...]``, float32 or wider.
+
+    Example:
+        >>> progressive_targets(torch.tensor([0]), torch.tensor([[0.5, 0.25, 0.25]]), alpha=0.8)
+        tensor([[0.6000, 0.2000, 0.2000]])
+    """
+    hard_is_ids = not labels_or_probs.is_floating_point()
+    if isinstance(past_probs, TopK):
+        if num_classes is None:
+            if hard_is_ids:
+                raise ValueError('num_classes: needed with class ids and a TopK past, got None')
+            num_classes = labels_or_probs.shape[1]
+        past_probs = past_probs.dense(num_classes)
+    if num_classes is not None and num_classes != past_probs.shape[1]:
+        raise ValueError(f'num_classes: past_probs has {past_probs.shape[1]} classes, got {num_classes}')
+    past = past_probs.detach().to(_wide(past_probs.dtype))
+    _check_probs('past_probs', past, past)
+    alpha = _check_alpha(alpha, past)
+    if hard_is_ids:
+        labels = _check_labels(labels_or_probs, past)
+        hard = torch.zeros_like(past).scatter_(1, labels.unsqueeze(1), 1)
+    else:
+        _check_probs('labels_or_probs', labels_or_probs, past)
+        hard = labels_or_probs.to(past.dtype)
+    share = alpha.unsqueeze(1) if isinstance(alpha, Tensor) and alpha.dim() else alpha
+    return hard + share * (past - hard)
+
+
+def pskd_loss(
+    logits: Tensor,
+    labels_or_probs: Tensor,
+    past_probs: Union[Tensor, TopK, None],
+    alpha,
+    *,
+    ignore_index: Optional[int] = None,
+    reduction: str = 'mean',
+) -> Tensor:
+    r"""PS-KD: cross-entropy against the progressive target,
+    :math:`-\sum_c ((1-\alpha)\, y_c + \alpha\, p_{\mathrm{past},c}) \log \mathrm{softmax}(z)_c`.
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021, eq. 2 and 3
+    https://arxiv.org/abs/2006.12000
+
+    With ``alpha=0`` it is plain cross-entropy. No temperature, no T^2. The target is never built: a step costs about
+    as much as plain cross-entropy, and holds no more ``N x C`` tensors than it (docs/performance.md).
+
+    Args:
+        logits: z, ``[N, C, ...]``, any floating dtype.
+        labels_or_probs: y, class ids ``[N, ...]`` or probs ``[N, C, ...]`` (smoothed or mixed labels).
+        past_probs: ``[N, C, ...]``, or :class:`TopK` for logits ``[N, C]``; a constant. None only with ``alpha=0``.
+        alpha: in [0, 1], a number, or a tensor ``[N, ...]`` with one per sample: 0 for samples that have no past yet.
+        ignore_index: class ids of this value contribute nothing and are not counted by ``'mean'``.
+        reduction: ``'none'`` (``[N, ...]``), ``'mean'`` over the samples and positions not ignored, or ``'sum'``.
+            Where nothing is left to average, the result is a zero that is joined to the graph.
+
+    Raises:
+        ValueError: alpha outside [0, 1], shapes that do not match, ``ignore_index`` beside probs, an unknown reduction;
+            on the CPU, where looking costs no device synchronisation, also probs that are not distributions
+            and class ids out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+        >>> past = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.6, 0.2]])
+        >>> loss = pskd_loss(logits, torch.tensor([0, 1]), past, alpha=0.5)
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.5955
+    """
+    _check_logits(logits, reduction)
+    dense_hard = labels_or_probs.is_floating_point()
+    alpha = _check_alpha(alpha, logits)
+    labels, valid = labels_or_probs, None
+    if dense_hard:
+        _check_probs('labels_or_probs', labels_or_probs, logits)
+        if ignore_index is not None:
+            raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
+    else:
+        if ignore_index is not None:
+            valid = labels_or_probs != ignore_index
+            labels = labels_or_probs.masked_fill(~valid, 0)
+        labels = _check_labels(labels, logits)
+    if past_probs is None or (not isinstance(alpha, Tensor) and alpha == 0):
+        if past_probs is None and (isinstance(alpha, Tensor) or alpha != 0):
+            raise ValueError(f'past_probs: None is allowed with alpha=0 only, got alpha={alpha}')
+        past_probs, alpha = None, 0.0
+    elif isinstance(past_probs, TopK):
+        _check_top_k(past_probs, logits)
+    else:
+        _check_probs('past_probs', past_probs, logits)
+
+    log_probs = _log_softmax(logits)
+    if dense_hard:
+        past = progressive_targets(labels, past_probs, alpha) if past_probs is not None else labels
+        losses = _MixedNLL.apply(log_probs, None, past, None, 1.0)
+    elif isinstance(past_probs, TopK):
+        losses = _MixedNLL.apply(log_probs, labels, past_probs.values, past_probs.classes.long(), alpha)
+    else:
+        losses = _MixedNLL.apply(log_probs, labels, past_probs, None, alpha)
+    if valid is not None:
+        losses = losses * valid
+    return _reduce(losses, reduction, valid)
+
+
+def distillation_kl(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, *, reduction: str = 'batchmean'
+) -> Tensor:
+    r"""Temperature KL, :math:`T^2\, \mathrm{KL}(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T))`.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015
+    https://arxiv.org/abs/1503.02531
+    The teacher is detached here, and nowhere else.
+
+    Args:
+        student_logits: ``[N, C, ...]``.
+        teacher_logits: same shape.
+        temperature: T > 0; the factor T^2 keeps the gradient's scale.
+        reduction: the KL is summed over the classes; then ``'batchmean'`` divides the sum by N, ``'mean'`` by all positions
+            (N times the further dimensions), ``'sum'`` and ``'none'`` (``[N, ...]``) do not divide.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])
+        >>> distillation_kl(student, teacher, temperature=2.0)
+        tensor(0.3610)
+    """
+    _check_logits(student_logits, reduction, (*REDUCTIONS, 'batchmean'))
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f'teacher_logits: must have the shape of student_logits, {tuple(student_logits.shape)}, '
+            f'got {tuple(teacher_logits.shape)}'
+        )
+    if not temperature > 0:
+        raise ValueError(f'temperature: must be above 0, got {temperature}')
+    student = _log_softmax(student_logits / temperature)
+    teacher = _log_softmax(teacher_logits.detach() / temperature)
+    losses = temperature**2 * F.kl_div(student, teacher, reduction='none', log_target=True).sum(1)
+    if reduction == 'batchmean':
+        return losses.sum() / max(len(losses), 1)
+    return _reduce(losses, reduction)
+
+
+class _MixedNLL(torch.autograd.Function):
+    """-[(1-a) log p_y + a sum_c q_c log p_c] per sample, linear in ``log_probs``.
+
+    The only thing plain autograd does worse: the gradient with respect to ``log_probs`` is minus the mixed target,
+    and here it is written once (-a q, or for a top-k past a constant row, then the label's share on top)
+    where composed operations write and add one N x C tensor per term.
+    """
+
+    @staticmethod
+    def forward(ctx, log_probs, labels, past, past_classes, alpha):
+        ctx.save_for_backward(labels, past, past_classes, alpha if isinstance(alpha, Tensor) else None)
+        ctx.alpha, ctx.shape = alpha, log_probs.shape
+        loss = 0
+        if past_classes is not None:
+            kept, rest = log_probs.gather(1, past_classes), TopK(past, past_classes).rest(log_probs.shape[1])
+            loss = -alpha * ((past * kept).sum(1) + rest * (log_probs.sum(1) - kept.sum(1)))
+        elif past is not None:
+            loss = -alpha * _class_dot(past, log_probs)
+        if labels is not None:
+            loss = loss - (1 - alpha) * log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        labels, past, past_classes, alpha = ctx.saved_tensors
+        alpha = ctx.alpha if alpha is None else alpha
+        soft = (-alpha * grad).unsqueeze(1)
+        if past_classes is not None:
+            rest = TopK(past, past_classes).rest(ctx.shape[1]).unsqueeze(1)
+            grad_log_probs = (soft * rest).repeat(1, ctx.shape[1])
+            grad_log_probs.scatter_(1, past_classes, soft * past)
+        elif past is not None:
+            grad_log_probs = soft * past
+        else:
+            grad_log_probs = grad.new_zeros(ctx.shape)
+        if labels is not None:
+            grad_log_probs.scatter_add_(1, labels.unsqueeze(1), (grad * (alpha - 1)).unsqueeze(1))
+        return grad_log_probs, None, None, None, None
+
+
+def _class_dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum over dimension 1 of a * b."""
+    if a.dim() == 2:  # a batched dot product needs no N x C tensor for the products
+        return torch.bmm(a.to(b.dtype).unsqueeze(1), b.unsqueeze(2)).flatten()
+    return (a * b).sum(1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, dim=1, dtype=_wide(logits.dtype))
+
+
+def _reduce(losses: Tensor, reduction: str, valid: Optional[Tensor] = None) -> Tensor:
+    if reduction == 'none':
+        return losses
+    if reduction == 'sum':
+        return losses.sum()
+    if valid is not None:
+        return losses.sum() / valid.sum().clamp(min=1)
+    return losses.sum() / max(losses.numel(), 1)
+
+
+def _check_logits(logits: Tensor, reduction: str, allowed=REDUCTIONS) -> None:
+    if logits.dim() < 2 or not logits.is_floating_point():
+        raise ValueError(f'logits: must be floating, [N, C, ...], got {logits.dtype}, {tuple(logits.shape)}')
+    if reduction not in allowed:
+        raise ValueError(f'reduction: must be one of {allowed}, got {reduction!r}')
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    expected = (logits.shape[0], *logits.shape[2:])
+    if labels.shape != expected:
+        raise ValueError(
+            f'labels_or_probs: class ids must have shape {tuple(expected)} or probs {tuple(logits.shape)}, '
+            f'got {tuple(labels.shape)}'
+        )
+    labels = labels.long()
+    if labels.device.type == 'cpu' and labels.numel():
+        low, high = labels.aminmax()
+        if low < 0 or high >= logits.shape[1]:
+            raise ValueError(
+                f'labels_or_probs: class ids must lie in [0, {logits.shape[1]}) (or equal ignore_index), '
+                f'got values from {low.item()} to {high.item()}'
+            )
+    return labels
+
+
+def _check_alpha(alpha, logits: Tensor):
+    """A number or tensor alpha as it came, after checking it (a tensor's values on the CPU only)."""
+    if isinstance(alpha, Tensor):
+        samples = (logits.shape[0], *logits.shape[2:])
+        if alpha.dim() and alpha.shape != samples:
+            raise ValueError(f'alpha: a tensor must have shape {tuple(samples)} or (), got {tuple(alpha.shape)}')
+        if alpha.device.type == 'cpu' and alpha.numel() and not (0 <= alpha.min() and alpha.max() <= 1):
+            raise ValueError(f'alpha: must lie in [0, 1], got values from {alpha.min()} to {alpha.max()}')
+        return alpha.detach().to(logits.device, _wide(logits.dtype), non_blocking=True)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f'alpha: must lie in [0, 1], got {alpha}')
+    return alpha
+
+
+def _check_probs(name: str, probs: Tensor, logits: Tensor) -> None:
+    if probs.shape != logits.shape or not probs.is_floating_point():
+        raise ValueError(
+            f'{name}: must be floating with shape {tuple(logits.shape)}, got {probs.dtype}, {tuple(probs.shape)}'
+        )
+    if probs.device.type == 'cpu' and probs.numel():
+        _check_sums(name, probs.detach().sum(1, dtype=_wide(probs.dtype)))
+
+
+def _check_top_k(past: TopK, logits: Tensor) -> None:
+    values, classes = past
+    if logits.dim() != 2 or values.shape != classes.shape or values.dim() != 2 or len(values) != len(logits):
+        raise ValueError(
+            f'past_probs: TopK needs values and classes [N, k] beside logits [N, C], got {tuple(values.shape)} and '
+            f'{tuple(classes.shape)} beside {tuple(logits.shape)}'
+        )
+
+
+def _check_sums(name: str, sums: Tensor) -> None:
+    low, high = sums.aminmax()
+    # written so that NaN fails
+    if not (low >= 1 - SUM_TOLERANCE and high <= 1 + SUM_TOLERANCE):
+        raise ValueError(
+            f'{name}: each distribution must be finite and sum to 1 over dimension 1, got sums from '
+            f'{low.item():.4g} to {high.item():.4g} (logits instead of probabilities?)'
+        )

@@ -1,0 +1,163 @@
+"""Measures of calibration, ranking by confidence, out-of-distribution detection and retrieval.
+
+``probs`` are class probabilities ``[N, C]``, ``labels`` class ids ``[N]``, on any device; results are Python floats in the
+natural unit (a share, not a percentage). The papers' tables show ECE x 100 and AURC, E-AURC x 1000.
+"""
+
+from typing import Dict
+
+import torch
+from torch import Tensor
+
+__all__ = ['aurc', 'brier', 'calibration_error', 'excess_aurc', 'nll', 'ood_scores', 'recall_at_1']
+
+
+def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float:
+    r"""Expected calibration error, :math:`\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|`.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3
+    https://arxiv.org/abs/1706.04599
+    Bins are equal intervals ``(lo, hi]`` of the top confidence, as in PS-KD's released code.
+
+    Example:
+        >>> probs = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+        >>> round(calibration_error(probs, torch.tensor([0, 1])), 4)  # right half of the time, sure of 0.9
+        0.4
+    """
+    if bins < 1:
+        raise ValueError(f'bins: must be at least 1, got {bins}')
+    confidence, correct = _confidence(probs, labels)
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    # Decided on the edges themselves, not on a rounded product.
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=probs.device)
+    which = which - (confidence <= edges[which]).long()
+    which = (which + (confidence > edges[which.clamp(min=0) + 1]).long()).clamp(0, bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64, device=probs.device).index_add_(0, which, correct - confidence)
+    return (gap.abs().sum() / len(labels)).item()
+
+
+def nll(probs: Tensor, labels: Tensor) -> float:
+    """Mean negative log-likelihood of the labels, in nats."""
+    _check(probs, labels)
+    picked = probs.double().gather(1, labels.long()[:, None])
+    # A probability that underflowed to 0 counts as the smallest one its dtype can hold.
+    return -picked.clamp(min=torch.finfo(probs.dtype).tiny).log().mean().item()
+
+
+def brier(probs: Tensor, labels: Tensor) -> float:
+    """Brier score, the mean over samples of the squared distance to the one-hot label, in [0, 2].
+
+    Example:
+        >>> brier(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
+        0.5
+    """
+    _check(probs, labels)
+    onehot = torch.zeros_like(probs, dtype=torch.float64).scatter_(1, labels.long()[:, None], 1)
+    return (probs.double() - onehot).pow(2).sum(1).mean().item()
+
+
+def aurc(probs: Tensor, labels: Tensor) -> float:
+    """Area under the risk-coverage curve: the mean over n of the error rate among the n most confident samples.
+
+    Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017
+    https://arxiv.org/abs/1705.08500
+
+    Example:
+        >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
+        >>> aurc(probs, torch.tensor([0, 1]))  # error rates 0 at n=1, 1/2 at n=2
+        0.25
+    """
+    return risk_coverage(probs, labels).mean().item()
+
+
+def excess_aurc(probs: Tensor, labels: Tensor) -> float:
+    """:func:`aurc` minus that of the best ordering with the same number of errors (all errors last), E-AURC.
+
+    Geifman et al., "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019
+    https://arxiv.org/abs/1805.08206
+    """
+    risks = risk_coverage(probs, labels)
+    n = len(risks)
+    errors = round(risks[-1].item() * n)
+    best = torch.zeros(n, dtype=torch.float64)
+    best[n - errors :] = torch.arange(1, errors + 1, dtype=torch.float64)
+    best /= torch.arange(1, n + 1, dtype=torch.float64)
+    return risks.mean().item() - best.mean().item()
+
+
+def risk_coverage(probs: Tensor, labels: Tensor) -> Tensor:
+    """Error rate among the n most confident samples for n = 1..N: float64 ``[N]`` on the CPU.
+
+    Samples of equal confidence keep their order.
+    """
+    confidence, correct = _confidence(probs, labels)
+    order = confidence.sort(descending=True, stable=True).indices
+    errors = (1 - correct)[order].cumsum(0).cpu()
+    return errors / torch.arange(1, len(errors) + 1, dtype=torch.float64)
+
+
+def ood_scores(id_probs: Tensor, ood_probs: Tensor) -> Dict[str, float]:
+    """How well the top confidence tells in-distribution samples (the positives) from out-of-distribution ones.
+
+    Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 2017
+    https://arxiv.org/abs/1610.02136
+    Needs scikit-learn (``pip install selfkd[metrics]``).
+
+    Args:
+        id_probs: ``[N, C]``.
+        ood_probs: ``[M, C]``.
+
+    Returns:
+        ``auroc``, ``aupr`` (average precision) and ``fpr95``: the smallest share of out-of-distribution samples accepted at
+        a threshold that accepts at least 95 % of the others.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+    if id_probs.dim() != 2 or ood_probs.dim() != 2 or not len(id_probs) or not len(ood_probs):
+        raise ValueError(
+            f'id_probs, ood_probs: must be non-empty, [N, C] and [M, C], got {tuple(id_probs.shape)}, '
+            f'{tuple(ood_probs.shape)}'
+        )
+    score = torch.cat([id_probs.amax(1), ood_probs.amax(1)]).double().cpu().numpy()
+    positive = torch.cat([torch.ones(len(id_probs)), torch.zeros(len(ood_probs))]).numpy()
+    fpr, tpr, _ = roc_curve(positive, score, drop_intermediate=False)
+    return {
+        'auroc': float(roc_auc_score(positive, score)),
+        'aupr': float(average_precision_score(positive, score)),
+        'fpr95': float(fpr[tpr >= 0.95].min()),
+    }
+
+
+def recall_at_1(features: Tensor, labels: Tensor, *, chunk: int = 1024) -> float:
+    """Share of samples whose nearest other sample (Euclidean) has their class; ``features`` are ``[N, D]``.
+
+    Example:
+        >>> recall_at_1(torch.tensor([[0.0], [0.1], [5.0], [5.1]]), torch.tensor([0, 0, 1, 2]))
+        0.5
+    """
+    _check(features, labels, 'features')
+    if len(features) < 2:
+        raise ValueError(f'features: needs at least 2 samples, got {len(features)}')
+    features, hits = features.float(), 0
+    for start in range(0, len(features), chunk):
+        distance = torch.cdist(features[start : start + chunk], features)
+        rows = torch.arange(len(distance), device=features.device)
+        distance[rows, rows + start] = float('inf')
+        hits += (labels[distance.argmin(1)] == labels[start : start + chunk]).sum().item()
+    return hits / len(features)
+
+
+def _confidence(probs: Tensor, labels: Tensor):
+    _check(probs, labels)
+    confidence, predicted = probs.double().max(1)
+    return confidence, (predicted == labels).double()
+
+
+def _check(values: Tensor, labels: Tensor, name: str = 'probs') -> None:
+    if values.dim() != 2 or not values.is_floating_point() or labels.shape != values.shape[:1] or not len(values):
+        raise ValueError(
+            f'{name}: must be floating, [N, C] with labels [N] and N > 0, got {values.dtype}, {tuple(values.shape)} and '
+            f'labels {tuple(labels.shape)}'
+        )
+    if not torch.isfinite(values).all():
+        raise ValueError(f'{name}: holds values that are not finite')
