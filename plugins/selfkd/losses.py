@@ -8,13 +8,25 @@ KL are computed in float32 (float64 for float64 logits), whatever the logits' dt
 Everything that stands for a teacher (past predictions, partners) is treated as a constant: no gradient flows into it.
 """
 
-from typing import NamedTuple, Optional, Union
+import math
+from typing import Dict, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['TopK', 'distillation_kl', 'progressive_targets', 'pskd_loss', 'soft_cross_entropy']
+__all__ = [
+    'TopK',
+    'attention_transfer',
+    'cskd_loss',
+    'distillation_kl',
+    'frskd_loss',
+    'hint_loss',
+    'overhaul_loss',
+    'progressive_targets',
+    'pskd_loss',
+    'soft_cross_entropy',
+]
 
 REDUCTIONS = ('none', 'mean', 'sum')
 # Storage in float16 and top-k renormalisation leave sums of about 1 +- 1e-3; anything further off is not a distribution.
@@ -166,7 +178,9 @@ def pskd_loss(
     if dense_hard:
         _check_probs('labels_or_probs', labels_or_probs, logits)
         if ignore_index is not None:
-            raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
+            raise ValueError(
+                f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}'
+            )
     else:
         if ignore_index is not None:
             valid = labels_or_probs != ignore_index
@@ -231,6 +245,165 @@ def distillation_kl(
     return _reduce(losses, reduction)
 
 
+def cskd_loss(
+    logits: Tensor, labels: Tensor, partner_logits: Tensor, *, temperature: float = 4.0, weight: float = 1.0
+) -> Tensor:
+    r"""CS-KD: cross-entropy, and the prediction for another sample of the same class x' as the teacher,
+    :math:`\mathrm{CE}(z(x), y) + \lambda\, T^2\, \mathrm{KL}(\mathrm{softmax}(z(x')/T) \,\|\, \mathrm{softmax}(z(x)/T))`.
+
+    Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020, eq. 3
+    https://arxiv.org/abs/2003.13964
+
+    Args:
+        logits: of the anchors x, ``[N, C]``.
+        labels: class ids ``[N]``, or probs ``[N, C]``.
+        partner_logits: of each anchor's partner x', ``[N, C]``; a constant. Compute them in training mode, in a pass of
+            their own: batch-norm statistics of anchors and partners do not mix.
+        temperature: T > 0.
+        weight: lambda, at least 0.
+
+    Example:
+        >>> logits, partners = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])
+        >>> cskd_loss(logits, torch.tensor([0]), partners, temperature=2.0)  # 0.3133 + 0.3610
+        tensor(0.6742)
+    """
+    _check_weight('weight', weight)
+    return _cross_entropy(logits, labels) + weight * distillation_kl(logits, partner_logits, temperature)
+
+
+def attention_transfer(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    r"""Attention transfer, :math:`\mathrm{mean}\,(a(F) - a(T))^2`; a(F) is the channel mean of F^2, flattened and L2-normalised.
+
+    Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017
+    https://arxiv.org/abs/1612.03928
+    As in FRSKD, eq. 2: the mean runs over the samples and positions.
+
+    Args:
+        student_map: F, ``[N, C, ...]``.
+        teacher_map: T, ``[N, C', ...]``; a constant. Channels may differ from F's, the further dimensions may not.
+
+    Example:
+        >>> student = torch.tensor([[[3.0, 0.0]]])  # one channel, two positions: a(F) = (1, 0)
+        >>> attention_transfer(student, torch.tensor([[[0.0, 5.0]]]))
+        tensor(1.)
+    """
+    if student_map.dim() < 3 or _without_channels(student_map) != _without_channels(teacher_map):
+        raise ValueError(
+            f'student_map, teacher_map: must be [N, C, ...] and differ in channels only, got {tuple(student_map.shape)} '
+            f'and {tuple(teacher_map.shape)}'
+        )
+    difference = _attention(student_map) - _attention(teacher_map.detach())
+    return difference.pow(2).sum() / max(difference.numel(), 1)
+
+
+def hint_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """FitNet's hint, the mean squared difference of two feature maps of one shape; the teacher's is a constant.
+
+    Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3
+    https://arxiv.org/abs/1412.6550
+    The student's map comes through a learnt adapter that gives it the teacher's channels (in FRSKD 1x1 convolution -
+    batch norm - ReLU).
+
+    Example:
+        >>> hint_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+        tensor(2.)
+    """
+    _check_same_shape(student_map, teacher_map)
+    difference = student_map.to(_wide(student_map.dtype)) - teacher_map.detach()
+    return difference.pow(2).sum() / max(difference.numel(), 1)
+
+
+def overhaul_loss(student_map: Tensor, teacher_map: Tensor, *, margin=-math.sqrt(2 / math.pi)) -> Tensor:
+    """Overhaul of feature distillation: margin ReLU on the teacher's side and partial L2, summed, over the N samples.
+
+    Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, eq. 1 to 4
+    https://arxiv.org/abs/1904.01866
+
+    Args:
+        student_map: after a learnt adapter (1x1 convolution - batch norm), ``[N, C, ...]``.
+        teacher_map: before its ReLU, same shape; a constant. Below ``margin`` it is raised to it; where it
+            is not positive, a student below it costs nothing.
+        margin: the expected negative response, a number or ``[C, 1, 1]``. The default is that of a unit normal: what
+            a batch norm gives before training, and what FRSKD's released code uses all through it.
+
+    Example:
+        >>> overhaul_loss(torch.tensor([[-2.0, 1.0]]), torch.tensor([[-5.0, 3.0]]), margin=-1.0)
+        tensor(4.)
+    """
+    _check_same_shape(student_map, teacher_map)
+    student = student_map.to(_wide(student_map.dtype))
+    margin = torch.as_tensor(margin, dtype=student.dtype, device=student.device)
+    teacher = torch.maximum(teacher_map.detach().to(student.dtype), margin)
+    counted = (student > teacher) | (teacher > 0)
+    return ((student - teacher).pow(2) * counted).sum() / max(len(student), 1)
+
+
+FEATURE_LOSSES = {'attention': attention_transfer, 'hint': hint_loss, 'overhaul': overhaul_loss}
+
+
+def frskd_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    feats: Sequence[Tensor],
+    teacher_feats: Sequence[Tensor],
+    labels: Optional[Tensor],
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float = 4.0,
+    feature_loss: str = 'attention',
+) -> Dict[str, Tensor]:
+    r"""FRSKD: the network and its self-teacher learn the labels, and the network imitates the self-teacher,
+    :math:`\mathrm{CE}(z_c, y) + \mathrm{CE}(z_t, y) + \alpha T^2 \mathrm{KL}(\mathrm{softmax}(z_t/T) \,\|\,
+    \mathrm{softmax}(z_c/T)) + \beta \sum_i \mathrm{AT}(F_i, T_i)`.
+
+    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021, eq. 2 to 5
+    https://arxiv.org/abs/2103.08273
+
+    Args:
+        logits: z_c of the classifier, ``[N, C, ...]``.
+        teacher_logits: z_t of the self-teacher, same shape; a constant in the KL.
+        feats: F_i of the network, fine to coarse.
+        teacher_feats: T_i of the self-teacher, as many; constants.
+        labels: class ids or probs. None leaves both cross-entropies to the caller (a toolkit's own loss module).
+        alpha: weight of the KL, at least 0.
+        beta: weight of the feature loss, at least 0; with 0 (soft labels only) the maps are not looked at.
+        temperature: T > 0.
+        feature_loss: ``'attention'``, ``'hint'`` or ``'overhaul'``. For the last two ``feats`` come from their adapters; the
+            overhaul loss of level i of n is halved n - 1 - i times, as released.
+
+    Returns:
+        the weighted terms ``loss_cls`` and ``loss_teacher`` (with labels), ``loss_kd``, and ``loss_feature`` (with beta); their
+        sum is the loss.
+
+    Example:
+        >>> logits, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])
+        >>> maps = [torch.rand(1, 2, 4, 4), torch.rand(1, 4, 2, 2)]
+        >>> terms = frskd_loss(logits, teacher, maps, maps, torch.tensor([0]), alpha=1.0, beta=100.0, temperature=2.0)
+        >>> {name: round(term.item(), 4) for name, term in terms.items()}
+        {'loss_cls': 0.3133, 'loss_teacher': 0.0486, 'loss_kd': 0.361, 'loss_feature': 0.0}
+    """
+    _check_weight('alpha', alpha)
+    _check_weight('beta', beta)
+    if feature_loss not in FEATURE_LOSSES:
+        raise ValueError(f'feature_loss: must be one of {tuple(FEATURE_LOSSES)}, got {feature_loss!r}')
+    if beta and len(feats) != len(teacher_feats):
+        raise ValueError(
+            f'feats: needs as many levels as teacher_feats, {len(teacher_feats)}, got {len(feats)}'
+        )
+    losses = {}
+    if labels is not None:
+        losses['loss_cls'] = _cross_entropy(logits, labels)
+        losses['loss_teacher'] = _cross_entropy(teacher_logits, labels)
+    losses['loss_kd'] = alpha * distillation_kl(logits, teacher_logits, temperature)
+    if beta:
+        terms = [FEATURE_LOSSES[feature_loss](f, t) for f, t in zip(feats, teacher_feats)]
+        if feature_loss == 'overhaul':
+            terms = [term / 2 ** (len(terms) - 1 - i) for i, term in enumerate(terms)]
+        losses['loss_feature'] = beta * sum(terms)
+    return losses
+
+
 class _MixedNLL(torch.autograd.Function):
     """-[(1-a) log p_y + a sum_c q_c log p_c] per sample, linear in ``log_probs``.
 
@@ -278,6 +451,24 @@ def _class_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1)
 
 
+def _without_channels(maps: Tensor):
+    return (len(maps), *maps.shape[2:])
+
+
+def _attention(maps: Tensor) -> Tensor:
+    maps = maps.to(_wide(maps.dtype))
+    if maps.requires_grad:
+        energy = maps.pow(2).mean(1)
+    else:  # without the tensor of squares, whose gradient nobody wants
+        energy = torch.linalg.vector_norm(maps, dim=1).pow(2) / maps.shape[1]
+    return F.normalize(energy.flatten(1))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Plain cross-entropy, with the checks of :func:`pskd_loss`."""
+    return pskd_loss(logits, labels, None, 0.0)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -303,6 +494,19 @@ def _check_logits(logits: Tensor, reduction: str, allowed=REDUCTIONS) -> None:
         raise ValueError(f'reduction: must be one of {allowed}, got {reduction!r}')
 
 
+def _check_weight(name: str, weight: float) -> None:
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f'{name}: must be a number of at least 0, got {weight}')
+
+
+def _check_same_shape(student_map: Tensor, teacher_map: Tensor) -> None:
+    if student_map.shape != teacher_map.shape:
+        raise ValueError(
+            f'student_map: must have the shape of teacher_map, {tuple(teacher_map.shape)}, got {tuple(student_map.shape)} '
+            f'(an adapter is missing?)'
+        )
+
+
 def _check_labels(labels: Tensor, logits: Tensor) -> Tensor:
     expected = (logits.shape[0], *logits.shape[2:])
     if labels.shape != expected:
@@ -326,7 +530,9 @@ def _check_alpha(alpha, logits: Tensor):
     if isinstance(alpha, Tensor):
         samples = (logits.shape[0], *logits.shape[2:])
         if alpha.dim() and alpha.shape != samples:
-            raise ValueError(f'alpha: a tensor must have shape {tuple(samples)} or (), got {tuple(alpha.shape)}')
+            raise ValueError(
+                f'alpha: a tensor must have shape {tuple(samples)} or (), got {tuple(alpha.shape)}'
+            )
         if alpha.device.type == 'cpu' and alpha.numel() and not (0 <= alpha.min() and alpha.max() <= 1):
             raise ValueError(f'alpha: must lie in [0, 1], got values from {alpha.min()} to {alpha.max()}')
         return alpha.detach().to(logits.device, _wide(logits.dtype), non_blocking=True)

@@ -1,0 +1,284 @@
+"""FRSKD's self-teacher: a small two-way feature pyramid on a classifier's own feature maps, with its own classifier."""
+
+from typing import List, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ['SelfTeacherPyramid']
+
+
+class SelfTeacherPyramid(nn.Module):
+    """The self-teacher network ("BiFPNc") of FRSKD. Used in training only.
+
+    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021, section 3.1
+    https://arxiv.org/abs/2103.08273
+
+    It computes what the straightforward arrangement of its layers computes (tools/benchmark_frskd.py has one to compare with),
+    with less work: convolutions and batch norms run before nearest upsampling, not after it, and the two lateral
+    convolutions of a level are one.
+
+    Args:
+        in_channels: channels c_i of the feature maps, fine to coarse; two levels or more.
+        num_classes: C.
+        width: level i is ``width * c_i`` channels wide in the pyramid.
+        depth: separable 3x3 convolutions per fusion.
+        repeats: passes top-down and bottom-up.
+
+    Example:
+        >>> pyramid = SelfTeacherPyramid([8, 16], num_classes=10)
+        >>> maps, logits = pyramid([torch.rand(2, 8, 8, 8), torch.rand(2, 16, 4, 4)])
+        >>> [tuple(m.shape) for m in maps], tuple(logits.shape)
+        ([(2, 16, 8, 8), (2, 32, 4, 4)], (2, 10))
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        *,
+        width: int = 2,
+        depth: int = 2,
+        repeats: int = 1,
+    ):
+        super().__init__()
+        if len(in_channels) < 2 or min(in_channels) < 1:
+            raise ValueError(
+                f'in_channels: must name the channels of at least 2 levels, got {list(in_channels)}'
+            )
+        for name, value in (
+            ('num_classes', num_classes),
+            ('width', width),
+            ('depth', depth),
+            ('repeats', repeats),
+        ):
+            if value < 1:
+                raise ValueError(f'{name}: must be at least 1, got {value}')
+        self.in_channels = list(in_channels)
+        self.channels = [width * c for c in in_channels]
+        self.layers = nn.ModuleList(
+            _Pass(self.in_channels if i == 0 else self.channels, self.channels, depth, first=i == 0)
+            for i in range(repeats)
+        )
+        self.fc = nn.Linear(self.channels[-1], num_classes)
+
+    def forward(self, feats: Sequence[Tensor], *, preact: bool = False) -> Tuple[List[Tensor], Tensor]:
+        """Refines the feature maps and classifies from the coarsest.
+
+        Args:
+            feats: F_i, ``[N, c_i, H_i, W_i]``, fine to coarse, before or after their ReLU. Sizes usually halve from
+                level to level; any sizes that do not grow work.
+            preact: return the refined maps before their last ReLU (the overhaul loss wants them).
+
+        Returns:
+            refined maps T_i ``[N, width * c_i, H_i, W_i]`` and logits ``[N, C]``.
+
+        Raises:
+            ValueError: another number of maps or channels than promised, or maps that are not fine to coarse.
+        """
+        self._check(feats)
+        for i, layer in enumerate(self.layers):
+            feats = layer(feats, preact and i + 1 == len(self.layers))
+        coarsest = F.relu(feats[-1]) if preact else feats[-1]
+        return feats, self.fc(coarsest.mean((2, 3)))
+
+    def _check(self, feats: Sequence[Tensor]) -> None:
+        channels = [f.shape[1] for f in feats]
+        if channels != self.in_channels:
+            raise ValueError(
+                f'feats: channels must be in_channels={self.in_channels}, fine to coarse, got {channels}'
+            )
+        sizes = [tuple(f.shape[2:]) for f in feats]
+        if any(len(s) != 2 for s in sizes) or any(
+            a < b for s, t in zip(sizes, sizes[1:]) for a, b in zip(s, t)
+        ):
+            raise ValueError(f'feats: must be maps [N, C, H, W], fine to coarse, got sizes {sizes}')
+
+
+class _Pass(nn.Module):
+    """One pass top-down and one bottom-up; returns the maps before their last ReLU."""
+
+    def __init__(self, in_channels: Sequence[int], channels: Sequence[int], depth: int, first: bool):
+        super().__init__()
+        coarser = range(1, len(channels))
+        # The inputs of the two ways at a level, L_i and M_i, read the same map: one convolution makes both. A
+        # later pass takes its L_i as it comes.
+        self.first, self.channels = first, list(channels)
+        self.laterals = nn.ModuleList(
+            _conv1x1(c_in, c * ((i > 0) + first)) if first or i > 0 else nn.Identity()
+            for i, (c_in, c) in enumerate(zip(in_channels, channels))
+        )
+        self.from_coarser = nn.ModuleList(_conv1x1(channels[i], channels[i - 1]) for i in coarser)
+        self.top_down = nn.ModuleList(_separable3x3(channels[i - 1], depth) for i in coarser)
+        self.from_finer = nn.ModuleList(_conv1x1(channels[i - 1], channels[i]) for i in coarser)
+        self.bottom_up = nn.ModuleList(_separable3x3(channels[i], depth) for i in coarser)
+        self.top_down_weights = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in coarser)
+        self.bottom_up_weights = nn.ParameterList(
+            nn.Parameter(torch.ones(3 if i + 1 < len(channels) else 2)) for i in coarser
+        )
+
+    def forward(self, feats: Sequence[Tensor], preact: bool) -> List[Tensor]:
+        last = len(feats) - 1
+        first_way, second_way = [], [None]  # L_i and M_i
+        for i, feat in enumerate(feats):
+            feat = F.relu(feat)
+            lateral = self.laterals[i](feat)
+            if i > 0:
+                lateral, other = lateral.split(self.channels[i], dim=1) if self.first else (feat, lateral)
+                second_way.append(other)
+            first_way.append(lateral)
+
+        refined = [first_way[last]]  # relu(P_i), the finest first
+        for i in range(last - 1, -1, -1):
+            coarse = _upsampled_conv(self.from_coarser[i], refined[0], first_way[i].shape[2:])
+            finest = self.top_down[i](_weighted_sum(self.top_down_weights[i], first_way[i], coarse))
+            refined.insert(0, F.relu(finest))
+
+        out, activated = [finest], [refined[0]]  # O_i, relu(O_i)
+        for i in range(1, last + 1):
+            fine = self.from_finer[i - 1](_pool(activated[-1], feats[i].shape[2:]))
+            maps = (second_way[i], fine) if i == last else (second_way[i], refined[i], fine)
+            out.append(self.bottom_up[i - 1](_weighted_sum(self.bottom_up_weights[i - 1], *maps)))
+            activated.append(F.relu(out[-1]))
+        return out if preact else activated
+
+
+def _conv1x1(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        _Pointwise(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
+    )
+
+
+def _separable3x3(channels: int, depth: int) -> nn.Sequential:
+    layers = []
+    for _ in range(depth):
+        layers += [
+            _Depthwise3x3(channels),
+            _Pointwise(channels, channels),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers[:-1])
+
+
+class _Pointwise(nn.Conv2d):
+    """A 1x1 convolution; on the CPU, for maps of many pixels and few channels, as a matrix product, which is faster there."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if x.device.type != 'cpu' or height * width < self.out_channels:
+            return super().forward(x)
+        return torch.bmm(self.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(
+            2, (height, width)
+        )
+
+
+class _Depthwise3x3(nn.Conv2d):
+    """A depthwise 3x3 convolution whose gradient on the CPU is another one."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == 'cpu' and not torch.is_autocast_cpu_enabled():
+            return _DepthwiseFunction.apply(x, self.weight)
+        return super().forward(x)
+
+
+class _DepthwiseFunction(torch.autograd.Function):
+    """On the CPU, torch's gradient with respect to the input of a depthwise convolution takes 4 to 25 times as long as
+    the convolution of the gradient with the flipped kernel, which it equals (padding 1, stride 1)."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=1, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=1, groups=len(weight))
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=1, groups=len(weight))
+        return grad_x, grad_weight
+
+
+def _weighted_sum(weights: Tensor, *maps: Tensor) -> Tensor:
+    """sum_k w_k maps_k with normalised weights; a last map that is smaller than the first is upsampled (nearest)."""
+    weights = F.relu(weights)
+    return _WeightedSum.apply(weights / (weights.sum() + 1e-6), *maps)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The weighted sum and its gradients in as few passes over the maps as they can take: composed operations write each
+    product, and in the backward pass each product with the gradient, to memory."""
+
+    @staticmethod
+    def forward(ctx, weights, *maps):
+        ctx.save_for_backward(weights, *maps)
+        weights, last = weights.to(maps[0].dtype), maps[-1] * weights[-1].to(maps[0].dtype)
+        out = last if last.shape == maps[0].shape else F.interpolate(last, maps[0].shape[2:], mode='nearest')
+        for weight, m in zip(weights[:-1], maps[:-1]):
+            out.addcmul_(m, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, *maps = ctx.saved_tensors
+        grads = [grad] * len(maps)
+        if maps[-1].shape != grad.shape:
+            size, sizes = grad.shape[2:], maps[-1].shape
+            grads[-1] = torch.ops.aten.upsample_nearest2d_backward(grad, size, sizes)
+        grad_weights = torch.stack([_dot(g, m) for g, m in zip(grads, maps)]).to(weights.dtype)
+        weights = weights.to(grad.dtype)
+        return (grad_weights, *(g * w for g, w in zip(grads, weights)))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == torch.float32 and a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.flatten(), b.flatten())
+    return (a * b).sum(dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
+
+
+def _upsampled_conv(conv: nn.Sequential, x: Tensor, size: Tuple[int, int]) -> Tensor:
+    """What ``conv`` gives on x upsampled (nearest) to ``size``, possibly on fewer pixels: upsample the result to ``size``."""
+    copies = size[0] * size[1] // (x.shape[2] * x.shape[3])
+    even = size[0] % x.shape[2] == 0 and size[1] % x.shape[3] == 0
+    convolution, norm, relu = conv
+    pixels = len(x) * x.shape[2] * x.shape[3]
+    if not even or type(norm) is not nn.BatchNorm2d or pixels == 1:
+        # Pixels repeated unequally change the statistics; a SyncBatchNorm counts other ranks' pixels as well.
+        return conv(F.interpolate(x, size, mode='nearest'))
+    if not norm.training or copies == 1:
+        return conv(x)
+    # A 1x1 convolution and a batch norm commute with repeating every pixel equally often, except that the running variance
+    # is the unbiased one: n / (n - 1) of the pixels after repetition, not before.
+    variance = torch.zeros_like(norm.running_var)
+    out = F.batch_norm(
+        convolution(x), norm.running_mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps
+    )
+    repeated = copies * pixels
+    with torch.no_grad():
+        ratio = (repeated / (repeated - 1)) / (pixels / (pixels - 1))
+        norm.running_var.mul_(1 - norm.momentum).add_(variance, alpha=ratio)
+        norm.num_batches_tracked.add_(1)
+    return relu(out)
+
+
+def _pool(x: Tensor, size: Tuple[int, int]) -> Tensor:
+    """Max-pooling 3x3 with stride 2 and "same" padding, or to ``size`` where that does not give it.
+
+    For maps after ReLU: "same" padding is with zeros, which then never win.
+    """
+    height, width = x.shape[2:]
+    if (height, width) == tuple(size):
+        return x
+    if ((height + 1) // 2, (width + 1) // 2) == tuple(size):
+        return F.max_pool2d(x, 3, 2, padding=(height % 2, width % 2), ceil_mode=True)
+    return F.adaptive_max_pool2d(x, size)
