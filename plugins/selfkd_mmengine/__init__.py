@@ -1,1 +1,7 @@
+"""What the plugins for MMPretrain, MMDetection and MMSegmentation share."""
 
+from .hook import SelfKDHook, epoch_length, training_progress, unwrap
+from .pskd_hook import PSKDHookBase
+from .sample_index import SampleIndex
+
+__all__ = ['PSKDHookBase', 'SampleIndex', 'SelfKDHook', 'epoch_length', 'training_progress', 'unwrap']

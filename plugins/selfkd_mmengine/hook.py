@@ -1,0 +1,191 @@
+"""The base of every self-distillation hook for OpenMMLab toolkits: one tap on the toolkit's own loss module.
+
+The tap is a torch forward hook on the loss module, live only while the model computes a training loss. No class,
+parameter, buffer or checkpoint key of the model changes; validation and inference are untouched.
+"""
+
+import inspect
+import os
+from typing import Dict, Optional
+
+import torch
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.utils import digit_version
+from torch import Tensor, nn
+
+__all__ = ['SelfKDHook', 'epoch_length', 'training_progress', 'unwrap']
+
+CHECKPOINT_KEY = 'selfkd'
+
+
+class SelfKDHook(Hook):
+    """Taps the loss module and rewrites its value; keeps what it needs in the checkpoint.
+
+    A subclass says where to tap (:meth:`loss_module`), what to refuse (:meth:`check`), and what the loss becomes
+    (:meth:`rewrite_loss`); it may look at the batch (``before_train_iter``), at the preprocessed inputs
+    (:meth:`before_forward`) and keep state (:meth:`state_dict`, :meth:`load_state_dict`).
+    """
+
+    priority = 'NORMAL'  # before CheckpointHook (VERY_LOW), so that what it saves is of this step
+
+    def __init__(self):
+        self.logs: Dict[str, Tensor] = {}
+        self.tapped: Optional[nn.Module] = None
+        self._handles = []
+        self._computing_loss = False
+        self._forwards = self._taps = 0
+        self._resumed_state: Optional[dict] = None
+
+    # What a subclass says.
+
+    def loss_module(self, model: nn.Module) -> nn.Module:
+        """The module whose call is the classification loss."""
+        raise NotImplementedError
+
+    def check(self, runner: Runner, model: nn.Module) -> None:
+        """Refuses, before the first step, what cannot work; ``model`` is unwrapped."""
+
+    def setup(self, runner: Runner, model: nn.Module) -> None:
+        """Makes what the hook needs, once weights are initialised or resumed and before the tap is set."""
+
+    def before_forward(self, inputs) -> None:
+        """Called with the preprocessed (augmented, mixed) inputs of a training forward pass."""
+
+    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+        """The loss to train on, given the loss module's bound arguments and its own value."""
+        raise NotImplementedError
+
+    def state_dict(self, runner: Runner, next_iter: int) -> dict:
+        """Plain tensors and numbers to save; ``next_iter`` is the iteration that a resumed run starts with.
+
+        Runs on rank 0 only: no collective operations here.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores :meth:`state_dict` after :meth:`setup`."""
+
+    # The life of a run.
+
+    def before_run(self, runner: Runner) -> None:
+        _check_torch_loads_checkpoints(runner)
+
+    def before_train(self, runner: Runner) -> None:
+        model = unwrap(runner.model)
+        self.check(runner, model)
+        self.setup(runner, model)  # copies of the model are made here: deepcopy would copy torch hooks too
+        if self._resumed_state is not None:
+            self.load_state_dict(self._resumed_state)
+            self._resumed_state = None
+        self.tapped = self.loss_module(model)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self.tapped.register_forward_hook(self._tap, with_kwargs=True),
+            model.register_forward_hook(self._after_model),
+        ]
+
+    def _before_model(self, model, args, kwargs) -> None:
+        self._computing_loss = kwargs.get('mode') == 'loss'
+        if self._computing_loss:
+            self._taps = 0
+            self.before_forward(args[0] if args else kwargs['inputs'])
+
+    def _tap(self, module, args, kwargs, output):
+        if not self._computing_loss:
+            return None
+        self._taps += 1
+        if self._taps > 1:
+            raise RuntimeError(
+                f'{type(self).__name__}: {type(module).__name__} was called more than once in a training step: this head '
+                f'computes several classification losses, which is not supported; train it without this hook'
+            )
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        return self.rewrite_loss(dict(arguments), output)
+
+    def _after_model(self, model, args, output):
+        if not self._computing_loss:
+            return None
+        self._computing_loss = False
+        if not self._taps:
+            raise RuntimeError(
+                f'{type(self).__name__}: the loss module {type(self.tapped).__name__} was never called while '
+                f'the model computed its loss, so the loss would be the plain one. The head must call its loss_module; '
+                f'remove this hook to train without it'
+            )
+        self._forwards += 1
+        # Keys without the word "loss" are logged by the toolkit and not summed.
+        return {**output, **self.logs}
+
+    def after_train_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
+        if not self._forwards:
+            raise RuntimeError(
+                f'{type(self).__name__}: the model computed a training loss without a call model(..., mode="loss"), so it '
+                f'could not be tapped (a compiled model, or a train_step of its own?); remove this hook to train without it'
+            )
+
+    def after_train(self, runner: Runner) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        state = self.state_dict(runner, checkpoint['meta']['iter'])
+        if state:
+            checkpoint.setdefault(CHECKPOINT_KEY, {})[type(self).__name__] = state
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if runner._resume:
+            self._resumed_state = checkpoint.get(CHECKPOINT_KEY, {}).get(type(self).__name__)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a DDP wrapper."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def is_iter_based(runner: Runner) -> bool:
+    return isinstance(runner.train_loop, IterBasedTrainLoop)
+
+
+def saves_after_this_iter(runner: Runner) -> bool:
+    """Whether a CheckpointHook that counts iterations will save once this iteration's hooks have run."""
+    return any(
+        isinstance(hook, CheckpointHook)
+        and not hook.by_epoch
+        and (
+            hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+            or (hook.save_last and hook.is_last_train_iter(runner))
+        )
+        for hook in runner.hooks
+    )
+
+
+def epoch_length(runner: Runner) -> int:
+    """Iterations of one pass over the training data, in loops of either kind."""
+    return len(runner.train_dataloader)
+
+
+def training_progress(runner: Runner, period: int) -> float:
+    """Share of the training done, as PS-KD counts it; constant over an epoch (or ``period`` iterations).
+
+    Epoch-based loops: ``(epoch + 1) / max_epochs`` (the paper). Iteration-based ones: the share of the iterations done
+    when the present period began.
+    """
+    if is_iter_based(runner):
+        return runner.iter // period * period / runner.max_iters
+    return (runner.epoch + 1) / runner.max_epochs
+
+
+def _check_torch_loads_checkpoints(runner: Runner) -> None:
+    """torch 2.6 made torch.load refuse what mmengine's checkpoints hold unless told otherwise."""
+    if digit_version(torch.__version__) < digit_version('2.6.0') or os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'):
+        return
+    text = (
+        f'mmengine saves objects in its checkpoints that torch {torch.__version__} (2.6 and later) does not load by default: '
+        'set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 (for checkpoints you trust), or use torch below 2.6'
+    )
+    if runner._resume or runner._load_from:
+        raise RuntimeError(f'Cannot load a checkpoint: {text}')
+    runner.logger.warning(f'The checkpoints of this run cannot be resumed as things stand: {text}')

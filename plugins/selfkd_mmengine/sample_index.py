@@ -1,0 +1,83 @@
+"""A number for every training sample that is unique over the whole training set, through dataset wrappers."""
+
+from typing import List
+
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import BaseDataset
+from torch import Tensor
+
+__all__ = ['OffsetSampleIdx', 'SampleIndex']
+
+# Wrappers that hand on single samples of what they wrap. Others may mix several samples into one.
+WRAPPERS = ('ConcatDataset', 'RepeatDataset', 'ClassBalancedDataset', 'KFoldDataset')
+
+
+class OffsetSampleIdx(BaseTransform):
+    """Adds a constant to ``sample_idx``, which counts from 0 in every part of a ConcatDataset.
+
+    A transform, because a pipeline goes with its dataset into the workers, forked or spawned.
+    """
+
+    def __init__(self, offset: int):
+        self.offset = offset
+
+    def transform(self, results: dict) -> dict:
+        results['sample_idx'] += self.offset
+        return results
+
+
+class SampleIndex:
+    """Finds each sample's row; ``len()`` is the number of different samples.
+
+    Args:
+        dataset: the training set. Where it has several parts, each part's pipeline gets an :class:`OffsetSampleIdx` in
+            front, until :meth:`remove`.
+
+    Raises:
+        ValueError: a dataset or wrapper without a sample index.
+    """
+
+    def __init__(self, dataset):
+        self._leaves = _leaves(dataset)
+        self._length = 0
+        for leaf in self._leaves:
+            if self._length:
+                leaf.pipeline.transforms.insert(0, OffsetSampleIdx(self._length))
+            self._length += len(leaf)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __call__(self, data_batch) -> Tensor:
+        """Rows of a batch as the data loader gave it: int64 ``[B]``, on the CPU."""
+        try:
+            return torch.tensor([sample.sample_idx for sample in data_batch['data_samples']])
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(
+                "The batch has no data_samples with a 'sample_idx': add 'sample_idx' to the meta_keys of PackInputs in the "
+                "training pipeline, or set teacher='snapshot', which needs no sample index"
+            ) from None
+
+    def remove(self) -> None:
+        for leaf in self._leaves:
+            transforms = leaf.pipeline.transforms
+            transforms[:] = [t for t in transforms if not isinstance(t, OffsetSampleIdx)]
+
+
+def _leaves(dataset) -> List[BaseDataset]:
+    dataset = getattr(dataset, '_dataset', dataset)  # mmengine's slice of num_batch_per_epoch
+    name = type(dataset).__name__
+    if name in WRAPPERS:
+        if hasattr(dataset, 'full_init'):
+            dataset.full_init()
+        parts = dataset.datasets if hasattr(dataset, 'datasets') else [dataset.dataset]
+        leaves = [leaf for part in parts for leaf in _leaves(part)]
+        return list({id(leaf): leaf for leaf in leaves}.values())
+    if isinstance(dataset, BaseDataset):
+        dataset.full_init()
+        return [dataset]
+    raise ValueError(
+        f"{name}: there is no sample index to be had from this dataset: a prediction bank needs mmengine BaseDatasets, alone "
+        f"or inside {', '.join(WRAPPERS)}. Set teacher='snapshot', which needs no sample index"
+    )
