@@ -1,0 +1,107 @@
+"""CS-KD for MMPretrain classifiers."""
+
+from typing import Dict
+
+import torch
+from mmengine.runner import Runner
+from mmpretrain.models.heads import MultiLabelClsHead
+from mmpretrain.registry import HOOKS
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler
+
+from selfkd.losses import distillation_kl
+from selfkd_mmengine import SelfKDHook, unwrap
+from selfkd_mmengine.hook import is_iter_based
+from selfkd_mmengine.pair_sampler import PairBatchSampler, with_pairs
+
+__all__ = ['CSKDHook']
+
+
+@HOOKS.register_module()
+class CSKDHook(SelfKDHook):
+    """Class-wise self-knowledge distillation for any classifier whose head has a ``loss_module``.
+
+    Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020
+    https://arxiv.org/abs/2003.13964
+
+    Each sample of a batch (an anchor) gets a partner of its class, drawn from the whole training set, and the loss gets
+    ``weight * T^2 * KL(partner || anchor)`` beside the head's own. The partners go through the network in a pass of their
+    own, in training mode (with batch-norm statistics of their own, which enter the running statistics) and without
+    gradient. The hook turns on all of it::
+
+        custom_hooks = [dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0)]
+
+    In an iteration-based loop the data loader's config must ask for the pairs as well:
+    ``train_dataloader=dict(batch_sampler=dict(type='selfkd_mmengine.PairBatchSampler'))``.
+
+    Args:
+        temperature: T. Defaults to 4, the paper's.
+        weight: lambda, at least 0; 1 for 32 x 32 images in the paper, 3 for fine-grained data sets at 224 x 224.
+
+    Logged besides the loss: ``cskd_kl``, the distillation term with its weight.
+
+    Raises:
+        ValueError: at the start of training, for what cannot work; each message says what to change.
+    """
+
+    # Takes the partners out of the batch before hooks of NORMAL priority look at it, and adds its term after theirs.
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self, temperature: float = 4.0, weight: float = 1.0):
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f'CSKDHook: temperature must be above 0, got {temperature}')
+        if not weight >= 0:
+            raise ValueError(f'CSKDHook: weight must be at least 0, got {weight}')
+        self.temperature, self.weight = temperature, weight
+
+    def loss_module(self, model: nn.Module) -> nn.Module:
+        return model.head.loss_module
+
+    def before_run(self, runner: Runner) -> None:
+        super().before_run(runner)
+        if not hasattr(runner, '_train_loop') or runner.train_loop is None:
+            return
+        loader = runner.train_loop.dataloader
+        if isinstance(loader.batch_sampler, PairBatchSampler):
+            return
+        if is_iter_based(runner) or type(loader.batch_sampler) is not BatchSampler:
+            raise ValueError(
+                'CSKDHook: the training loop is iteration-based or has a batch sampler of its own, so the data loader must '
+                "yield the pairs: set train_dataloader.batch_sampler=dict(type='selfkd_mmengine.PairBatchSampler')"
+            )
+        runner.train_loop.dataloader = with_pairs(loader)
+
+    def check(self, runner: Runner, model: nn.Module) -> None:
+        head = getattr(model, 'head', None)
+        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(head, MultiLabelClsHead):
+            raise ValueError(
+                f'CSKDHook: {type(model).__name__} with the head {type(head).__name__} has no single-label classification '
+                f'head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
+            )
+        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+            raise ValueError(
+                'CSKDHook: batch augmentations (Mixup, CutMix, ...) mix samples of several classes, and a mixed sample has no '
+                'partner of its class: remove batch_augments from model.train_cfg / data_preprocessor'
+            )
+
+    def setup(self, runner: Runner, model: nn.Module) -> None:
+        self._model = model
+
+    def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        pairs = len(data_batch['data_samples']) // 2
+        self._partners = {key: value[pairs:] for key, value in data_batch.items()}
+        for key, value in data_batch.items():
+            data_batch[key] = value[:pairs]
+
+    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+        if self.weight == 0:
+            return loss
+        # After the anchors' pass, as in the released code; also, autocast keeps the weights that the first pass casts,
+        # which must be one with gradient. Not through __call__: this is no training step, and hooks are not to see it.
+        with torch.no_grad():
+            inputs = self._model.data_preprocessor(self._partners, True)['inputs']
+            partner_logits = self._model.forward(inputs, mode='tensor')
+        kl = self.weight * distillation_kl(arguments['cls_score'], partner_logits, self.temperature)
+        self.logs['cskd_kl'] = kl.detach()
+        return loss + kl
