@@ -32,7 +32,9 @@ class PlainPyramid(nn.Module):
         self.top_down = nn.ModuleList(self.conv3x3(c[i], depth) for i in levels[:-1])
         self.bottom_up = nn.ModuleList(self.conv3x3(c[i], depth) for i in levels[1:])
         self.top_down_weights = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in levels[:-1])
-        self.bottom_up_weights = nn.ParameterList(nn.Parameter(torch.ones(3 if i < len(c) - 1 else 2)) for i in levels[1:])
+        self.bottom_up_weights = nn.ParameterList(
+            nn.Parameter(torch.ones(3 if i < len(c) - 1 else 2)) for i in levels[1:]
+        )
         self.fc = nn.Linear(c[-1], num_classes)
 
     @staticmethod
@@ -96,7 +98,9 @@ class PlainPyramid(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--threads', type=int, default=1)
     args = parser.parse_args()

@@ -45,14 +45,17 @@ class PairBatchSampler(BatchSampler):
         self.seed = sync_random_seed() if seed is None else seed
 
     def __iter__(self) -> Iterator[List[int]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, getattr(self.sampler, 'epoch', 0), get_rank())) % 2**63)
+        seed = (self.seed * 1_000_003 + getattr(self.sampler, 'epoch', 0)) * 1_000_003 + get_rank()
+        generator = torch.Generator().manual_seed(seed % 2**63)
         for anchors in super().__iter__():
             yield anchors + self.pairing.draw(anchors, generator).tolist()
 
 
 def class_of_each(dataset) -> List[int]:
     """The class id of every sample, from the annotations alone: no image is read."""
-    dataset = getattr(dataset, '_dataset', dataset)  # mmengine's slice of num_batch_per_epoch: partners come from all
+    dataset = getattr(
+        dataset, '_dataset', dataset
+    )  # mmengine's slice of num_batch_per_epoch: partners come from all
     name = type(dataset).__name__
     if not hasattr(dataset, 'get_data_info'):
         raise ValueError(
@@ -63,8 +66,8 @@ def class_of_each(dataset) -> List[int]:
     for i, label in enumerate(labels):
         if getattr(label, 'ndim', 0) or not hasattr(label, '__index__') or label < 0:
             raise ValueError(
-                f"{name}: CS-KD needs one class per sample, but sample {i} has gt_label={label!r}. Multi-label data and data "
-                f"without labels cannot be paired by class"
+                f'{name}: CS-KD needs one class per sample, but sample {i} has gt_label={label!r}. Multi-label data and data '
+                f'without labels cannot be paired by class'
             )
     return [int(label) for label in labels]
 
@@ -73,6 +76,14 @@ def with_pairs(loader: DataLoader) -> DataLoader:
     """The same data loader with a :class:`PairBatchSampler` in place of its batch sampler."""
     plain = loader.batch_sampler
     pairs = PairBatchSampler(plain.sampler, plain.batch_size, plain.drop_last)
-    names = ('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator')
+    names = (
+        'num_workers',
+        'collate_fn',
+        'pin_memory',
+        'timeout',
+        'worker_init_fn',
+        'multiprocessing_context',
+        'generator',
+    )
     names += ('prefetch_factor', 'persistent_workers', 'pin_memory_device')
     return DataLoader(loader.dataset, batch_sampler=pairs, **{name: getattr(loader, name) for name in names})

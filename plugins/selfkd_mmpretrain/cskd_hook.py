@@ -3,14 +3,14 @@
 from typing import Dict
 
 import torch
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from selfkd.losses import distillation_kl
-from selfkd_mmengine import SelfKDHook, unwrap
+from selfkd_mmengine import SelfKDHook
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_pairs
 
@@ -60,7 +60,7 @@ class CSKDHook(SelfKDHook):
 
     def before_run(self, runner: Runner) -> None:
         super().before_run(runner)
-        if not hasattr(runner, '_train_loop') or runner.train_loop is None:
+        if not isinstance(runner._train_loop, BaseLoop):  # validation or test
             return
         loader = runner.train_loop.dataloader
         if isinstance(loader.batch_sampler, PairBatchSampler):
@@ -74,7 +74,9 @@ class CSKDHook(SelfKDHook):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         head = getattr(model, 'head', None)
-        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(head, MultiLabelClsHead):
+        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(
+            head, MultiLabelClsHead
+        ):
             raise ValueError(
                 f'CSKDHook: {type(model).__name__} with the head {type(head).__name__} has no single-label classification '
                 f'head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'

@@ -1,0 +1,129 @@
+"""The self-teacher against the straightforward arrangement of the same layers in tools/benchmark_frskd.py."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from selfkd.pyramid import SelfTeacherPyramid
+
+path = Path(__file__).parents[2] / 'tools/benchmark_frskd.py'
+spec = importlib.util.spec_from_file_location('benchmark_frskd', path)
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+
+def pair(channels, sizes, batch=3, depth=2):
+    torch.manual_seed(0)
+    fast = SelfTeacherPyramid(channels, 5, depth=depth)
+    for p in fast.parameters():  # also the fusion weights and batch norms away from where they start
+        nn.init.uniform_(p, -0.5, 1.0) if p.dim() == 1 else None
+    plain = benchmark.PlainPyramid(channels, 5, depth=depth)
+    plain.load_state_dict(plain.state_of(fast))
+    feats = [torch.randn(batch, c, *s) for c, s in zip(channels, sizes)]
+    return fast, plain, feats
+
+
+@pytest.mark.parametrize(
+    ('channels', 'sizes'),
+    [
+        ([4, 8, 6, 10], [(16, 16), (8, 8), (4, 4), (2, 2)]),
+        ([4, 8, 6], [(14, 14), (7, 7), (4, 4)]),  # 7 to 4: not an exact half
+        ([3, 5], [(9, 6), (5, 3)]),
+        ([8, 8], [(2, 2), (1, 1)]),
+        ([4, 4], [(40, 40), (20, 20)]),  # many pixels, few channels
+    ],
+)
+def test_equals_the_straightforward_arrangement(channels, sizes):
+    """Outputs, gradients and running statistics after two training steps, to 1e-5, and the evaluation after them."""
+    fast, plain, feats = pair(channels, sizes)
+    for _ in range(2):
+        results = []
+        for net in (fast, plain):
+            net.zero_grad()
+            inputs = [f.clone().requires_grad_() for f in feats]
+            maps, logits = net(inputs)
+            (logits.sin().sum() + sum(m.sin().mean() for m in maps)).backward()
+            results.append((maps, logits, [f.grad for f in inputs]))
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    expected = plain.state_of(fast)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(
+            expected[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}'
+        )
+    grads = copy.deepcopy(fast)
+    for target, source in zip(grads.parameters(), fast.parameters()):
+        target.data = source.grad
+    expected = plain.state_of(grads)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(
+            expected[name], p.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}'
+        )
+    fast.eval(), plain.eval()
+    for a, b in zip(fast(feats), plain(feats)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_for_resnet18():
+    """6.4 M in training for levels 64/128/256/512 and 100 classes."""
+    assert sum(p.numel() for p in SelfTeacherPyramid([64, 128, 256, 512], 100).parameters()) == 6_375_794
+
+
+def test_second_pass_and_preact():
+    pyramid = SelfTeacherPyramid([4, 8, 8], 5, width=1, depth=1, repeats=2).eval()
+    feats = [torch.randn(2, c, s, s) for c, s in ((4, 8), (8, 4), (8, 2))]
+    maps, logits = pyramid(feats)
+    raw, same = pyramid(feats, preact=True)
+    assert min(m.min() for m in raw) < 0
+    torch.testing.assert_close(logits, same)
+    for a, b in zip(maps, raw):
+        torch.testing.assert_close(a, b.relu())
+
+
+def test_any_sizes_that_do_not_grow():
+    pyramid = SelfTeacherPyramid([4, 4, 4, 4], 5)
+    maps, _ = pyramid([torch.randn(2, 4, *s) for s in ((13, 10), (13, 10), (5, 4), (1, 1))])
+    assert [tuple(m.shape[2:]) for m in maps] == [(13, 10), (13, 10), (5, 4), (1, 1)]
+
+
+def test_every_parameter_gets_a_gradient():
+    """DDP stops at parameters without one."""
+    pyramid = SelfTeacherPyramid([4, 8, 8], 5)
+    _, logits = pyramid([torch.randn(2, c, s, s) for c, s in ((4, 8), (8, 4), (8, 2))])
+    logits.sum().backward()
+    assert all(p.grad is not None for p in pyramid.parameters())
+
+
+def test_autocast():
+    """In bfloat16 the same to bfloat16's precision, gradients included."""
+    fast, _, feats = pair([4, 8], [(8, 8), (4, 4)])
+    _, expected = fast(feats)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        maps, logits = fast(feats)
+    logits.float().sum().backward()
+    torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
+    assert all(torch.isfinite(p.grad).all() for p in fast.parameters())
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: SelfTeacherPyramid([4], 5), 'in_channels: must name the channels of at least 2 levels'),
+        (lambda: SelfTeacherPyramid([4, 4], 5, depth=0), 'depth: must be at least 1, got 0'),
+        (
+            lambda: SelfTeacherPyramid([4, 8], 5)([torch.zeros(1, 4, 4, 4)]),
+            r'channels must be in_channels=\[4, 8\]',
+        ),
+        (
+            lambda: SelfTeacherPyramid([4, 4], 5)([torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 4, 4)]),
+            'fine to coarse, got sizes',
+        ),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
