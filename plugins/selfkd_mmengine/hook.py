@@ -80,10 +80,9 @@ class SelfKDHook(Hook):
             self.load_state_dict(self._resumed_state)
             self._resumed_state = None
         self.tapped = self.loss_module(model)
-        # Prepended: of several hooks, those of higher priority, which come here first, see the loss the others made.
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self.tapped.register_forward_hook(self._tap, with_kwargs=True, prepend=True),
+            self.tapped.register_forward_hook(self._tap, with_kwargs=True),
             model.register_forward_hook(self._after_model),
         ]
 

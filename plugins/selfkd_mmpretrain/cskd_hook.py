@@ -38,13 +38,13 @@ class CSKDHook(SelfKDHook):
         temperature: T. Defaults to 4, the paper's.
         weight: lambda, at least 0; 1 for 32 x 32 images in the paper, 3 for fine-grained data sets at 224 x 224.
 
-    Logged besides the loss: ``cskd_kl``, the distillation term with its weight.
+    Losses: ``loss_cskd``, the distillation term with its weight, beside the head's own ``loss``; they are summed.
 
     Raises:
         ValueError: at the start of training, for what cannot work; each message says what to change.
     """
 
-    # Takes the partners out of the batch before hooks of NORMAL priority look at it, and adds its term after theirs.
+    # Takes the partners out of the batch before hooks of NORMAL priority look at it.
     priority = 'ABOVE_NORMAL'
 
     def __init__(self, temperature: float = 4.0, weight: float = 1.0):
@@ -104,6 +104,8 @@ class CSKDHook(SelfKDHook):
         with torch.no_grad():
             inputs = self._model.data_preprocessor(self._partners, True)['inputs']
             partner_logits = self._model.forward(inputs, mode='tensor')
-        kl = self.weight * distillation_kl(arguments['cls_score'], partner_logits, self.temperature)
-        self.logs['cskd_kl'] = kl.detach()
-        return loss + kl
+        # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
+        self.logs['loss_cskd'] = self.weight * distillation_kl(
+            arguments['cls_score'], partner_logits, self.temperature
+        )
+        return loss
