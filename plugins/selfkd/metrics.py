@@ -24,16 +24,20 @@ def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float
         >>> round(calibration_error(probs, torch.tensor([0, 1])), 4)  # right half of the time, sure of 0.9
         0.4
     """
+    return calibration_error_of(*confidence_of(probs, labels), bins=bins)
+
+
+def calibration_error_of(confidence: Tensor, correct: Tensor, *, bins: int = 10) -> float:
+    """:func:`calibration_error` from what :func:`confidence_of` gives."""
     if bins < 1:
         raise ValueError(f'bins: must be at least 1, got {bins}')
-    confidence, correct = _confidence(probs, labels)
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
     # Decided on the edges themselves, not on a rounded product.
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=probs.device)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
     which = which - (confidence <= edges[which]).long()
     which = (which + (confidence > edges[which.clamp(min=0) + 1]).long()).clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64, device=probs.device).index_add_(0, which, correct - confidence)
-    return (gap.abs().sum() / len(labels)).item()
+    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device).index_add_(0, which, correct - confidence)
+    return (gap.abs().sum() / len(confidence)).item()
 
 
 def nll(probs: Tensor, labels: Tensor) -> float:
@@ -76,7 +80,11 @@ def excess_aurc(probs: Tensor, labels: Tensor) -> float:
     Geifman et al., "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019
     https://arxiv.org/abs/1805.08206
     """
-    risks = risk_coverage(probs, labels)
+    return excess_of(risk_coverage(probs, labels))
+
+
+def excess_of(risks: Tensor) -> float:
+    """:func:`excess_aurc` from what :func:`risk_coverage` gives."""
     n = len(risks)
     errors = round(risks[-1].item() * n)
     best = torch.zeros(n, dtype=torch.float64)
@@ -90,7 +98,11 @@ def risk_coverage(probs: Tensor, labels: Tensor) -> Tensor:
 
     Samples of equal confidence keep their order.
     """
-    confidence, correct = _confidence(probs, labels)
+    return risk_coverage_of(*confidence_of(probs, labels))
+
+
+def risk_coverage_of(confidence: Tensor, correct: Tensor) -> Tensor:
+    """:func:`risk_coverage` from what :func:`confidence_of` gives."""
     order = confidence.sort(descending=True, stable=True).indices
     errors = (1 - correct)[order].cumsum(0).cpu()
     return errors / torch.arange(1, len(errors) + 1, dtype=torch.float64)
@@ -147,7 +159,8 @@ def recall_at_1(features: Tensor, labels: Tensor, *, chunk: int = 1024) -> float
     return hits / len(features)
 
 
-def _confidence(probs: Tensor, labels: Tensor):
+def confidence_of(probs: Tensor, labels: Tensor):
+    """Each sample's top probability, and whether that class is its label (1 or 0): float64 ``[N]`` both."""
     _check(probs, labels)
     confidence, predicted = probs.double().max(1)
     return confidence, (predicted == labels).double()

@@ -3,17 +3,24 @@
 from .cifar_backbones import DenseNet_CIFAR, PreReluResNet_CIFAR, PyramidNet_CIFAR, ResNeXt_CIFAR, WideResNet_CIFAR
 from .cskd_hook import CSKDHook
 from .frskd_head import FRSKDClsHead
+from .metrics import CalibrationMetric, KeepFeaturesHook, MarkOOD, OODMetric, RecallAt1, SelectiveMetric
 from .preact_resnet import PreActResNet
 from .pskd_hook import PSKDHook
 
 __all__ = [
     'CSKDHook',
+    'CalibrationMetric',
     'DenseNet_CIFAR',
     'FRSKDClsHead',
+    'KeepFeaturesHook',
+    'MarkOOD',
+    'OODMetric',
     'PSKDHook',
     'PreActResNet',
     'PreReluResNet_CIFAR',
     'PyramidNet_CIFAR',
+    'RecallAt1',
     'ResNeXt_CIFAR',
+    'SelectiveMetric',
     'WideResNet_CIFAR',
 ]
