@@ -15,7 +15,7 @@ class SelfTeacherPyramid(nn.Module):
     Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021, section 3.1
     https://arxiv.org/abs/2103.08273
 
-    It computes what the straightforward arrangement of its layers computes (tools/benchmark_frskd.py has one to compare with),
+    It computes what the straightforward arrangement of its layers computes (tools/benchmark_classification.py has one to compare with),
     with less work: convolutions and batch norms run before nearest upsampling, not after it, and the two lateral
     convolutions of a level are one.
 

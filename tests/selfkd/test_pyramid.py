@@ -1,4 +1,4 @@
-"""The self-teacher against the straightforward arrangement of the same layers in tools/benchmark_frskd.py."""
+"""The self-teacher against the straightforward arrangement of the same layers in tools/benchmark_classification.py."""
 
 import copy
 import importlib.util
@@ -10,8 +10,8 @@ from torch import nn
 
 from selfkd.pyramid import SelfTeacherPyramid
 
-path = Path(__file__).parents[2] / 'tools/benchmark_frskd.py'
-spec = importlib.util.spec_from_file_location('benchmark_frskd', path)
+path = Path(__file__).parents[2] / 'tools/benchmark_classification.py'
+spec = importlib.util.spec_from_file_location('benchmark_classification', path)
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
 

@@ -1,6 +1,6 @@
-"""FRSKD's training step against plain training, and the self-teacher against a straightforward arrangement of its layers.
+"""CS-KD's and FRSKD's training steps against plain ones, and FRSKD's self-teacher against a straightforward one.
 
-    python tools/benchmark_frskd.py [--rounds 10] [--threads 1]
+    python tools/benchmark_classification.py [--rounds 10] [--threads 1]
 
 Steps of ResNet-18 for 32x32 images, batch 32, on the CPU, taken in turns in one process, so that the machine's other load
 meets all of them: ratios are medians over the rounds. Prints a Markdown table.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfkd.losses import frskd_loss
+from selfkd.losses import cskd_loss, frskd_loss
 from selfkd.pyramid import SelfTeacherPyramid
 
 
@@ -112,7 +112,7 @@ def main():
     fast = SelfTeacherPyramid([64, 128, 256, 512], 100)
     plain = PlainPyramid([64, 128, 256, 512], 100)
     plain.load_state_dict(plain.state_of(fast))
-    images, labels = torch.randn(32, 3, 32, 32), torch.randint(0, 100, (32,))
+    images, partners, labels = torch.randn(32, 3, 32, 32), torch.randn(32, 3, 32, 32), torch.randint(0, 100, (32,))
     modules = nn.ModuleList([backbone, fc, fast, plain])
 
     def step(pyramid=None):
@@ -120,13 +120,17 @@ def main():
         logits = fc(feats[-1].mean((2, 3)))
         if pyramid is None:
             loss = F.cross_entropy(logits, labels)
+        elif pyramid == 'cskd':
+            with torch.no_grad():
+                partner_logits = fc(backbone(partners)[-1].mean((2, 3)))
+            loss = cskd_loss(logits, labels, partner_logits)
         else:
             maps, teacher = pyramid(feats)
             loss = sum(frskd_loss(logits, teacher, feats, maps, labels, alpha=2, beta=100).values())
         loss.backward()
         return loss.item()
 
-    methods = {'plain': None, 'FRSKD': fast, 'FRSKD, straightforward': plain}
+    methods = {'plain': None, 'CS-KD': 'cskd', 'FRSKD': fast, 'FRSKD, straightforward': plain}
     times, losses = {name: [] for name in methods}, {}
     for i in range(args.rounds + 1):  # the first round warms up
         for name, pyramid in methods.items():
