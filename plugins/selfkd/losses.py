@@ -26,6 +26,8 @@ __all__ = [
     'progressive_targets',
     'pskd_loss',
     'soft_cross_entropy',
+    'tfkd_loss',
+    'tfkd_regularization',
 ]
 
 REDUCTIONS = ('none', 'mean', 'sum')
@@ -336,6 +338,55 @@ def overhaul_loss(student_map: Tensor, teacher_map: Tensor, *, margin=-math.sqrt
     teacher = torch.maximum(teacher_map.detach().to(student.dtype), margin)
     counted = (student > teacher) | (teacher > 0)
     return ((student - teacher).pow(2) * counted).sum() / max(len(student), 1)
+
+
+def tfkd_loss(
+    logits: Tensor, labels: Tensor, *, alpha: float = 0.1, temperature: float = 20.0, correct_prob: float = 0.99
+) -> Tensor:
+    r"""TF-KD's regularisation variant, :math:`(1-\alpha)\, \mathrm{CE}(z, y) + \alpha\, \mathrm{KL}(u_T \,\|\, \mathrm{softmax}(z))`.
+
+    Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020, eq. 9 and 10
+    https://arxiv.org/abs/1909.11723
+
+    Args:
+        logits: ``[N, C]``.
+        labels: class ids ``[N]``.
+        alpha: share of the KL to the made-up teacher, see :func:`tfkd_regularization`; in [0, 1].
+
+    Example:
+        >>> round(tfkd_loss(torch.zeros(1, 4), torch.tensor([0]), alpha=0.0).item(), 4)  # log 4
+        1.3863
+    """
+    alpha = _check_alpha(alpha, logits)
+    regularization = tfkd_regularization(logits, labels, temperature=temperature, correct_prob=correct_prob)
+    return (1 - alpha) * _cross_entropy(logits, labels) + alpha * regularization
+
+
+def tfkd_regularization(
+    logits: Tensor, labels: Tensor, *, temperature: float = 20.0, correct_prob: float = 0.99
+) -> Tensor:
+    """TF-KD's KL to a made-up teacher that is right with probability ``correct_prob`` and indifferent otherwise.
+
+    As released: the teacher's *probabilities* u (``correct_prob`` for the label, the rest spread evenly) are divided by
+    the temperature and go through another softmax; the student is not tempered. Summed over classes, averaged over N (the
+    released code's factor of 100 for the 100 classes of CIFAR-100 undoes an average over classes).
+
+    Example:
+        >>> tfkd_regularization(torch.zeros(1, 4), torch.tensor([0]), temperature=1e6).item() < 1e-6  # both uniform
+        True
+    """
+    _check_logits(logits, 'mean')
+    labels = _check_labels(labels, logits)
+    if not temperature > 0:
+        raise ValueError(f'temperature: must be above 0, got {temperature}')
+    if not 0 < correct_prob <= 1:
+        raise ValueError(f'correct_prob: must lie in (0, 1], got {correct_prob}')
+    log_probs = _log_softmax(logits)
+    teacher = torch.full_like(log_probs, (1 - correct_prob) / (logits.shape[1] - 1))
+    teacher = teacher.scatter_(1, labels.unsqueeze(1), correct_prob)
+    return F.kl_div(log_probs, _log_softmax(teacher / temperature), reduction='none', log_target=True).sum(1).sum() / max(
+        len(logits), 1
+    )
 
 
 FEATURE_LOSSES = {'attention': attention_transfer, 'hint': hint_loss, 'overhaul': overhaul_loss}

@@ -6,6 +6,7 @@ from .frskd_head import FRSKDClsHead
 from .metrics import CalibrationMetric, KeepFeaturesHook, MarkOOD, OODMetric, RecallAt1, SelectiveMetric
 from .preact_resnet import PreActResNet
 from .pskd_hook import PSKDHook
+from .tfkd_hook import TFKDHook
 
 __all__ = [
     'CSKDHook',
@@ -22,5 +23,6 @@ __all__ = [
     'RecallAt1',
     'ResNeXt_CIFAR',
     'SelectiveMetric',
+    'TFKDHook',
     'WideResNet_CIFAR',
 ]

@@ -1,0 +1,71 @@
+"""TF-KD (regularisation variant) for MMPretrain classifiers, a comparator of the papers' tables."""
+
+from typing import Dict
+
+from mmengine.runner import Runner
+from mmpretrain.models.heads import MultiLabelClsHead
+from mmpretrain.registry import HOOKS
+from torch import Tensor, nn
+
+from selfkd.losses import tfkd_regularization
+from selfkd_mmengine import PSKDHookBase, SelfKDHook
+
+__all__ = ['TFKDHook']
+
+
+@HOOKS.register_module()
+class TFKDHook(SelfKDHook):
+    """Teacher-free knowledge distillation by regularisation, for any classifier whose head has a ``loss_module``.
+
+    Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020
+    https://arxiv.org/abs/1909.11723
+
+    The loss becomes ``(1 - alpha) * own + alpha * KL(made-up teacher || prediction)``::
+
+        custom_hooks = [dict(type='selfkd_mmpretrain.TFKDHook', alpha=0.1, temperature=20.0)]
+
+    Args:
+        alpha: share of the KL, in [0, 1]. Defaults to 0.1, the released code's.
+        temperature: of the made-up teacher.
+        correct_prob: the probability it gives the label.
+
+    Logged besides the loss: ``tfkd_kl``, the KL with its weight.
+
+    Raises:
+        ValueError: at the start of training, for what cannot work; each message says what to change.
+    """
+
+    def __init__(self, alpha: float = 0.1, temperature: float = 20.0, correct_prob: float = 0.99):
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f'TFKDHook: alpha must lie in [0, 1], got {alpha}')
+        if not temperature > 0 or not 0 < correct_prob <= 1:
+            raise ValueError(
+                f'TFKDHook: temperature must be above 0 and correct_prob in (0, 1], got {temperature} and {correct_prob}'
+            )
+        self.alpha, self.temperature, self.correct_prob = alpha, temperature, correct_prob
+
+    def loss_module(self, model: nn.Module) -> nn.Module:
+        return model.head.loss_module
+
+    def check(self, runner: Runner, model: nn.Module) -> None:
+        head = getattr(model, 'head', None)
+        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(head, MultiLabelClsHead):
+            raise ValueError(
+                f'TFKDHook: {type(model).__name__} with the head {type(head).__name__} has no single-label classification '
+                f'head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
+            )
+        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+            raise ValueError(
+                'TFKDHook: its teacher is made up from one label, and a mixed sample (Mixup, CutMix, ...) has several: remove '
+                'batch_augments from model.train_cfg / data_preprocessor'
+            )
+        if any(isinstance(hook, PSKDHookBase) for hook in runner.hooks):
+            raise ValueError('TFKDHook: PS-KD and TF-KD both replace the same target: use one of the two hooks')
+
+    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+        kl = self.alpha * tfkd_regularization(
+            arguments['cls_score'], arguments['label'], temperature=self.temperature, correct_prob=self.correct_prob
+        )
+        self.logs['tfkd_kl'] = kl.detach()
+        return (1 - self.alpha) * loss + kl
