@@ -18,7 +18,9 @@ from torch import Tensor
 __all__ = [
     'TopK',
     'attention_transfer',
+    'byot_loss',
     'cskd_loss',
+    'ddgsd_loss',
     'distillation_kl',
     'frskd_loss',
     'hint_loss',
@@ -33,6 +35,7 @@ __all__ = [
 REDUCTIONS = ('none', 'mean', 'sum')
 # Storage in float16 and top-k renormalisation leave sums of about 1 +- 1e-3; anything further off is not a distribution.
 SUM_TOLERANCE = 1e-2
+UNIT_NORMAL_MARGIN = -math.sqrt(2 / math.pi)  # the mean of the negative values of a unit normal
 
 
 class TopK(NamedTuple):
@@ -315,7 +318,7 @@ def hint_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     return difference.pow(2).sum() / max(difference.numel(), 1)
 
 
-def overhaul_loss(student_map: Tensor, teacher_map: Tensor, *, margin=-math.sqrt(2 / math.pi)) -> Tensor:
+def overhaul_loss(student_map: Tensor, teacher_map: Tensor, *, margin=UNIT_NORMAL_MARGIN) -> Tensor:
     """Overhaul of feature distillation: margin ReLU on the teacher's side and partial L2, summed, over the N samples.
 
     Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, eq. 1 to 4
@@ -340,8 +343,106 @@ def overhaul_loss(student_map: Tensor, teacher_map: Tensor, *, margin=-math.sqrt
     return ((student - teacher).pow(2) * counted).sum() / max(len(student), 1)
 
 
+def byot_loss(
+    logits: Tensor,
+    aux_logits: Sequence[Tensor],
+    feats: Tensor,
+    aux_feats: Sequence[Tensor],
+    labels: Optional[Tensor],
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float = 3.0,
+) -> Dict[str, Tensor]:
+    r"""BYOT: the deepest classifier teaches auxiliary ones on shallower stages.
+
+    Zhang et al., "Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self Distillation", ICCV
+    2019, eq. 6
+    https://arxiv.org/abs/1905.08094
+
+    Args:
+        logits: z of the deepest classifier, ``[N, C]``.
+        aux_logits: z_i of the auxiliary ones, same shape.
+        feats: what the deepest classifier reads, ``[N, D]``.
+        aux_feats: what the auxiliary ones read, same shape.
+        labels: class ids or probs. None leaves the cross-entropies, which weigh ``1 - alpha``, to the caller.
+        alpha: share of the KL in each auxiliary loss, in [0, 1].
+        beta: weight of the squared distances between features, at least 0.
+
+    Returns:
+        ``loss_cls`` and ``loss_aux`` (with labels), ``loss_kd`` = alpha T^2 sum_i KL(z -> z_i), ``loss_feature`` = beta sum_i
+        ||F_i - F||^2, both averaged over N. The deepest classifier's side is a constant in the last two.
+
+    Example:
+        >>> z, f = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 3)
+        >>> terms = byot_loss(z, [z], f, [f + 2], None, alpha=0.5, beta=0.1)
+        >>> {name: round(term.item(), 4) for name, term in terms.items()}
+        {'loss_kd': 0.0, 'loss_feature': 1.2}
+    """
+    _check_alpha(alpha, logits)
+    _check_weight('beta', beta)
+    if len(aux_logits) != len(aux_feats):
+        raise ValueError(
+            f'aux_feats: needs one for each of {len(aux_logits)} aux_logits, got {len(aux_feats)}'
+        )
+    losses = {}
+    if labels is not None:
+        losses['loss_cls'] = (1 - alpha) * _cross_entropy(logits, labels)
+        losses['loss_aux'] = (1 - alpha) * sum(_cross_entropy(z, labels) for z in aux_logits)
+    losses['loss_kd'] = alpha * sum(distillation_kl(z, logits, temperature) for z in aux_logits)
+    distances = sum(hint_loss(f, feats) * feats.shape[1:].numel() for f in aux_feats)
+    losses['loss_feature'] = beta * distances
+    return losses
+
+
+def ddgsd_loss(
+    logits: Tensor,
+    other_logits: Tensor,
+    feats: Tensor,
+    other_feats: Tensor,
+    *,
+    weight: float,
+    mmd_weight: float,
+    temperature: float = 3.0,
+) -> Tensor:
+    r"""DDGSD's consistency of two differently distorted views of the same images: each view's prediction teaches the other's,
+    and the views' mean features are drawn together (linear MMD).
+
+    Xu and Liu, "Data-Distortion Guided Self-Distillation for Deep Neural Networks", AAAI 2019
+    https://doi.org/10.1609/aaai.v33i01.33015565
+
+    Args:
+        logits: of one view, ``[N, C]``; a constant where it teaches.
+        other_logits: of the other view, in the same order.
+        feats: what the classifier reads, ``[N, D]``.
+        other_feats: of the other view.
+        weight: of ``T^2 (KL(z' -> z) + KL(z -> z'))``.
+        mmd_weight: of ``||mean F - mean F'||^2``, the means over the N images.
+        temperature: T > 0.
+
+    Example:
+        >>> z, f = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 3)
+        >>> ddgsd_loss(z, z, f, f + 2, weight=1.0, mmd_weight=0.5)
+        tensor(6.)
+    """
+    _check_weight('weight', weight)
+    _check_weight('mmd_weight', mmd_weight)
+    _check_same_shape(feats, other_feats)
+    kl = distillation_kl(logits, other_logits, temperature) + distillation_kl(
+        other_logits, logits, temperature
+    )
+    wide = _wide(feats.dtype)
+    difference = (feats.to(wide).sum(0) - other_feats.to(wide).sum(0)) / max(len(feats), 1)
+    return weight * kl + mmd_weight * difference.pow(2).sum()
+
+
 def tfkd_loss(
-    logits: Tensor, labels: Tensor, *, alpha: float = 0.1, temperature: float = 20.0, correct_prob: float = 0.99
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 20.0,
+    correct_prob: float = 0.99,
 ) -> Tensor:
     r"""TF-KD's regularisation variant, :math:`(1-\alpha)\, \mathrm{CE}(z, y) + \alpha\, \mathrm{KL}(u_T \,\|\, \mathrm{softmax}(z))`.
 
@@ -384,9 +485,9 @@ def tfkd_regularization(
     log_probs = _log_softmax(logits)
     teacher = torch.full_like(log_probs, (1 - correct_prob) / (logits.shape[1] - 1))
     teacher = teacher.scatter_(1, labels.unsqueeze(1), correct_prob)
-    return F.kl_div(log_probs, _log_softmax(teacher / temperature), reduction='none', log_target=True).sum(1).sum() / max(
-        len(logits), 1
-    )
+    return F.kl_div(log_probs, _log_softmax(teacher / temperature), reduction='none', log_target=True).sum(
+        1
+    ).sum() / max(len(logits), 1)
 
 
 FEATURE_LOSSES = {'attention': attention_transfer, 'hint': hint_loss, 'overhaul': overhaul_loss}

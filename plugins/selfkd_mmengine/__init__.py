@@ -1,8 +1,8 @@
 """What the plugins for MMPretrain, MMDetection and MMSegmentation share."""
 
 from .hook import SelfKDHook, epoch_length, training_progress, unwrap
-from .pair_sampler import PairBatchSampler
+from .pair_sampler import PairBatchSampler, ViewBatchSampler
 from .pskd_hook import PSKDHookBase
 from .sample_index import SampleIndex
 
-__all__ = ['PSKDHookBase', 'PairBatchSampler', 'SampleIndex', 'SelfKDHook', 'epoch_length', 'training_progress', 'unwrap']
+__all__ = ['PSKDHookBase', 'PairBatchSampler', 'SampleIndex', 'SelfKDHook', 'ViewBatchSampler', 'epoch_length', 'training_progress', 'unwrap']

@@ -1,4 +1,4 @@
-"""Batches of pairs of one class, for CS-KD, over any mmengine dataset and sampler."""
+"""Batches of pairs over any mmengine dataset and sampler: of one class for CS-KD, of one image for DDGSD."""
 
 from typing import Iterator, List, Optional
 
@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from selfkd.pairing import SameClassPairing
 
-__all__ = ['PairBatchSampler', 'class_of_each', 'with_pairs']
+__all__ = ['PairBatchSampler', 'ViewBatchSampler', 'class_of_each', 'with_batch_sampler']
 
 
 @DATA_SAMPLERS.register_module()
@@ -51,6 +51,18 @@ class PairBatchSampler(BatchSampler):
             yield anchors + self.pairing.draw(anchors, generator).tolist()
 
 
+@DATA_SAMPLERS.register_module()
+class ViewBatchSampler(BatchSampler):
+    """Yields the B samples of a batch, and once more: with random augmentation, two views of each."""
+
+    def __init__(self, sampler, batch_size: int, drop_last: bool = False):
+        super().__init__(sampler, batch_size, drop_last)
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for batch in super().__iter__():
+            yield batch + batch
+
+
 def class_of_each(dataset) -> List[int]:
     """The class id of every sample, from the annotations alone: no image is read."""
     dataset = getattr(
@@ -72,10 +84,10 @@ def class_of_each(dataset) -> List[int]:
     return [int(label) for label in labels]
 
 
-def with_pairs(loader: DataLoader) -> DataLoader:
-    """The same data loader with a :class:`PairBatchSampler` in place of its batch sampler."""
+def with_batch_sampler(loader: DataLoader, kind: type) -> DataLoader:
+    """The same data loader with a batch sampler of this kind in place of its own."""
     plain = loader.batch_sampler
-    pairs = PairBatchSampler(plain.sampler, plain.batch_size, plain.drop_last)
+    pairs = kind(plain.sampler, plain.batch_size, plain.drop_last)
     names = (
         'num_workers',
         'collate_fn',

@@ -5,12 +5,16 @@ from typing import Dict
 import torch
 from mmengine.runner.checkpoint import weights_to_cpu
 
+TRAINING_ONLY = ('self_teacher', 'auxiliary')  # sub-modules of our heads
+
 __all__ = ['publish_checkpoint', 'strip_self_teacher']
 
 
 def strip_self_teacher(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """The weights that inference uses: without every sub-module named ``self_teacher``, at any depth."""
-    return {name: value for name, value in state_dict.items() if 'self_teacher' not in name.split('.')}
+    """The weights that inference uses: without every sub-module named as in ``TRAINING_ONLY``, at any depth."""
+    return {
+        name: value for name, value in state_dict.items() if not set(TRAINING_ONLY) & set(name.split('.'))
+    }
 
 
 def publish_checkpoint(source: str, target: str) -> int:

@@ -1,7 +1,15 @@
 """Self-knowledge distillation for MMPretrain."""
 
-from .cifar_backbones import DenseNet_CIFAR, PreReluResNet_CIFAR, PyramidNet_CIFAR, ResNeXt_CIFAR, WideResNet_CIFAR
+from .byot_head import BYOTClsHead
+from .cifar_backbones import (
+    DenseNet_CIFAR,
+    PreReluResNet_CIFAR,
+    PyramidNet_CIFAR,
+    ResNeXt_CIFAR,
+    WideResNet_CIFAR,
+)
 from .cskd_hook import CSKDHook
+from .ddgsd_hook import DDGSDHook
 from .frskd_head import FRSKDClsHead
 from .metrics import CalibrationMetric, KeepFeaturesHook, MarkOOD, OODMetric, RecallAt1, SelectiveMetric
 from .preact_resnet import PreActResNet
@@ -9,8 +17,10 @@ from .pskd_hook import PSKDHook
 from .tfkd_hook import TFKDHook
 
 __all__ = [
+    'BYOTClsHead',
     'CSKDHook',
     'CalibrationMetric',
+    'DDGSDHook',
     'DenseNet_CIFAR',
     'FRSKDClsHead',
     'KeepFeaturesHook',

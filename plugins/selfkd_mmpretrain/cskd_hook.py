@@ -12,13 +12,59 @@ from torch.utils.data import BatchSampler
 from selfkd.losses import distillation_kl
 from selfkd_mmengine import SelfKDHook
 from selfkd_mmengine.hook import is_iter_based
-from selfkd_mmengine.pair_sampler import PairBatchSampler, with_pairs
+from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler
 
 __all__ = ['CSKDHook']
 
 
+class PairedHook(SelfKDHook):
+    """What hooks share whose batches are pairs: the data loader, and what to refuse."""
+
+    batch_sampler: type
+
+    def loss_module(self, model: nn.Module) -> nn.Module:
+        return model.head.loss_module
+
+    def before_run(self, runner: Runner) -> None:
+        super().before_run(runner)
+        if not isinstance(runner._train_loop, BaseLoop):  # validation or test
+            return
+        if any(isinstance(hook, PairedHook) and hook is not self for hook in runner.hooks):
+            raise ValueError(
+                'CSKDHook, DDGSDHook: both pair the samples of a batch, in different ways: use one of the two hooks'
+            )
+        loader = runner.train_loop.dataloader
+        if isinstance(loader.batch_sampler, self.batch_sampler):
+            return
+        if is_iter_based(runner) or type(loader.batch_sampler) is not BatchSampler:
+            raise ValueError(
+                f'{type(self).__name__}: the training loop is iteration-based or has a batch sampler of its own, so the data '
+                f"loader must yield the pairs: set train_dataloader.batch_sampler=dict(type='selfkd_mmengine."
+                f"{self.batch_sampler.__name__}')"
+            )
+        runner.train_loop.dataloader = with_batch_sampler(loader, self.batch_sampler)
+
+    def check(self, runner: Runner, model: nn.Module) -> None:
+        head = getattr(model, 'head', None)
+        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(
+            head, MultiLabelClsHead
+        ):
+            raise ValueError(
+                f'{type(self).__name__}: {type(model).__name__} with the head {type(head).__name__} has no single-label '
+                f'classification head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
+            )
+        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+            raise ValueError(
+                f'{type(self).__name__}: batch augmentations (Mixup, CutMix, ...) mix samples, and a mixed sample has no partner '
+                f'(of its class, or of the same image): remove batch_augments from model.train_cfg / data_preprocessor'
+            )
+
+    def setup(self, runner: Runner, model: nn.Module) -> None:
+        self._model = model
+
+
 @HOOKS.register_module()
-class CSKDHook(SelfKDHook):
+class CSKDHook(PairedHook):
     """Class-wise self-knowledge distillation for any classifier whose head has a ``loss_module``.
 
     Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020
@@ -46,6 +92,7 @@ class CSKDHook(SelfKDHook):
 
     # Takes the partners out of the batch before hooks of NORMAL priority look at it.
     priority = 'ABOVE_NORMAL'
+    batch_sampler = PairBatchSampler
 
     def __init__(self, temperature: float = 4.0, weight: float = 1.0):
         super().__init__()
@@ -54,41 +101,6 @@ class CSKDHook(SelfKDHook):
         if not weight >= 0:
             raise ValueError(f'CSKDHook: weight must be at least 0, got {weight}')
         self.temperature, self.weight = temperature, weight
-
-    def loss_module(self, model: nn.Module) -> nn.Module:
-        return model.head.loss_module
-
-    def before_run(self, runner: Runner) -> None:
-        super().before_run(runner)
-        if not isinstance(runner._train_loop, BaseLoop):  # validation or test
-            return
-        loader = runner.train_loop.dataloader
-        if isinstance(loader.batch_sampler, PairBatchSampler):
-            return
-        if is_iter_based(runner) or type(loader.batch_sampler) is not BatchSampler:
-            raise ValueError(
-                'CSKDHook: the training loop is iteration-based or has a batch sampler of its own, so the data loader must '
-                "yield the pairs: set train_dataloader.batch_sampler=dict(type='selfkd_mmengine.PairBatchSampler')"
-            )
-        runner.train_loop.dataloader = with_pairs(loader)
-
-    def check(self, runner: Runner, model: nn.Module) -> None:
-        head = getattr(model, 'head', None)
-        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(
-            head, MultiLabelClsHead
-        ):
-            raise ValueError(
-                f'CSKDHook: {type(model).__name__} with the head {type(head).__name__} has no single-label classification '
-                f'head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
-            )
-        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
-            raise ValueError(
-                'CSKDHook: batch augmentations (Mixup, CutMix, ...) mix samples of several classes, and a mixed sample has no '
-                'partner of its class: remove batch_augments from model.train_cfg / data_preprocessor'
-            )
-
-    def setup(self, runner: Runner, model: nn.Module) -> None:
-        self._model = model
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         pairs = len(data_batch['data_samples']) // 2

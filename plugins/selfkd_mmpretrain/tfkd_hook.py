@@ -50,7 +50,9 @@ class TFKDHook(SelfKDHook):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         head = getattr(model, 'head', None)
-        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(head, MultiLabelClsHead):
+        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(
+            head, MultiLabelClsHead
+        ):
             raise ValueError(
                 f'TFKDHook: {type(model).__name__} with the head {type(head).__name__} has no single-label classification '
                 f'head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
@@ -61,11 +63,16 @@ class TFKDHook(SelfKDHook):
                 'batch_augments from model.train_cfg / data_preprocessor'
             )
         if any(isinstance(hook, PSKDHookBase) for hook in runner.hooks):
-            raise ValueError('TFKDHook: PS-KD and TF-KD both replace the same target: use one of the two hooks')
+            raise ValueError(
+                'TFKDHook: PS-KD and TF-KD both replace the same target: use one of the two hooks'
+            )
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         kl = self.alpha * tfkd_regularization(
-            arguments['cls_score'], arguments['label'], temperature=self.temperature, correct_prob=self.correct_prob
+            arguments['cls_score'],
+            arguments['label'],
+            temperature=self.temperature,
+            correct_prob=self.correct_prob,
         )
         self.logs['tfkd_kl'] = kl.detach()
         return (1 - self.alpha) * loss + kl

@@ -36,15 +36,23 @@ class Watch(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         partners = find_hook(runner, 'CSKDHook')._partners
-        self.steps.append({'model': copy.deepcopy(plain_copy(runner.model)), 'batch': data_batch, 'partners': partners})
+        self.steps.append(
+            {'model': copy.deepcopy(plain_copy(runner.model)), 'batch': data_batch, 'partners': partners}
+        )
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        self.steps[-1].update({k: float(v) for k, v in outputs.items()}, after=copy.deepcopy(runner.model.state_dict()))
+        self.steps[-1].update(
+            {k: float(v) for k, v in outputs.items()}, after=copy.deepcopy(runner.model.state_dict())
+        )
 
 
 def plain_copy(model):
     """A deep copy without torch hooks."""
-    hooks = [(m, name, getattr(m, name)) for m in model.modules() for name in ('_forward_hooks', '_forward_pre_hooks')]
+    hooks = [
+        (m, name, getattr(m, name))
+        for m in model.modules()
+        for name in ('_forward_hooks', '_forward_pre_hooks')
+    ]
     for m, name, value in hooks:
         setattr(m, name, type(value)())
     clone = copy.deepcopy(model)
@@ -88,7 +96,9 @@ def test_losses_and_running_statistics_recomputed(digits, tmp_path, wrapper, mon
         assert step['loss'] == pytest.approx(ce, rel=tolerance)
         assert step['loss_cskd'] == pytest.approx(kl, rel=tolerance, abs=1e-4)
         for name, value in step['model'].state_dict().items():
-            if 'running' in name or 'num_batches' in name:  # both passes entered, each with its own statistics
+            if (
+                'running' in name or 'num_batches' in name
+            ):  # both passes entered, each with its own statistics
                 torch.testing.assert_close(step['after'][name], value, rtol=1e-3, atol=1e-4)
     assert max(step['loss_cskd'] for step in watch.steps) > 0.01
 
@@ -114,7 +124,9 @@ def test_the_term_is_trained_on(digits, tmp_path):
 
 def test_weight_0_trains_to_the_vanilla_weights(digits, tmp_path):
     vanilla = train(plain_pipeline(digits_config(digits, tmp_path / 'vanilla'))).model.state_dict()
-    ours = train(plain_pipeline(digits_config(digits, tmp_path / 'ours', dict(CSKD, weight=0.0)))).model.state_dict()
+    ours = train(
+        plain_pipeline(digits_config(digits, tmp_path / 'ours', dict(CSKD, weight=0.0)))
+    ).model.state_dict()
     assert_same_state(ours, vanilla)
 
 
@@ -214,7 +226,13 @@ def test_draws_follow_from_seed_epoch_and_rank(monkeypatch):
 def test_through_wrappers_partners_come_from_the_whole_set():
     concat = ConcatDataset([Labels([0, 1]), Labels([1, 1, 4])])
     assert class_of_each(concat) == [0, 1, 1, 1, 4]
-    drawn = {p for _ in range(30) for b in batches(concat, seed=_) for a, p in zip(b[: len(b) // 2], b[len(b) // 2 :]) if a == 1}
+    drawn = {
+        p
+        for _ in range(30)
+        for b in batches(concat, seed=_)
+        for a, p in zip(b[: len(b) // 2], b[len(b) // 2 :])
+        if a == 1
+    }
     assert drawn == {1, 2, 3}
 
 
@@ -246,7 +264,7 @@ def test_settings_that_cannot_work_are_refused(digits, tmp_path, hook, message):
 
 def test_runs_that_cannot_work_are_refused(digits, tmp_path):
     mixup = {'data_preprocessor.batch_augments': dict(augments=dict(type='Mixup', alpha=0.2))}
-    with pytest.raises(ValueError, match='a mixed sample has no partner of its class: remove batch_augments'):
+    with pytest.raises(ValueError, match='a mixed sample has no partner .* remove batch_augments'):
         train(digits_config(digits, tmp_path, CSKD, **mixup))
     with pytest.raises(ValueError, match='set train_dataloader.batch_sampler=dict'):
         train(by_iterations(digits_config(digits, tmp_path, CSKD), 4))
@@ -276,13 +294,24 @@ class Dump(Hook):
     )
     cfg = digits_config(digits, tmp_path / 'run', dict(type='dump.Dump'), CSKD)
     cfg.dump(tmp_path / 'config.py')
-    path = os.pathsep.join([str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path), os.environ.get('PYTHONPATH', '')])
+    path = os.pathsep.join(
+        [str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path), os.environ.get('PYTHONPATH', '')]
+    )
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command += [str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py'), '--work-dir', str(tmp_path / 'run')]
+    command += [
+        str(ROOT / 'tools/train.py'),
+        str(tmp_path / 'config.py'),
+        '--work-dir',
+        str(tmp_path / 'run'),
+    ]
     command += ['--launcher', 'pytorch']
-    outcome = subprocess.run(command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path)
+    outcome = subprocess.run(
+        command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path
+    )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    (pairs, weights), (others, other_weights) = (torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2))
+    (pairs, weights), (others, other_weights) = (
+        torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2)
+    )
     assert len(pairs) == len(others) == 3 * 20
     assert all(a == b for _, a, _, b in pairs + others)
     assert {p for p, *_ in pairs[:20]} & {p for p, *_ in others[:20]} == set()  # anchors are split
