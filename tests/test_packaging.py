@@ -27,9 +27,9 @@ def test_wheel_installs_and_the_core_imports_torch_alone(tmp_path):
 
 def test_a_plugin_imports_no_other_toolkit():
     """mmpretrain itself imports mmdet where it finds it: only what the plugin adds counts."""
-    code = f'import sys, {{}}; print(sorted({TOOLKITS} & set(sys.modules)))'
+    code = f'import sys, %s; print(sorted({TOOLKITS} & set(sys.modules)))'
     before, after = (
-        subprocess.run([sys.executable, '-c', code.format(names)], check=True, capture_output=True, text=True).stdout
+        subprocess.run([sys.executable, '-c', code % names], check=True, capture_output=True, text=True).stdout
         for names in ('mmpretrain.models', 'mmpretrain.models, selfkd_mmpretrain')
     )
     assert before == after
