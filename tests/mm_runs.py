@@ -13,7 +13,7 @@ counter = itertools.count()
 
 
 def digits_config(digits, work_dir, *hooks, **options) -> Config:
-    """The digits config with a tiny network: 40 images, batches of 8, 3 epochs, no validation. Options use dotted keys."""
+    """The digits config with a tiny network: 40 images, batches of 8, 3 epochs. Options use dotted keys."""
     cfg = Config.fromfile(ROOT / 'configs/_base_/digits.py')
     cfg.merge_from_dict(
         {

@@ -27,13 +27,15 @@ __all__ = [
     'overhaul_loss',
     'progressive_targets',
     'pskd_loss',
+    'sla_loss',
     'soft_cross_entropy',
     'tfkd_loss',
     'tfkd_regularization',
 ]
 
 REDUCTIONS = ('none', 'mean', 'sum')
-# Storage in float16 and top-k renormalisation leave sums of about 1 +- 1e-3; anything further off is not a distribution.
+# Storage in float16 and top-k renormalisation leave sums of about 1 +- 1e-3; anything further off is not a
+# distribution.
 SUM_TOLERANCE = 1e-2
 UNIT_NORMAL_MARGIN = -math.sqrt(2 / math.pi)  # the mean of the negative values of a unit normal
 
@@ -226,8 +228,8 @@ def distillation_kl(
         student_logits: ``[N, C, ...]``.
         teacher_logits: same shape.
         temperature: T > 0; the factor T^2 keeps the gradient's scale.
-        reduction: the KL is summed over the classes; then ``'batchmean'`` divides the sum by N, ``'mean'`` by all positions
-            (N times the further dimensions), ``'sum'`` and ``'none'`` (``[N, ...]``) do not divide.
+        reduction: the KL is summed over the classes; then ``'batchmean'`` divides the sum by N, ``'mean'`` by all
+            positions (N times the further dimensions), ``'sum'`` and ``'none'`` (``[N, ...]``) do not divide.
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])
@@ -436,6 +438,41 @@ def ddgsd_loss(
     return weight * kl + mmd_weight * difference.pow(2).sum()
 
 
+def sla_loss(joint_logits: Tensor, logits: Tensor, labels: Tensor, *, weight: float = 1.0, temperature: float = 4.0):
+    r"""Self-supervised label augmentation with the four rotations of each image, and its aggregation's teaching.
+
+    Lee et al., "Self-supervised Label Augmentation via Input Transformations", ICML 2020
+    https://arxiv.org/abs/1910.05872
+
+    Args:
+        joint_logits: of class and rotation, ``[4 N, 4 C]``: row ``4 i + k`` is image i turned k times, column ``4 c + k``
+            class c turned k times.
+        logits: of the images as they are, ``[N, C]``.
+        labels: class ids ``[N]``.
+        weight: of the KL from the aggregated prediction to ``logits``.
+        temperature: T of that KL.
+
+    Returns:
+        the cross-entropy of the joint labels, the weighted KL, and the aggregated logits ``[N, C]``: the mean over the
+        rotations of each one's own columns.
+
+    Example:
+        >>> joint, kl, aggregated = sla_loss(torch.zeros(4, 8), torch.zeros(1, 2), torch.tensor([1]))
+        >>> round(joint.item(), 4), kl.item(), tuple(aggregated.shape)  # log 8
+        (2.0794, 0.0, (1, 2))
+    """
+    _check_weight('weight', weight)
+    if joint_logits.shape != (4 * logits.shape[0], 4 * logits.shape[1]):
+        raise ValueError(
+            f'joint_logits: must be [4 N, 4 C], 4 times logits {tuple(logits.shape)}, got {tuple(joint_logits.shape)}'
+        )
+    rotation = torch.arange(4, device=labels.device)
+    joint = _cross_entropy(joint_logits, (4 * labels.unsqueeze(1) + rotation).flatten())
+    own = joint_logits.view(len(logits), 4, logits.shape[1], 4).diagonal(dim1=1, dim2=3)  # [N, C, 4]
+    aggregated = own.mean(2)
+    return joint, weight * distillation_kl(logits, aggregated, temperature), aggregated
+
+
 def tfkd_loss(
     logits: Tensor,
     labels: Tensor,
@@ -603,9 +640,9 @@ def _class_dot(a: Tensor, b: Tensor) -> Tensor:
 
     On the CPU a few samples at a time, in one buffer: fresh pages for N x C products cost three times the arithmetic.
     """
-    if a.device.type != 'cpu' or a.numel() <= 2**20:
+    if a.device.type != 'cpu' or a.numel() <= 2**22:
         return (a * b).sum(1)
-    samples = max(1, 2**20 * len(a) // a.numel())
+    samples = max(1, 2**22 * len(a) // a.numel())
     buffer, out = b.new_empty((samples, *b.shape[1:])), b.new_empty((len(b), *b.shape[2:]))
     for i in range(0, len(a), samples):
         x, y = a[i : i + samples], b[i : i + samples]
@@ -692,10 +729,8 @@ def _check_alpha(alpha, logits: Tensor):
     if isinstance(alpha, Tensor):
         samples = (logits.shape[0], *logits.shape[2:])
         if alpha.dim() and alpha.shape != samples:
-            raise ValueError(
-                f'alpha: a tensor must have shape {tuple(samples)} or (), got {tuple(alpha.shape)}'
-            )
-        if alpha.device.type == 'cpu' and alpha.numel() and not (0 <= alpha.min() and alpha.max() <= 1):
+            raise ValueError(f'alpha: a tensor must have shape {tuple(samples)} or (), got {tuple(alpha.shape)}')
+        if alpha.device.type == 'cpu' and alpha.numel() and not (alpha.min() >= 0 and alpha.max() <= 1):
             raise ValueError(f'alpha: must lie in [0, 1], got values from {alpha.min()} to {alpha.max()}')
         return alpha.detach().to(logits.device, _wide(logits.dtype), non_blocking=True)
     if not 0 <= alpha <= 1:

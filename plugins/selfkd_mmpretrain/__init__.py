@@ -10,7 +10,7 @@ from .cifar_backbones import (
 )
 from .cskd_hook import CSKDHook
 from .ddgsd_hook import DDGSDHook
-from .frskd_head import FRSKDClsHead
+from .frskd_head import FRSKDClsHead, SLAImageClassifier
 from .metrics import CalibrationMetric, KeepFeaturesHook, MarkOOD, OODMetric, RecallAt1, SelectiveMetric
 from .preact_resnet import PreActResNet
 from .pskd_hook import PSKDHook
@@ -32,6 +32,7 @@ __all__ = [
     'PyramidNet_CIFAR',
     'RecallAt1',
     'ResNeXt_CIFAR',
+    'SLAImageClassifier',
     'SelectiveMetric',
     'TFKDHook',
     'WideResNet_CIFAR',

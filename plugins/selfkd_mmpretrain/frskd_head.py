@@ -1,18 +1,19 @@
 """FRSKD for MMPretrain classifiers: a linear head with a self-teacher that is there in training only."""
 
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from mmpretrain.models.classifiers import ImageClassifier
 from mmpretrain.models.heads import LinearClsHead
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from selfkd.losses import FEATURE_LOSSES, frskd_loss
+from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
 from selfkd.pyramid import SelfTeacherPyramid
 
-__all__ = ['FRSKDClsHead']
+__all__ = ['FRSKDClsHead', 'SLAImageClassifier']
 
 
 @MODELS.register_module()
@@ -44,10 +45,13 @@ class FRSKDClsHead(LinearClsHead):
         repeats: passes of the self-teacher.
         preact: the backbone hands over maps before their last ReLU (``preact=True`` of our CIFAR backbones); the classifier then
             applies it. ``feature_loss='overhaul'`` compares such maps in the released code.
+        sla: weight of self-supervised label augmentation, the released code's is 1; 0 is none. The model's type must then be
+            :class:`SLAImageClassifier`.
         loss: of the classifier, and by itself of the self-teacher. Defaults to cross-entropy.
         kwargs: other options of ``LinearClsHead``.
 
-    Losses: ``loss_cls``, ``loss_teacher`` (the self-teacher on the labels), ``loss_kd``, ``loss_feature``.
+    Losses: ``loss_cls``, ``loss_teacher`` (the self-teacher on the labels), ``loss_kd``, ``loss_feature``; with SLA also
+    ``loss_joint`` and ``loss_sla``, each the sum over both classifiers.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class FRSKDClsHead(LinearClsHead):
         depth: int = 2,
         repeats: int = 1,
         preact: bool = False,
+        sla: float = 0.0,
         loss: dict = dict(type='CrossEntropyLoss', loss_weight=1.0),  # noqa: B006, as in MMPretrain
         **kwargs,
     ):
@@ -70,16 +75,16 @@ class FRSKDClsHead(LinearClsHead):
                 f'FRSKDClsHead: in_channels must list the channels of at least 2 stages, got {in_channels}'
             )
         if feature_loss not in FEATURE_LOSSES:
-            raise ValueError(
-                f'FRSKDClsHead: feature_loss must be one of {tuple(FEATURE_LOSSES)}, got {feature_loss!r}'
-            )
+            raise ValueError(f'FRSKDClsHead: feature_loss must be one of {tuple(FEATURE_LOSSES)}, got {feature_loss!r}')
         if not (alpha >= 0 and beta >= 0 and temperature > 0):
             raise ValueError(
                 f'FRSKDClsHead: alpha and beta must be at least 0 and temperature above 0, got {alpha}, {beta}, {temperature}'
             )
+        if not sla >= 0:
+            raise ValueError(f'FRSKDClsHead: sla must be at least 0, got {sla}')
         super().__init__(num_classes, in_channels[-1], loss=loss, **kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        self.feature_loss, self.preact = feature_loss, preact
+        self.feature_loss, self.preact, self.sla = feature_loss, preact, sla
         pyramid = SelfTeacherPyramid(in_channels, num_classes, width=width, depth=depth, repeats=repeats)
         # All that is for training only is in here: what tools/publish_model.py drops.
         self.self_teacher = nn.ModuleDict({'pyramid': pyramid, 'loss_module': MODELS.build(loss)})
@@ -87,6 +92,10 @@ class FRSKDClsHead(LinearClsHead):
             self.self_teacher['adapters'] = nn.ModuleList(
                 _adapter(c, out, relu=feature_loss == 'hint') for c, out in zip(in_channels, pyramid.channels)
             )
+
+        if sla:
+            self.self_teacher['joint'] = nn.Linear(in_channels[-1], 4 * num_classes)
+            self.self_teacher['teacher_joint'] = nn.Linear(pyramid.channels[-1], 4 * num_classes)
 
     def pre_logits(self, feats: Tuple[Tensor]) -> Tensor:
         last = feats[-1]
@@ -98,14 +107,49 @@ class FRSKDClsHead(LinearClsHead):
             last = F.relu(last)
         return F.adaptive_avg_pool2d(last, 1).flatten(1)
 
-    def loss(self, feats: Tuple[Tensor], data_samples: List[DataSample], **kwargs) -> dict:
-        cls_score = self(feats)
+    def loss(
+        self, feats: Tuple[Tensor], data_samples: List[DataSample], rotated: Optional[Tuple[Tensor]] = None, **kwargs
+    ) -> dict:
+        """Losses of a batch; ``rotated`` are the feature maps of its images in four rotations (for SLA)."""
+        if bool(self.sla) != (rotated is not None):
+            raise ValueError(
+                'FRSKDClsHead: sla and the model type belong together: with sla set '
+                "model.type='selfkd_mmpretrain.SLAImageClassifier', without it 'ImageClassifier'"
+            )
+        cls_score, target = self(feats), target_of(data_samples)
         losses = self._get_loss(cls_score, data_samples, **kwargs)
         losses['loss_cls'] = losses.pop('loss')  # mmengine logs the sum as 'loss'
-        refined, teacher_score = self.self_teacher['pyramid'](feats, preact=self.feature_loss == 'overhaul')
+        overhaul = self.feature_loss == 'overhaul'
+        refined, teacher_score = self.self_teacher['pyramid'](feats, preact=overhaul)
         losses['loss_teacher'] = self.self_teacher['loss_module'](
-            teacher_score, target_of(data_samples), avg_factor=len(teacher_score), **kwargs
+            teacher_score, target, avg_factor=len(teacher_score), **kwargs
         )
+        if rotated is not None:
+            if target.dim() != 1:
+                raise ValueError(
+                    'FRSKDClsHead: sla needs class ids, but Mixup, CutMix, ... mix labels: remove batch_augments'
+                )
+            refined_rotated, _ = self.self_teacher['pyramid'](rotated, preact=overhaul)
+            pooled = F.relu(refined_rotated[-1]).mean((2, 3))
+            own = sla_loss(
+                self.self_teacher['joint'](self.pre_logits(rotated)),
+                cls_score,
+                target,
+                weight=self.sla,
+                temperature=self.temperature,
+            )
+            teachers = sla_loss(
+                self.self_teacher['teacher_joint'](pooled),
+                teacher_score,
+                target,
+                weight=self.sla,
+                temperature=self.temperature,
+            )
+            losses['loss_joint'], losses['loss_sla'] = own[0] + teachers[0], own[1] + teachers[1]
+            # As released, the self-teacher's prediction and maps teach the rotated images, too.
+            cls_score, teacher_score = torch.cat([cls_score, own[2]]), torch.cat([teacher_score, teachers[2]])
+            feats = [torch.cat(pair) for pair in zip(feats, rotated)]
+            refined = [torch.cat(pair) for pair in zip(refined, refined_rotated)]
         students = feats
         if 'adapters' in self.self_teacher:
             students = [adapter(f) for adapter, f in zip(self.self_teacher['adapters'], feats)]
@@ -125,6 +169,22 @@ class FRSKDClsHead(LinearClsHead):
             )
         )
         return losses
+
+
+@MODELS.register_module()
+class SLAImageClassifier(ImageClassifier):
+    """An ``ImageClassifier`` that in training also hands its head the feature maps of the images in four rotations.
+
+    For ``FRSKDClsHead(sla=...)``. The rotated images, four times as many, go through the network in a pass of their own.
+    Inference is ImageClassifier's; parameter names are, too.
+    """
+
+    def loss(self, inputs: Tensor, data_samples: List[DataSample]) -> dict:
+        if inputs.shape[2] != inputs.shape[3]:
+            raise ValueError(f'SLAImageClassifier: needs square images, got {inputs.shape[2]} x {inputs.shape[3]}')
+        feats = self.extract_feat(inputs)
+        rotated = torch.stack([inputs.rot90(k, (2, 3)) for k in range(4)], 1).flatten(0, 1)
+        return self.head.loss(feats, data_samples, rotated=self.extract_feat(rotated))
 
 
 def target_of(data_samples: List[DataSample]) -> Tensor:

@@ -70,7 +70,9 @@ def test_what_is_read_is_a_copy():
     torch.testing.assert_close(bank.read(torch.tensor([0])), before)
 
 
-@pytest.mark.parametrize('settings_', [{}, {'dtype': torch.float16}, {'top_k': 2}, {'top_k': 2, 'dtype': torch.float16}])
+@pytest.mark.parametrize(
+    'settings_', [{}, {'dtype': torch.float16}, {'top_k': 2}, {'top_k': 2, 'dtype': torch.float16}]
+)
 def test_state_is_plain_and_restores_everything(settings_):
     bank = PredictionBank(6, 4, **settings_)
     bank.write(torch.tensor([0, 5]), probs(2, 4))
@@ -118,7 +120,9 @@ def test_nbytes_counts_every_tensor():
 def test_a_table_beyond_half_of_the_free_memory_is_refused_with_the_way_out(monkeypatch):
     # The real limit would need a real allocation of half the machine: the free memory is made small instead.
     monkeypatch.setattr(selfkd.bank, '_free_memory', lambda device: 10**6)
-    with pytest.raises(MemoryError, match=r'1000 x 1000 probabilities .* set top_k \(16 is plenty\) or dtype=torch.float16'):
+    with pytest.raises(
+        MemoryError, match=r'1000 x 1000 probabilities .* set top_k \(16 is plenty\) or dtype=torch.float16'
+    ):
         PredictionBank(1000, 1000)
     PredictionBank(1000, 1000, top_k=16)
 
@@ -132,7 +136,11 @@ def test_free_memory_is_that_of_this_machine():
     ('call', 'error', 'message'),
     [
         (lambda b: b.write(torch.tensor([0]), torch.ones(1, 3)), ValueError, r'probs: each distribution must'),
-        (lambda b: b.write(torch.tensor([0]), torch.full((1, 3), float('nan'))), ValueError, r'probs: each distribution'),
+        (
+            lambda b: b.write(torch.tensor([0]), torch.full((1, 3), float('nan'))),
+            ValueError,
+            r'probs: each distribution',
+        ),
         (lambda b: b.write(torch.tensor([0]), probs(1, 4)), ValueError, r'probs: must be floating, \[B, 3\]'),
         (lambda b: b.write(torch.tensor([0, 1]), probs(1, 3)), ValueError, r'a row for each of 2 indices, got 1'),
         (lambda b: b.write(torch.tensor([5]), probs(1, 3)), IndexError, r'\[0, num_samples=5\), got values from 5'),
@@ -142,7 +150,11 @@ def test_free_memory_is_that_of_this_machine():
         (lambda b: PredictionBank(0, 3), ValueError, r'num_samples: must be at least 1, got 0'),
         (lambda b: PredictionBank(3, 1), ValueError, r'num_classes: must be at least 2, got 1'),
         (lambda b: PredictionBank(3, 3, top_k=4), ValueError, r'top_k: must lie in \[1, num_classes=3\]'),
-        (lambda b: PredictionBank(3, 3, dtype=torch.int8), ValueError, r'dtype: must be torch.float32 or torch.float16'),
+        (
+            lambda b: PredictionBank(3, 3, dtype=torch.int8),
+            ValueError,
+            r'dtype: must be torch.float32 or torch.float16',
+        ),
     ],
 )
 def test_refusals(call, error, message):

@@ -42,7 +42,8 @@ def scope():
 def test_unique_and_stable(digits, name):
     make, size = WRAPPERS[name]
     loader = Runner.build_dataloader(
-        dict(batch_size=4, num_workers=0, dataset=make(digits), sampler=dict(type='DefaultSampler', shuffle=True)), seed=0
+        dict(batch_size=4, num_workers=0, dataset=make(digits), sampler=dict(type='DefaultSampler', shuffle=True)),
+        seed=0,
     )
     index = SampleIndex(loader.dataset)
     assert len(index) == size
@@ -89,7 +90,9 @@ def test_no_sample_index_is_refused_with_the_way_out(digits):
         dict(batch_size=4, num_workers=0, dataset=config, sampler=dict(type='DefaultSampler', shuffle=True))
     )
     index = SampleIndex(loader.dataset)
-    with pytest.raises(ValueError, match="add 'sample_idx' to the meta_keys of PackInputs .* or set teacher='snapshot'"):
+    with pytest.raises(
+        ValueError, match="add 'sample_idx' to the meta_keys of PackInputs .* or set teacher='snapshot'"
+    ):
         index(next(iter(loader)))
     with pytest.raises(ValueError, match=r"list: there is no sample index .* Set teacher='snapshot'"):
         SampleIndex([1, 2, 3])

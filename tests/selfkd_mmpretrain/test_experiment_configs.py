@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from PIL import Image
 
 FOLDERS = [ROOT / 'configs/mmpretrain' / method for method in ('pskd', 'cskd', 'frskd')]
-CONFIGS = sorted(path for folder in FOLDERS for path in folder.glob('*.py') if 'digits' not in path.name)
+CONFIGS = sorted(path for folder in FOLDERS for path in folder.glob('*.py') if path.stem.count('_') == 3)
 # Thousands of layers deep or wide: narrower here, with the same options otherwise.
 SMALLER = {
     'PyramidNet_CIFAR': {'depth': 20, 'alpha': 24},

@@ -26,7 +26,11 @@ def frskd_config(digits, work_dir, *hooks, head=(), **options):
     cfg.model.backbone.out_indices = (0, 1, 2, 3)
     cfg.model.neck = None
     cfg.model.head = ConfigDict(
-        type='selfkd_mmpretrain.FRSKDClsHead', num_classes=10, in_channels=[4, 8, 16, 32], loss=cfg.model.head.loss, **dict(head)
+        type='selfkd_mmpretrain.FRSKDClsHead',
+        num_classes=10,
+        in_channels=[4, 8, 16, 32],
+        loss=cfg.model.head.loss,
+        **dict(head),
     )
     return cfg
 
@@ -79,7 +83,9 @@ def test_losses_recomputed(digits, tmp_path, head, options):
         assert {k for k in outputs if k.startswith('loss_')} == set(expected)
         for name, value in expected.items():
             assert outputs[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
-        assert outputs['loss'] == pytest.approx(sum(outputs[name] for name in expected), rel=1e-5)  # the sum is trained on
+        assert outputs['loss'] == pytest.approx(
+            sum(outputs[name] for name in expected), rel=1e-5
+        )  # the sum is trained on
 
 
 def train_and_watch(cfg):
@@ -120,6 +126,62 @@ def test_with_weights_0_the_classifier_trains_as_in_vanilla_but_for_the_teachers
     assert torch.equal(losses['loss_cls'], vanilla(x, samples, mode='loss')['loss'])
 
 
+def test_sla_recomputed(digits, tmp_path):
+    """Joint labels of class and rotation on both branches, in a pass of their own; the plain and the rotated images together
+    give the KL and the attention transfer, as released."""
+    cfg = frskd_config(digits, tmp_path, head={'sla': 0.5}, **{'train_cfg.max_epochs': 1})
+    cfg.model.type = 'selfkd_mmpretrain.SLAImageClassifier'
+    for model, batch, outputs in train_and_watch(cfg).watched:
+        data, head = model.train().data_preprocessor(batch, True), model.head
+        y, images, n = target_of(data['data_samples']), data['inputs'], 8
+
+        def kl(student, teacher):
+            p, log_q = F.softmax(teacher / 4, 1), F.log_softmax(student / 4, 1)
+            return 16 * (p * (p.log() - log_q)).sum(1).mean()
+
+        turned = torch.cat([torch.stack([image.rot90(k, (1, 2)) for k in range(4)]) for image in images])
+        plain, rotated = model.backbone(images), model.backbone(turned)
+        maps, t = head.self_teacher['pyramid'](plain)
+        maps_rotated, _ = head.self_teacher['pyramid'](rotated)
+        z = head.fc(plain[-1].mean((2, 3)))
+        joint = head.self_teacher['joint'](rotated[-1].mean((2, 3)))
+        joint_t = head.self_teacher['teacher_joint'](maps_rotated[-1].mean((2, 3)))
+        labels = torch.tensor([4 * c + k for c in y.tolist() for k in range(4)])
+        means = [
+            torch.stack([sum(j[4 * i + k, k::4] for k in range(4)) / 4 for i in range(n)]) for j in (joint, joint_t)
+        ]
+        at = [
+            attention_transfer(torch.cat([f, g]), torch.cat([m, r]))
+            for f, g, m, r in zip(plain, rotated, maps, maps_rotated)
+        ]
+        expected = {
+            'loss_cls': F.cross_entropy(z, y),
+            'loss_teacher': F.cross_entropy(t, y),
+            'loss_joint': F.cross_entropy(joint, labels) + F.cross_entropy(joint_t, labels),
+            'loss_sla': 0.5 * (kl(z, means[0]) + kl(t, means[1])),
+            'loss_kd': 2 * kl(torch.cat([z, means[0]]), torch.cat([t, means[1]])),
+            'loss_feature': 100 * sum(at),
+        }
+        for name, value in expected.items():
+            assert outputs[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
+        assert outputs['loss'] == pytest.approx(sum(outputs[name] for name in expected), rel=1e-5)
+
+
+def test_sla_and_the_model_type_belong_together(digits, tmp_path):
+    cfg = frskd_config(digits, tmp_path, head={'sla': 1.0})
+    with pytest.raises(ValueError, match="with sla set model.type='selfkd_mmpretrain.SLAImageClassifier'"):
+        train(cfg)
+    cfg = frskd_config(digits, tmp_path)
+    cfg.model.type = 'selfkd_mmpretrain.SLAImageClassifier'
+    with pytest.raises(ValueError, match='sla and the model type belong together'):
+        train(cfg)
+    cfg = frskd_config(digits, tmp_path, head={'sla': 1.0})
+    cfg.model.type = 'selfkd_mmpretrain.SLAImageClassifier'
+    cfg.data_preprocessor.batch_augments = dict(augments=dict(type='Mixup', alpha=0.2))
+    with pytest.raises(ValueError, match='sla needs class ids'):
+        train(cfg)
+
+
 def test_soft_labels_only(digits, tmp_path):
     runner = train_and_watch(frskd_config(digits, tmp_path, head={'beta': 0.0}, **{'train_cfg.max_epochs': 1}))
     assert {k for k in runner.watched[0][2] if k.startswith('loss_')} == {'loss_cls', 'loss_teacher', 'loss_kd'}
@@ -127,7 +189,9 @@ def test_soft_labels_only(digits, tmp_path):
 
 def test_published_checkpoint_is_the_vanilla_model(digits, tmp_path):
     """Strict load, bit-identical predictions, plain tensors, and the self-teacher never runs at inference."""
-    cfg = frskd_config(digits, tmp_path / 'run', head={'feature_loss': 'hint', 'beta': 1.0}, **{'train_cfg.max_epochs': 1})
+    cfg = frskd_config(
+        digits, tmp_path / 'run', head={'feature_loss': 'hint', 'beta': 1.0}, **{'train_cfg.max_epochs': 1}
+    )
     model = train(cfg).model.eval()
     source, out = next((tmp_path / 'run').glob('epoch_1.pth')), tmp_path / 'published.pth'
     command = [sys.executable, str(ROOT / 'tools/publish_model.py'), str(source), str(out)]
@@ -137,7 +201,9 @@ def test_published_checkpoint_is_the_vanilla_model(digits, tmp_path):
     vanilla = MODELS.build(digits_config(digits, tmp_path).model).eval()
     vanilla.load_state_dict(torch.load(out, weights_only=True)['state_dict'], strict=True)
     x = torch.randn(5, 3, 8, 8)
-    model.head.self_teacher['pyramid'].register_forward_hook(lambda *_: pytest.fail('the self-teacher ran at inference'))
+    model.head.self_teacher['pyramid'].register_forward_hook(
+        lambda *_: pytest.fail('the self-teacher ran at inference')
+    )
     for ours, theirs in zip(model(x, mode='predict'), vanilla(x, mode='predict')):
         assert torch.equal(ours.pred_score, theirs.pred_score)
 
@@ -150,7 +216,9 @@ def test_onnx_export_holds_the_vanilla_path_only(digits, tmp_path):
     x, path = torch.randn(1, 3, 8, 8), str(tmp_path / 'model.onnx')
     torch.onnx.export(model, x, path, input_names=['images'])
     network = ReferenceEvaluator(path)
-    torch.testing.assert_close(torch.from_numpy(network.run(None, {'images': x.numpy()})[0]), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(network.run(None, {'images': x.numpy()})[0]), model(x), rtol=1e-4, atol=1e-5
+    )
     assert not [node.name for node in network.proto_.graph.initializer if 'self_teacher' in node.name]
 
 
@@ -210,7 +278,9 @@ def test_two_processes_find_a_gradient_for_every_parameter(digits, tmp_path):
     command += [str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py'), '--work-dir', str(tmp_path / 'run')]
     command += ['--launcher', 'pytorch']
     path = os.pathsep.join([str(ROOT / 'plugins'), os.environ.get('PYTHONPATH', '')])
-    outcome = subprocess.run(command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path)
+    outcome = subprocess.run(
+        command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path
+    )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert (tmp_path / 'run/epoch_1.pth').exists()
 

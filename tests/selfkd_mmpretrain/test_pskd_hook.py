@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from mm_runs import ROOT, Recorder, assert_same_state, by_iterations, digits_con
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import MODELS
-
-from selfkd_mmpretrain import PSKDHook
 
 PSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
 SNAPSHOT = dict(PSKD, teacher='snapshot')
@@ -55,7 +52,11 @@ def test_iteration_based_loop_recomputed(digits, tmp_path):
     # 5 iterations are one pass over the data; alpha is the share of iterations done at the start of the pass
     expected = expected_losses(recorder.steps, lambda step: 0.8 * (step['iter'] // 5 * 5) / 12, onehot)
     assert [step['loss'] for step in recorder.steps] == pytest.approx(expected, rel=1e-5)
-    assert [round(step['pskd_alpha'], 4) for step in recorder.steps[::5]] == [0, round(0.8 * 5 / 12, 4), round(8 / 12, 4)]
+    assert [round(step['pskd_alpha'], 4) for step in recorder.steps[::5]] == [
+        0,
+        round(0.8 * 5 / 12, 4),
+        round(8 / 12, 4),
+    ]
 
 
 def test_smoothed_labels_are_the_hard_part_and_not_smoothed_twice(digits, tmp_path):
@@ -87,7 +88,9 @@ def test_snapshot_teaches_with_the_previous_epochs_model_on_the_present_inputs(d
     recorder = Recorder()
     cfg = digits_config(digits, tmp_path, SNAPSHOT)
     if mixup:
-        cfg.data_preprocessor.batch_augments = dict(augments=[dict(type='Mixup', alpha=1.0), dict(type='CutMix', alpha=1.0)])
+        cfg.data_preprocessor.batch_augments = dict(
+            augments=[dict(type='Mixup', alpha=1.0), dict(type='CutMix', alpha=1.0)]
+        )
     cfg.default_hooks.checkpoint.max_keep_ckpts = 3
     runner = train(cfg, recorder)
     for step in recorder.steps:
@@ -116,7 +119,9 @@ def test_alpha_0_trains_to_the_vanilla_weights(digits, tmp_path, hook):
 def test_logged_parts_add_up_and_reach_tensorboard(digits, tmp_path):
     cfg = digits_config(digits, tmp_path, PSKD)
     cfg.default_hooks.logger.interval = 1
-    cfg.visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')])
+    cfg.visualizer = dict(
+        type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
+    )
     train(cfg, recorder := Recorder())
     for step in recorder.steps:
         assert step['pskd_hard'] + step['pskd_soft'] == pytest.approx(step['loss'], rel=1e-5)
@@ -139,7 +144,9 @@ def amp_on_cpu(monkeypatch):
 @pytest.mark.parametrize('hook', [dict(PSKD, top_k=3, bank_dtype='float16'), SNAPSHOT])
 def test_beside_accumulation_amp_ema_and_frozen_layers(digits, tmp_path, hook):
     cfg = digits_config(digits, tmp_path, hook, dict(type='EMAHook', ema_type='ExponentialMovingAverage'))
-    cfg.optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0, accumulative_counts=2, **cfg.optim_wrapper)
+    cfg.optim_wrapper = dict(
+        type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0, accumulative_counts=2, **cfg.optim_wrapper
+    )
     cfg.model.backbone.frozen_stages = 1
     cfg.train_cfg.val_interval = 1
     train(cfg, recorder := Recorder())
@@ -304,7 +311,10 @@ class DumpBank(Recorder):
 
 
 def run_distributed(tmp_path, config, *arguments):
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)])}
+    environment = {
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join([str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)]),
+    }
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     command += [str(ROOT / 'tools/train.py'), str(config), '--launcher', 'pytorch', *arguments]
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
@@ -316,8 +326,18 @@ def run_distributed(tmp_path, config, *arguments):
 
 
 def test_command_line_alone_switches_it_on(digits, tmp_path):
-    command = [sys.executable, str(ROOT / 'tools/train.py'), str(ROOT / 'configs/_base_/digits.py'), '--work-dir', str(tmp_path)]
-    command += ['--cfg-options', f'train_dataloader.dataset.data_root={digits}', f'val_dataloader.dataset.data_root={digits}']
+    command = [
+        sys.executable,
+        str(ROOT / 'tools/train.py'),
+        str(ROOT / 'configs/_base_/digits.py'),
+        '--work-dir',
+        str(tmp_path),
+    ]
+    command += [
+        '--cfg-options',
+        f'train_dataloader.dataset.data_root={digits}',
+        f'val_dataloader.dataset.data_root={digits}',
+    ]
     command += ['train_cfg.max_epochs=2', 'default_hooks.logger.interval=1']
     command += ['default_hooks.pskd.type=selfkd_mmpretrain.PSKDHook', 'default_hooks.pskd.alpha=0.8']
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -362,7 +382,10 @@ def refused(message, cfg, error=ValueError):
         (dict(SNAPSHOT, top_k=4), r"top_k, bank_dtype and bank_device belong to teacher='bank'"),
         (dict(PSKD, top_k=11), r'top_k: must lie in \[1, num_classes=10\] or be None, got 11'),
         (dict(SNAPSHOT, interval=0), r'interval must be a positive number of iterations, got 0'),
-        (dict(SNAPSHOT, interval=3), r'interval works with a snapshot teacher in an iteration-based training loop only'),
+        (
+            dict(SNAPSHOT, interval=3),
+            r'interval works with a snapshot teacher in an iteration-based training loop only',
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(digits, tmp_path, hook, message):
@@ -377,8 +400,14 @@ def test_settings_that_cannot_work_are_refused(digits, tmp_path, hook, message):
             r'LinearClsHead trains with CrossEntropyLoss, .* Use CrossEntropyLoss \(use_sigmoid=False\)',
         ),
         ({'model.head.loss': dict(type='FocalLoss')}, r'LinearClsHead trains with FocalLoss'),
-        ({'model.head.loss': dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='multi_label')}, 'LabelSmoothLoss'),
-        ({'model.head': dict(type='MultiLabelLinearClsHead', num_classes=10, in_channels=32)}, r'MultiLabelLinearClsHead'),
+        (
+            {'model.head.loss': dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='multi_label')},
+            'LabelSmoothLoss',
+        ),
+        (
+            {'model.head': dict(type='MultiLabelLinearClsHead', num_classes=10, in_channels=32)},
+            r'MultiLabelLinearClsHead',
+        ),
         ({'model.head.num_classes': 12}, r'training set has 10 classes, the head 12: set model.head.num_classes=10'),
         (
             {'data_preprocessor.batch_augments': dict(augments=dict(type='Mixup', alpha=0.2))},
