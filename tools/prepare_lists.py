@@ -1,4 +1,5 @@
-"""Writes the lists of training and test images (`PATH CLASS-ID` lines) that our configs read, from a data set's own files.
+"""Writes the lists of training and test images (`PATH CLASS-ID` lines) that our configs read, from a data set's own
+files.
 
     python tools/prepare_lists.py tinyimagenet data/tiny-imagenet-200
     python tools/prepare_lists.py dogs data/stanford_dogs
@@ -46,9 +47,7 @@ def stanford40(root: Path) -> None:
     splits = root / 'ImageSplits'
     classes = sorted(path.name[: -len('_train.txt')] for path in splits.glob('*_train.txt'))
     for part in ('train', 'test'):
-        names = (
-            (name, i) for i, c in enumerate(classes) for name in (splits / f'{c}_{part}.txt').read_text().split()
-        )
+        names = ((name, i) for i, c in enumerate(classes) for name in (splits / f'{c}_{part}.txt').read_text().split())
         write(root / f'{part}.txt', names)
 
 

@@ -10,9 +10,7 @@ import argparse
 from selfkd_mmengine.publish import publish_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument(
-    'checkpoint', help="a checkpoint of mmengine's runner (only files you trust: it is unpickled)"
-)
+parser.add_argument('checkpoint', help="a checkpoint of mmengine's runner (only files you trust: it is unpickled)")
 parser.add_argument('out', help='the file to write')
 args = parser.parse_args()
 dropped = publish_checkpoint(args.checkpoint, args.out)

@@ -185,9 +185,7 @@ def pskd_loss(
     if dense_hard:
         _check_probs('labels_or_probs', labels_or_probs, logits)
         if ignore_index is not None:
-            raise ValueError(
-                f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}'
-            )
+            raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
     else:
         if ignore_index is not None:
             valid = labels_or_probs != ignore_index
@@ -256,7 +254,8 @@ def cskd_loss(
     logits: Tensor, labels: Tensor, partner_logits: Tensor, *, temperature: float = 4.0, weight: float = 1.0
 ) -> Tensor:
     r"""CS-KD: cross-entropy, and the prediction for another sample of the same class x' as the teacher,
-    :math:`\mathrm{CE}(z(x), y) + \lambda\, T^2\, \mathrm{KL}(\mathrm{softmax}(z(x')/T) \,\|\, \mathrm{softmax}(z(x)/T))`.
+    :math:`\mathrm{CE}(z(x), y) + \lambda\, T^2\, \mathrm{KL}(\mathrm{softmax}(z(x')/T) \,\|\,
+    \mathrm{softmax}(z(x)/T))`.
 
     Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020, eq. 3
     https://arxiv.org/abs/2003.13964
@@ -279,7 +278,8 @@ def cskd_loss(
 
 
 def attention_transfer(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    r"""Attention transfer, :math:`\mathrm{mean}\,(a(F) - a(T))^2`; a(F) is the channel mean of F^2, flattened and L2-normalised.
+    r"""Attention transfer, :math:`\mathrm{mean}\,(a(F) - a(T))^2`; a(F) is the channel mean of F^2, flattened and
+    L2-normalised.
 
     Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017
     https://arxiv.org/abs/1612.03928
@@ -296,7 +296,8 @@ def attention_transfer(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     """
     if student_map.dim() < 3 or _without_channels(student_map) != _without_channels(teacher_map):
         raise ValueError(
-            f'student_map, teacher_map: must be [N, C, ...] and differ in channels only, got {tuple(student_map.shape)} '
+            'student_map, teacher_map: must be [N, C, ...] and differ in channels only, got '
+            f'{tuple(student_map.shape)} '
             f'and {tuple(teacher_map.shape)}'
         )
     difference = _attention(student_map) - _attention(teacher_map.detach())
@@ -358,8 +359,8 @@ def byot_loss(
 ) -> Dict[str, Tensor]:
     r"""BYOT: the deepest classifier teaches auxiliary ones on shallower stages.
 
-    Zhang et al., "Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self Distillation", ICCV
-    2019, eq. 6
+    Zhang et al., "Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self
+    Distillation", ICCV 2019, eq. 6
     https://arxiv.org/abs/1905.08094
 
     Args:
@@ -372,7 +373,8 @@ def byot_loss(
         beta: weight of the squared distances between features, at least 0.
 
     Returns:
-        ``loss_cls`` and ``loss_aux`` (with labels), ``loss_kd`` = alpha T^2 sum_i KL(z -> z_i), ``loss_feature`` = beta sum_i
+        ``loss_cls`` and ``loss_aux`` (with labels), ``loss_kd`` = alpha T^2 sum_i KL(z -> z_i), ``loss_feature`` =
+        beta sum_i
         ||F_i - F||^2, both averaged over N. The deepest classifier's side is a constant in the last two.
 
     Example:
@@ -384,9 +386,7 @@ def byot_loss(
     _check_alpha(alpha, logits)
     _check_weight('beta', beta)
     if len(aux_logits) != len(aux_feats):
-        raise ValueError(
-            f'aux_feats: needs one for each of {len(aux_logits)} aux_logits, got {len(aux_feats)}'
-        )
+        raise ValueError(f'aux_feats: needs one for each of {len(aux_logits)} aux_logits, got {len(aux_feats)}')
     losses = {}
     if labels is not None:
         losses['loss_cls'] = (1 - alpha) * _cross_entropy(logits, labels)
@@ -407,8 +407,8 @@ def ddgsd_loss(
     mmd_weight: float,
     temperature: float = 3.0,
 ) -> Tensor:
-    r"""DDGSD's consistency of two differently distorted views of the same images: each view's prediction teaches the other's,
-    and the views' mean features are drawn together (linear MMD).
+    r"""DDGSD's consistency of two differently distorted views of the same images: each view's prediction teaches the
+    other's, and the views' mean features are drawn together (linear MMD).
 
     Xu and Liu, "Data-Distortion Guided Self-Distillation for Deep Neural Networks", AAAI 2019
     https://doi.org/10.1609/aaai.v33i01.33015565
@@ -430,9 +430,7 @@ def ddgsd_loss(
     _check_weight('weight', weight)
     _check_weight('mmd_weight', mmd_weight)
     _check_same_shape(feats, other_feats)
-    kl = distillation_kl(logits, other_logits, temperature) + distillation_kl(
-        other_logits, logits, temperature
-    )
+    kl = distillation_kl(logits, other_logits, temperature) + distillation_kl(other_logits, logits, temperature)
     wide = _wide(feats.dtype)
     difference = (feats.to(wide).sum(0) - other_feats.to(wide).sum(0)) / max(len(feats), 1)
     return weight * kl + mmd_weight * difference.pow(2).sum()
@@ -445,8 +443,8 @@ def sla_loss(joint_logits: Tensor, logits: Tensor, labels: Tensor, *, weight: fl
     https://arxiv.org/abs/1910.05872
 
     Args:
-        joint_logits: of class and rotation, ``[4 N, 4 C]``: row ``4 i + k`` is image i turned k times, column ``4 c + k``
-            class c turned k times.
+        joint_logits: of class and rotation, ``[4 N, 4 C]``: row ``4 i + k`` is image i turned k times, column ``4 c +
+            k`` class c turned k times.
         logits: of the images as they are, ``[N, C]``.
         labels: class ids ``[N]``.
         weight: of the KL from the aggregated prediction to ``logits``.
@@ -481,7 +479,8 @@ def tfkd_loss(
     temperature: float = 20.0,
     correct_prob: float = 0.99,
 ) -> Tensor:
-    r"""TF-KD's regularisation variant, :math:`(1-\alpha)\, \mathrm{CE}(z, y) + \alpha\, \mathrm{KL}(u_T \,\|\, \mathrm{softmax}(z))`.
+    r"""TF-KD's regularisation variant, :math:`(1-\alpha)\, \mathrm{CE}(z, y) + \alpha\, \mathrm{KL}(u_T \,\|\,
+    \mathrm{softmax}(z))`.
 
     Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020, eq. 9 and 10
     https://arxiv.org/abs/1909.11723
@@ -506,8 +505,8 @@ def tfkd_regularization(
     """TF-KD's KL to a made-up teacher that is right with probability ``correct_prob`` and indifferent otherwise.
 
     As released: the teacher's *probabilities* u (``correct_prob`` for the label, the rest spread evenly) are divided by
-    the temperature and go through another softmax; the student is not tempered. Summed over classes, averaged over N (the
-    released code's factor of 100 for the 100 classes of CIFAR-100 undoes an average over classes).
+    the temperature and go through another softmax; the student is not tempered. Summed over classes, averaged over N
+    (the released code's factor of 100 for the 100 classes of CIFAR-100 undoes an average over classes).
 
     Example:
         >>> tfkd_regularization(torch.zeros(1, 4), torch.tensor([0]), temperature=1e6).item() < 1e-6  # both uniform
@@ -546,7 +545,8 @@ def frskd_loss(
     :math:`\mathrm{CE}(z_c, y) + \mathrm{CE}(z_t, y) + \alpha T^2 \mathrm{KL}(\mathrm{softmax}(z_t/T) \,\|\,
     \mathrm{softmax}(z_c/T)) + \beta \sum_i \mathrm{AT}(F_i, T_i)`.
 
-    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021, eq. 2 to 5
+    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021, eq. 2
+    to 5
     https://arxiv.org/abs/2103.08273
 
     Args:
@@ -558,12 +558,12 @@ def frskd_loss(
         alpha: weight of the KL, at least 0.
         beta: weight of the feature loss, at least 0; with 0 (soft labels only) the maps are not looked at.
         temperature: T > 0.
-        feature_loss: ``'attention'``, ``'hint'`` or ``'overhaul'``. For the last two ``feats`` come from their adapters; the
-            overhaul loss of level i of n is halved n - 1 - i times, as released.
+        feature_loss: ``'attention'``, ``'hint'`` or ``'overhaul'``. For the last two ``feats`` come from their
+            adapters; the overhaul loss of level i of n is halved n - 1 - i times, as released.
 
     Returns:
-        the weighted terms ``loss_cls`` and ``loss_teacher`` (with labels), ``loss_kd``, and ``loss_feature`` (with beta); their
-        sum is the loss.
+        the weighted terms ``loss_cls`` and ``loss_teacher`` (with labels), ``loss_kd``, and ``loss_feature`` (with
+        beta); their sum is the loss.
 
     Example:
         >>> logits, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])
@@ -577,9 +577,7 @@ def frskd_loss(
     if feature_loss not in FEATURE_LOSSES:
         raise ValueError(f'feature_loss: must be one of {tuple(FEATURE_LOSSES)}, got {feature_loss!r}')
     if beta and len(feats) != len(teacher_feats):
-        raise ValueError(
-            f'feats: needs as many levels as teacher_feats, {len(teacher_feats)}, got {len(feats)}'
-        )
+        raise ValueError(f'feats: needs as many levels as teacher_feats, {len(teacher_feats)}, got {len(feats)}')
     losses = {}
     if labels is not None:
         losses['loss_cls'] = _cross_entropy(logits, labels)
@@ -656,11 +654,9 @@ def _without_channels(maps: Tensor):
 
 def _attention(maps: Tensor) -> Tensor:
     maps = maps.to(_wide(maps.dtype))
-    if maps.requires_grad:
-        energy = maps.pow(2).mean(1)
-    else:  # without the tensor of squares, whose gradient nobody wants
-        energy = torch.linalg.vector_norm(maps, dim=1).pow(2) / maps.shape[1]
-    return F.normalize(energy.flatten(1))
+    if not maps.requires_grad:  # without the tensor of squares
+        return F.normalize((torch.linalg.vector_norm(maps, dim=1).pow(2) / maps.shape[1]).flatten(1))
+    return F.normalize(maps.pow(2).mean(1).flatten(1))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -701,7 +697,8 @@ def _check_weight(name: str, weight: float) -> None:
 def _check_same_shape(student_map: Tensor, teacher_map: Tensor) -> None:
     if student_map.shape != teacher_map.shape:
         raise ValueError(
-            f'student_map: must have the shape of teacher_map, {tuple(teacher_map.shape)}, got {tuple(student_map.shape)} '
+            f'student_map: must have the shape of teacher_map, {tuple(teacher_map.shape)}, got '
+            f'{tuple(student_map.shape)} '
             f'(an adapter is missing?)'
         )
 

@@ -30,7 +30,8 @@ class SameClassPairing:
         labels = torch.as_tensor(labels)
         if labels.dim() != 1 or labels.is_floating_point() or not len(labels) or labels.min() < 0:
             raise ValueError(
-                f'labels: must be one class id (an integer of at least 0) per sample, [N] with N > 0, got {labels.dtype}, '
+                'labels: must be one class id (an integer of at least 0) per sample, [N] with N > 0, got '
+                f'{labels.dtype}, '
                 f'{tuple(labels.shape)}'
             )
         self._labels = labels.long()

@@ -12,12 +12,13 @@ __all__ = ['SelfTeacherPyramid']
 class SelfTeacherPyramid(nn.Module):
     """The self-teacher network ("BiFPNc") of FRSKD. Used in training only.
 
-    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021, section 3.1
+    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021,
+    section 3.1
     https://arxiv.org/abs/2103.08273
 
-    It computes what the straightforward arrangement of its layers computes (tools/benchmark_classification.py has one to compare with),
-    with less work: convolutions and batch norms run before nearest upsampling, not after it, and the two lateral
-    convolutions of a level are one.
+    It computes what the straightforward arrangement of its layers computes (selfkd_mmpretrain.benchmark has one to
+    compare with), with less work: convolutions and batch norms run before nearest upsampling, not after it, and the
+    two lateral convolutions of a level are one.
 
     Args:
         in_channels: channels c_i of the feature maps, fine to coarse; two levels or more.
@@ -44,9 +45,7 @@ class SelfTeacherPyramid(nn.Module):
     ):
         super().__init__()
         if len(in_channels) < 2 or min(in_channels) < 1:
-            raise ValueError(
-                f'in_channels: must name the channels of at least 2 levels, got {list(in_channels)}'
-            )
+            raise ValueError(f'in_channels: must name the channels of at least 2 levels, got {list(in_channels)}')
         for name, value in (
             ('num_classes', num_classes),
             ('width', width),
@@ -86,13 +85,9 @@ class SelfTeacherPyramid(nn.Module):
     def _check(self, feats: Sequence[Tensor]) -> None:
         channels = [f.shape[1] for f in feats]
         if channels != self.in_channels:
-            raise ValueError(
-                f'feats: channels must be in_channels={self.in_channels}, fine to coarse, got {channels}'
-            )
+            raise ValueError(f'feats: channels must be in_channels={self.in_channels}, fine to coarse, got {channels}')
         sizes = [tuple(f.shape[2:]) for f in feats]
-        if any(len(s) != 2 for s in sizes) or any(
-            a < b for s, t in zip(sizes, sizes[1:]) for a, b in zip(s, t)
-        ):
+        if any(len(s) != 2 for s in sizes) or any(a < b for s, t in zip(sizes, sizes[1:]) for a, b in zip(s, t)):
             raise ValueError(f'feats: must be maps [N, C, H, W], fine to coarse, got sizes {sizes}')
 
 
@@ -145,9 +140,7 @@ class _Pass(nn.Module):
 
 
 def _conv1x1(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        _Pointwise(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(_Pointwise(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 def _separable3x3(channels: int, depth: int) -> nn.Sequential:
@@ -163,7 +156,7 @@ def _separable3x3(channels: int, depth: int) -> nn.Sequential:
 
 
 class _Pointwise(nn.Conv2d):
-    """A 1x1 convolution; on the CPU, for maps of many pixels and few channels, as a matrix product, which is faster there."""
+    """A 1x1 convolution; on the CPU, for maps of many pixels and few channels, as the faster matrix product."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 1, bias=False)
@@ -172,9 +165,7 @@ class _Pointwise(nn.Conv2d):
         height, width = x.shape[2:]
         if x.device.type != 'cpu' or height * width < self.out_channels:
             return super().forward(x)
-        return torch.bmm(self.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(
-            2, (height, width)
-        )
+        return torch.bmm(self.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, (height, width))
 
 
 class _Depthwise3x3(nn.Conv2d):
@@ -216,8 +207,8 @@ def _weighted_sum(weights: Tensor, *maps: Tensor) -> Tensor:
 
 
 class _WeightedSum(torch.autograd.Function):
-    """The weighted sum and its gradients in as few passes over the maps as they can take: composed operations write each
-    product, and in the backward pass each product with the gradient, to memory."""
+    """The weighted sum and its gradients in as few passes over the maps as they can take: composed operations write
+    each product, and in the backward pass each product with the gradient, to memory."""
 
     @staticmethod
     def forward(ctx, weights, *maps):
@@ -247,7 +238,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _upsampled_conv(conv: nn.Sequential, x: Tensor, size: Tuple[int, int]) -> Tensor:
-    """What ``conv`` gives on x upsampled (nearest) to ``size``, possibly on fewer pixels: upsample the result to ``size``."""
+    """What ``conv`` gives on x upsampled (nearest) to ``size``, but perhaps on fewer pixels: upsample the result."""
     copies = size[0] * size[1] // (x.shape[2] * x.shape[3])
     even = size[0] % x.shape[2] == 0 and size[1] % x.shape[3] == 0
     convolution, norm, relu = conv
@@ -257,8 +248,8 @@ def _upsampled_conv(conv: nn.Sequential, x: Tensor, size: Tuple[int, int]) -> Te
         return conv(F.interpolate(x, size, mode='nearest'))
     if not norm.training or copies == 1:
         return conv(x)
-    # A 1x1 convolution and a batch norm commute with repeating every pixel equally often, except that the running variance
-    # is the unbiased one: n / (n - 1) of the pixels after repetition, not before.
+    # A 1x1 convolution and a batch norm commute with repeating every pixel equally often, except that the running
+    # variance is the unbiased one: n / (n - 1) of the pixels after repetition, not before.
     variance = torch.zeros_like(norm.running_var)
     out = F.batch_norm(
         convolution(x), norm.running_mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps

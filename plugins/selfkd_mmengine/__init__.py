@@ -5,4 +5,13 @@ from .pair_sampler import PairBatchSampler, ViewBatchSampler
 from .pskd_hook import PSKDHookBase
 from .sample_index import SampleIndex
 
-__all__ = ['PSKDHookBase', 'PairBatchSampler', 'SampleIndex', 'SelfKDHook', 'ViewBatchSampler', 'epoch_length', 'training_progress', 'unwrap']
+__all__ = [
+    'PSKDHookBase',
+    'PairBatchSampler',
+    'SampleIndex',
+    'SelfKDHook',
+    'ViewBatchSampler',
+    'epoch_length',
+    'training_progress',
+    'unwrap',
+]

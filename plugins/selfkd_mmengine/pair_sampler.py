@@ -16,9 +16,10 @@ __all__ = ['PairBatchSampler', 'ViewBatchSampler', 'class_of_each', 'with_batch_
 class PairBatchSampler(BatchSampler):
     """Yields B anchors followed by B partners of the same classes.
 
-    The anchors are those that the sampler gives; partners are drawn uniformly from all training samples of the anchor's class
-    (on every rank from the whole training set). The draws follow from the sampler's seed, its epoch and the rank alone, so a
-    resumed epoch has the pairs it would have had. CSKDHook takes the partners out of the batch again.
+    The anchors are those that the sampler gives; partners are drawn uniformly from all training samples of the
+    anchor's class (on every rank from the whole training set). The draws follow from the sampler's seed, its epoch and
+    the rank alone, so a resumed epoch has the pairs it would have had. CSKDHook takes the partners out of the batch
+    again.
 
         train_dataloader = dict(batch_sampler=dict(type='selfkd_mmengine.PairBatchSampler'))
 
@@ -65,9 +66,7 @@ class ViewBatchSampler(BatchSampler):
 
 def class_of_each(dataset) -> List[int]:
     """The class id of every sample, from the annotations alone: no image is read."""
-    dataset = getattr(
-        dataset, '_dataset', dataset
-    )  # mmengine's slice of num_batch_per_epoch: partners come from all
+    dataset = getattr(dataset, '_dataset', dataset)  # mmengine's slice of num_batch_per_epoch: partners come from all
     name = type(dataset).__name__
     if not hasattr(dataset, 'get_data_info'):
         raise ValueError(
@@ -78,7 +77,8 @@ def class_of_each(dataset) -> List[int]:
     for i, label in enumerate(labels):
         if getattr(label, 'ndim', 0) or not hasattr(label, '__index__') or label < 0:
             raise ValueError(
-                f'{name}: CS-KD needs one class per sample, but sample {i} has gt_label={label!r}. Multi-label data and data '
+                f'{name}: CS-KD needs one class per sample, but sample {i} has gt_label={label!r}. Multi-label data '
+                'and data '
                 f'without labels cannot be paired by class'
             )
     return [int(label) for label in labels]

@@ -12,9 +12,7 @@ __all__ = ['publish_checkpoint', 'strip_self_teacher']
 
 def strip_self_teacher(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """The weights that inference uses: without every sub-module named as in ``TRAINING_ONLY``, at any depth."""
-    return {
-        name: value for name, value in state_dict.items() if not set(TRAINING_ONLY) & set(name.split('.'))
-    }
+    return {name: value for name, value in state_dict.items() if not set(TRAINING_ONLY) & set(name.split('.'))}
 
 
 def publish_checkpoint(source: str, target: str) -> int:
@@ -22,7 +20,8 @@ def publish_checkpoint(source: str, target: str) -> int:
 
     Args:
         source: a checkpoint of mmengine's runner. Load only files you trust: it is unpickled.
-        target: the file to write; it loads with ``torch.load(..., weights_only=True)``, and strictly into the vanilla config.
+        target: the file to write; it loads with ``torch.load(..., weights_only=True)``, and strictly into the vanilla
+            config.
     """
     checkpoint = torch.load(source, map_location='cpu')
     state = weights_to_cpu(checkpoint.get('state_dict', checkpoint))

@@ -22,8 +22,8 @@ class BYOTClsHead(LinearClsHead):
     Zhang et al., "Be Your Own Teacher", ICCV 2019
     https://arxiv.org/abs/1905.08094
 
-    As FRSKDClsHead it takes the maps of several stages (``neck=None``), classifies from the last one exactly as pooling and
-    ``LinearClsHead`` do, and ``tools/publish_model.py`` drops the rest.
+    As FRSKDClsHead it takes the maps of several stages (``neck=None``), classifies from the last one exactly as
+    pooling and ``LinearClsHead`` do, and ``tools/publish_model.py`` drops the rest.
 
     Args:
         num_classes: C.
@@ -48,12 +48,11 @@ class BYOTClsHead(LinearClsHead):
         **kwargs,
     ):
         if isinstance(in_channels, int) or len(in_channels) < 2:
-            raise ValueError(
-                f'BYOTClsHead: in_channels must list the channels of at least 2 stages, got {in_channels}'
-            )
+            raise ValueError(f'BYOTClsHead: in_channels must list the channels of at least 2 stages, got {in_channels}')
         if not (0 <= alpha <= 1 and beta >= 0 and temperature > 0):
             raise ValueError(
-                f'BYOTClsHead: alpha must lie in [0, 1], beta be at least 0 and temperature above 0, got {alpha}, {beta}, '
+                f'BYOTClsHead: alpha must lie in [0, 1], beta be at least 0 and temperature above 0, got {alpha}, '
+                f'{beta}, '
                 f'{temperature}'
             )
         super().__init__(num_classes, in_channels[-1], loss=loss, **kwargs)
@@ -69,7 +68,8 @@ class BYOTClsHead(LinearClsHead):
     def pre_logits(self, feats: Tuple[Tensor]) -> Tensor:
         if feats[-1].dim() != 4:
             raise ValueError(
-                f'BYOTClsHead: needs feature maps [B, C, H, W], got {tuple(feats[-1].shape)}: set model.neck=None (the head pools)'
+                f'BYOTClsHead: needs feature maps [B, C, H, W], got {tuple(feats[-1].shape)}: set model.neck=None '
+                '(the head pools)'
             )
         return F.adaptive_avg_pool2d(feats[-1], 1).flatten(1)
 
@@ -77,14 +77,10 @@ class BYOTClsHead(LinearClsHead):
         cls_score = self(feats)
         losses = self._get_loss(cls_score, data_samples, **kwargs)
         losses['loss_cls'] = (1 - self.alpha) * losses.pop('loss')  # mmengine logs the sum as 'loss'
-        vectors = [
-            F.adaptive_avg_pool2d(b(f), 1).flatten(1) for b, f in zip(self.auxiliary['branches'], feats)
-        ]
+        vectors = [F.adaptive_avg_pool2d(b(f), 1).flatten(1) for b, f in zip(self.auxiliary['branches'], feats)]
         scores = [fc(v) for fc, v in zip(self.auxiliary['fcs'], vectors)]
         target, loss = target_of(data_samples), self.auxiliary['loss_module']
-        losses['loss_aux'] = (1 - self.alpha) * sum(
-            loss(s, target, avg_factor=len(s), **kwargs) for s in scores
-        )
+        losses['loss_aux'] = (1 - self.alpha) * sum(loss(s, target, avg_factor=len(s), **kwargs) for s in scores)
         losses.update(
             byot_loss(
                 cls_score,
@@ -101,7 +97,7 @@ class BYOTClsHead(LinearClsHead):
 
 
 def _branch(channels: Sequence[int]) -> nn.Sequential:
-    """Brings a stage's map to the last stage's channels, halving it once for each stage between: separable convolutions."""
+    """Brings a stage's map to the last stage's channels, halving it for each stage between."""
     layers = []
     for c_in, c_out in zip(channels, channels[1:]):
         layers += [

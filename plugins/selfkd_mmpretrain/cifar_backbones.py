@@ -158,8 +158,8 @@ class PyramidNet_CIFAR(BaseBackbone):  # noqa: N801
     Args:
         depth: 9 n + 2, with n blocks in each of three stages.
         alpha: channels grow linearly by this many over the blocks, from 16 (times 4 at a block's end).
-        shake_drop: probability that ShakeDrop disturbs the last block, growing linearly over the blocks; 0 is none, the paper
-            takes 0.5.
+        shake_drop: probability that ShakeDrop disturbs the last block, growing linearly over the blocks; 0 is none,
+            the paper takes 0.5.
         out_indices: stages (0 to 2) to return; the last one after the final batch norm and ReLU.
     """
 
@@ -231,7 +231,7 @@ class _PyramidBlock(nn.Module):
 
 
 class _ShakeDrop(torch.autograd.Function):
-    """With probability p scales the branch by one random number per image forwards, U(-1, 1), and another backwards, U(0, 1)."""
+    """With probability p scales the branch by a random number per image: U(-1, 1) forwards, another in U(0, 1) back."""
 
     @staticmethod
     def forward(ctx, x, p):

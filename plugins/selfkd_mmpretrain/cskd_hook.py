@@ -38,7 +38,8 @@ class PairedHook(SelfKDHook):
             return
         if is_iter_based(runner) or type(loader.batch_sampler) is not BatchSampler:
             raise ValueError(
-                f'{type(self).__name__}: the training loop is iteration-based or has a batch sampler of its own, so the data '
+                f'{type(self).__name__}: the training loop is iteration-based or has a batch sampler of its own, so '
+                'the data '
                 f"loader must yield the pairs: set train_dataloader.batch_sampler=dict(type='selfkd_mmengine."
                 f"{self.batch_sampler.__name__}')"
             )
@@ -46,16 +47,16 @@ class PairedHook(SelfKDHook):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         head = getattr(model, 'head', None)
-        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(
-            head, MultiLabelClsHead
-        ):
+        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(head, MultiLabelClsHead):
             raise ValueError(
-                f'{type(self).__name__}: {type(model).__name__} with the head {type(head).__name__} has no single-label '
+                f'{type(self).__name__}: {type(model).__name__} with the head {type(head).__name__} has no '
+                'single-label '
                 f'classification head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
             )
         if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
             raise ValueError(
-                f'{type(self).__name__}: batch augmentations (Mixup, CutMix, ...) mix samples, and a mixed sample has no partner '
+                f'{type(self).__name__}: batch augmentations (Mixup, CutMix, ...) mix samples, and a mixed sample has '
+                'no partner '
                 f'(of its class, or of the same image): remove batch_augments from model.train_cfg / data_preprocessor'
             )
 
@@ -71,9 +72,9 @@ class CSKDHook(PairedHook):
     https://arxiv.org/abs/2003.13964
 
     Each sample of a batch (an anchor) gets a partner of its class, drawn from the whole training set, and the loss gets
-    ``weight * T^2 * KL(partner || anchor)`` beside the head's own. The partners go through the network in a pass of their
-    own, in training mode (with batch-norm statistics of their own, which enter the running statistics) and without
-    gradient. The hook turns on all of it::
+    ``weight * T^2 * KL(partner || anchor)`` beside the head's own. The partners go through the network in a pass of
+    their own, in training mode (with batch-norm statistics of their own, which enter the running statistics) and
+    without gradient. The hook turns on all of it::
 
         custom_hooks = [dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0)]
 
@@ -117,7 +118,5 @@ class CSKDHook(PairedHook):
             inputs = self._model.data_preprocessor(self._partners, True)['inputs']
             partner_logits = self._model.forward(inputs, mode='tensor')
         # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
-        self.logs['loss_cskd'] = self.weight * distillation_kl(
-            arguments['cls_score'], partner_logits, self.temperature
-        )
+        self.logs['loss_cskd'] = self.weight * distillation_kl(arguments['cls_score'], partner_logits, self.temperature)
         return loss

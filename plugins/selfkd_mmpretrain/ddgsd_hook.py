@@ -21,8 +21,8 @@ class DDGSDHook(PairedHook):
     Xu and Liu, "Data-Distortion Guided Self-Distillation for Deep Neural Networks", AAAI 2019
     https://doi.org/10.1609/aaai.v33i01.33015565
 
-    Every image of a batch is loaded twice, so the random augmentation gives two views. Both are trained on (the head's own
-    loss is the mean over them) and drawn together::
+    Every image of a batch is loaded twice, so the random augmentation gives two views. Both are trained on (the head's
+    own loss is the mean over them) and drawn together::
 
         custom_hooks = [dict(type='selfkd_mmpretrain.DDGSDHook')]
 
@@ -46,7 +46,8 @@ class DDGSDHook(PairedHook):
         super().__init__()
         if not temperature > 0 or not weight >= 0 or not mmd_weight >= 0:
             raise ValueError(
-                f'DDGSDHook: temperature must be above 0, weight and mmd_weight at least 0, got {temperature}, {weight}, '
+                f'DDGSDHook: temperature must be above 0, weight and mmd_weight at least 0, got {temperature}, '
+                f'{weight}, '
                 f'{mmd_weight}'
             )
         self.temperature, self.weight, self.mmd_weight = temperature, weight, mmd_weight
@@ -54,9 +55,7 @@ class DDGSDHook(PairedHook):
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
         if not isinstance(getattr(model.head, 'fc', None), nn.Linear):
-            raise ValueError(
-                f'DDGSDHook: needs a head with a linear classifier `fc`, got {type(model.head).__name__}'
-            )
+            raise ValueError(f'DDGSDHook: needs a head with a linear classifier `fc`, got {type(model.head).__name__}')
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)

@@ -24,8 +24,9 @@ class FRSKDClsHead(LinearClsHead):
     https://arxiv.org/abs/2103.08273
 
     It takes the feature maps of several stages and classifies from the last one exactly as global average pooling and a
-    ``LinearClsHead`` do, with the same parameter names, so its weights load into that model (``tools/publish_model.py`` drops
-    the self-teacher). In training a :class:`selfkd.pyramid.SelfTeacherPyramid` learns beside it and teaches it::
+    ``LinearClsHead`` do, with the same parameter names, so its weights load into that model
+    (``tools/publish_model.py`` drops the self-teacher). In training a :class:`selfkd.pyramid.SelfTeacherPyramid`
+    learns beside it and teaches it::
 
         model = dict(
             backbone=dict(out_indices=(0, 1, 2, 3)),
@@ -43,15 +44,15 @@ class FRSKDClsHead(LinearClsHead):
         width: of the self-teacher, times ``in_channels``.
         depth: separable convolutions per fusion in the self-teacher.
         repeats: passes of the self-teacher.
-        preact: the backbone hands over maps before their last ReLU (``preact=True`` of our CIFAR backbones); the classifier then
-            applies it. ``feature_loss='overhaul'`` compares such maps in the released code.
-        sla: weight of self-supervised label augmentation, the released code's is 1; 0 is none. The model's type must then be
-            :class:`SLAImageClassifier`.
+        preact: the backbone hands over maps before their last ReLU (``preact=True`` of our CIFAR backbones); the
+            classifier then applies it. ``feature_loss='overhaul'`` compares such maps in the released code.
+        sla: weight of self-supervised label augmentation, the released code's is 1; 0 is none. The model's type must
+            then be :class:`SLAImageClassifier`.
         loss: of the classifier, and by itself of the self-teacher. Defaults to cross-entropy.
         kwargs: other options of ``LinearClsHead``.
 
-    Losses: ``loss_cls``, ``loss_teacher`` (the self-teacher on the labels), ``loss_kd``, ``loss_feature``; with SLA also
-    ``loss_joint`` and ``loss_sla``, each the sum over both classifiers.
+    Losses: ``loss_cls``, ``loss_teacher`` (the self-teacher on the labels), ``loss_kd``, ``loss_feature``; with SLA
+    also ``loss_joint`` and ``loss_sla``, each the sum over both classifiers.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class FRSKDClsHead(LinearClsHead):
             raise ValueError(f'FRSKDClsHead: feature_loss must be one of {tuple(FEATURE_LOSSES)}, got {feature_loss!r}')
         if not (alpha >= 0 and beta >= 0 and temperature > 0):
             raise ValueError(
-                f'FRSKDClsHead: alpha and beta must be at least 0 and temperature above 0, got {alpha}, {beta}, {temperature}'
+                f'FRSKDClsHead: alpha and beta must be at least 0 and temperature above 0, got {alpha}, {beta}, '
+                f'{temperature}'
             )
         if not sla >= 0:
             raise ValueError(f'FRSKDClsHead: sla must be at least 0, got {sla}')
@@ -101,7 +103,8 @@ class FRSKDClsHead(LinearClsHead):
         last = feats[-1]
         if last.dim() != 4:
             raise ValueError(
-                f'FRSKDClsHead: needs feature maps [B, C, H, W], got {tuple(last.shape)}: set model.neck=None (the head pools)'
+                f'FRSKDClsHead: needs feature maps [B, C, H, W], got {tuple(last.shape)}: set model.neck=None (the '
+                'head pools)'
             )
         if self.preact:
             last = F.relu(last)
@@ -175,8 +178,8 @@ class FRSKDClsHead(LinearClsHead):
 class SLAImageClassifier(ImageClassifier):
     """An ``ImageClassifier`` that in training also hands its head the feature maps of the images in four rotations.
 
-    For ``FRSKDClsHead(sla=...)``. The rotated images, four times as many, go through the network in a pass of their own.
-    Inference is ImageClassifier's; parameter names are, too.
+    For ``FRSKDClsHead(sla=...)``. The rotated images, four times as many, go through the network in a pass of their
+    own. Inference is ImageClassifier's; parameter names are, too.
     """
 
     def loss(self, inputs: Tensor, data_samples: List[DataSample]) -> dict:

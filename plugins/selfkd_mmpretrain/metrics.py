@@ -69,8 +69,8 @@ class SelectiveMetric(BaseMetric):
 class OODMetric(BaseMetric):
     """How well the confidence tells the test set from samples of other data: ``auroc``, ``aupr``, ``fpr95``.
 
-    The loader yields both: a ConcatDataset, in whose out-of-distribution part the pipeline has a :class:`MarkOOD`. Use a
-    test run of its own for it: other metrics would count the marked samples as errors. See docs/metrics.md.
+    The loader yields both: a ConcatDataset, in whose out-of-distribution part the pipeline has a :class:`MarkOOD`. Use
+    a test run of its own for it: other metrics would count the marked samples as errors. See docs/metrics.md.
     """
 
     default_prefix = 'ood'
@@ -84,7 +84,8 @@ class OODMetric(BaseMetric):
         if ood.min() == ood.max():
             kind = 'out-of-distribution' if ood[0] == 0 else 'in-distribution'
             raise ValueError(
-                f"OODMetric: the loader has no {kind} samples. Concatenate both data sets, with dict(type='selfkd_mmpretrain."
+                f'OODMetric: the loader has no {kind} samples. Concatenate both data sets, with '
+                "dict(type='selfkd_mmpretrain."
                 f"MarkOOD') in the pipeline of the out-of-distribution one"
             )
         return metrics.ood_scores(confidence[ood == 0][:, None], confidence[ood == 1][:, None])
@@ -112,7 +113,8 @@ class RecallAt1(BaseMetric):
         for sample in data_samples:
             if 'feature' not in sample:
                 raise ValueError(
-                    "RecallAt1: the predictions carry no features: add dict(type='selfkd_mmpretrain.KeepFeaturesHook') to "
+                    'RecallAt1: the predictions carry no features: add '
+                    "dict(type='selfkd_mmpretrain.KeepFeaturesHook') to "
                     'custom_hooks'
                 )
             self.results.append((sample['feature'].cpu(), int(sample['gt_label'])))
@@ -124,14 +126,12 @@ class RecallAt1(BaseMetric):
 
 @HOOKS.register_module()
 class KeepFeaturesHook(Hook):
-    """Puts the input of the head's classifier, ``head.fc``, into each prediction as ``feature``, for :class:`RecallAt1`."""
+    """Puts the input of the classifier, ``head.fc``, into each prediction as ``feature``, for :class:`RecallAt1`."""
 
     def before_val(self, runner: Runner) -> None:
         head = getattr(unwrap(runner.model), 'head', None)
         if not hasattr(head, 'fc'):
-            raise ValueError(
-                f'KeepFeaturesHook: needs a head with a linear classifier `fc`, got {type(head).__name__}'
-            )
+            raise ValueError(f'KeepFeaturesHook: needs a head with a linear classifier `fc`, got {type(head).__name__}')
         self._handles = [
             head.fc.register_forward_pre_hook(self._keep),
             unwrap(runner.model).register_forward_hook(self._attach, with_kwargs=True),

@@ -41,7 +41,8 @@ class TFKDHook(SelfKDHook):
             raise ValueError(f'TFKDHook: alpha must lie in [0, 1], got {alpha}')
         if not temperature > 0 or not 0 < correct_prob <= 1:
             raise ValueError(
-                f'TFKDHook: temperature must be above 0 and correct_prob in (0, 1], got {temperature} and {correct_prob}'
+                f'TFKDHook: temperature must be above 0 and correct_prob in (0, 1], got {temperature} and '
+                f'{correct_prob}'
             )
         self.alpha, self.temperature, self.correct_prob = alpha, temperature, correct_prob
 
@@ -50,22 +51,20 @@ class TFKDHook(SelfKDHook):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         head = getattr(model, 'head', None)
-        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(
-            head, MultiLabelClsHead
-        ):
+        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(head, MultiLabelClsHead):
             raise ValueError(
-                f'TFKDHook: {type(model).__name__} with the head {type(head).__name__} has no single-label classification '
+                f'TFKDHook: {type(model).__name__} with the head {type(head).__name__} has no single-label '
+                'classification '
                 f'head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
             )
         if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
             raise ValueError(
-                'TFKDHook: its teacher is made up from one label, and a mixed sample (Mixup, CutMix, ...) has several: remove '
+                'TFKDHook: its teacher is made up from one label, and a mixed sample (Mixup, CutMix, ...) has '
+                'several: remove '
                 'batch_augments from model.train_cfg / data_preprocessor'
             )
         if any(isinstance(hook, PSKDHookBase) for hook in runner.hooks):
-            raise ValueError(
-                'TFKDHook: PS-KD and TF-KD both replace the same target: use one of the two hooks'
-            )
+            raise ValueError('TFKDHook: PS-KD and TF-KD both replace the same target: use one of the two hooks')
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         kl = self.alpha * tfkd_regularization(

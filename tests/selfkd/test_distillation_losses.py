@@ -1,4 +1,4 @@
-"""CS-KD's and FRSKD's losses: values worked by hand, and a float64 restatement of the papers' formulas over random inputs."""
+"""CS-KD's and FRSKD's losses: values worked by hand, and a float64 restatement of the papers' formulas."""
 
 import math
 
@@ -48,9 +48,7 @@ def test_cskd_equals_the_formula(n, c, temperature, weight, seed):
     z, partner = random_logits(seed, n, c), random_logits(seed + 1, n, c)
     y = torch.arange(n) % c
     expected = ce(z.numpy(), y.numpy()) + weight * kl(z.numpy(), partner.numpy(), temperature)
-    assert cskd_loss(z, y, partner, temperature=temperature, weight=weight).item() == pytest.approx(
-        expected, abs=1e-9
-    )
+    assert cskd_loss(z, y, partner, temperature=temperature, weight=weight).item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_cskd_closed_form():
@@ -97,12 +95,7 @@ def test_frskd_equals_the_formula(sizes, alpha, beta, seed):
     maps = [random_logits(seed + 7 * s, 3, 4, s, s + 1) for s in sizes]
     at = sum(((attention(f.numpy()) - attention(m.numpy())) ** 2).mean() for f, m in zip(feats, maps))
     losses = frskd_loss(z, t, feats, maps, y, alpha=alpha, beta=beta, temperature=3.0)
-    expected = (
-        ce(z.numpy(), y.numpy())
-        + ce(t.numpy(), y.numpy())
-        + alpha * kl(z.numpy(), t.numpy(), 3.0)
-        + beta * at
-    )
+    expected = ce(z.numpy(), y.numpy()) + ce(t.numpy(), y.numpy()) + alpha * kl(z.numpy(), t.numpy(), 3.0) + beta * at
     assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -132,7 +125,7 @@ def test_attention_ignores_scale_and_channels():
 
 
 def test_overhaul_by_hand():
-    """margin -1: teacher -5 rises to -1; a student below it costs nothing, one above it (e.g. 0) costs 1; over N = 2."""
+    """margin -1: teacher -5 rises to -1; a student below it costs nothing, one above it (0, say) 1; over N = 2."""
     teacher = torch.tensor([[-5.0, -5.0, 2.0], [-0.5, 3.0, -0.5]])
     student = torch.tensor([[-4.0, 0.0, 1.0], [-2.0, 3.0, 0.5]])
     assert overhaul_loss(student, teacher, margin=-1.0).item() == pytest.approx((1 + 1 + 1) / 2)
@@ -153,9 +146,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     full = frskd_loss(z.float(), t.float(), [f.float()], [m.float()], y, alpha=2.0, beta=10.0)
     for name in full:
         assert half[name].dtype == torch.float32
-        torch.testing.assert_close(
-            half[name], full[name], rtol=1e-2 if name == 'loss_kd' else 1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(half[name], full[name], rtol=1e-2 if name == 'loss_kd' else 1e-5, atol=1e-5)
 
 
 def test_empty_batches_give_a_zero_with_a_gradient():

@@ -1,19 +1,13 @@
-"""The self-teacher against the straightforward arrangement of the same layers in tools/benchmark_classification.py."""
+"""The self-teacher against the straightforward arrangement of the same layers in selfkd_mmpretrain.benchmark."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from selfkd.pyramid import SelfTeacherPyramid
-
-path = Path(__file__).parents[2] / 'tools/benchmark_classification.py'
-spec = importlib.util.spec_from_file_location('benchmark_classification', path)
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
+from selfkd_mmpretrain.benchmark import PlainPyramid
 
 
 def pair(channels, sizes, batch=3, depth=2):
@@ -21,7 +15,7 @@ def pair(channels, sizes, batch=3, depth=2):
     fast = SelfTeacherPyramid(channels, 5, depth=depth)
     for p in fast.parameters():  # also the fusion weights and batch norms away from where they start
         nn.init.uniform_(p, -0.5, 1.0) if p.dim() == 1 else None
-    plain = benchmark.PlainPyramid(channels, 5, depth=depth)
+    plain = PlainPyramid(channels, 5, depth=depth)
     plain.load_state_dict(plain.state_of(fast))
     feats = [torch.randn(batch, c, *s) for c, s in zip(channels, sizes)]
     return fast, plain, feats
@@ -52,17 +46,13 @@ def test_equals_the_straightforward_arrangement(channels, sizes):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     expected = plain.state_of(fast)
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(
-            expected[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}'
-        )
+        torch.testing.assert_close(expected[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}')
     grads = copy.deepcopy(fast)
     for target, source in zip(grads.parameters(), fast.parameters()):
         target.data = source.grad
     expected = plain.state_of(grads)
     for name, p in plain.named_parameters():
-        torch.testing.assert_close(
-            expected[name], p.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}'
-        )
+        torch.testing.assert_close(expected[name], p.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}')
     fast.eval(), plain.eval()
     for a, b in zip(fast(feats), plain(feats)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

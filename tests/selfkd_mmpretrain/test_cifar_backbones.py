@@ -26,7 +26,8 @@ from selfkd_mmpretrain.preact_resnet import PreActResNet
         (lambda: PyramidNet_CIFAR(200, 240, shake_drop=0.5), 1024, 26_844_952),
         (lambda: ResNet_CIFAR(18), 512, 11_220_132),
         (lambda: PreReluResNet_CIFAR(18), 512, 11_220_132),
-        # FRSKD's released code counts a batch norm of 2 x 128 parameters that its forward pass never uses; ours has none.
+        # FRSKD's released code counts a batch norm of 2 x 128 parameters that its forward pass never uses; ours has
+        # none.
         (lambda: WideResNet_CIFAR(16, 2), 128, 703_060 - 256),
     ],
 )

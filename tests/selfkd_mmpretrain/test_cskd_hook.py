@@ -36,23 +36,15 @@ class Watch(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         partners = find_hook(runner, 'CSKDHook')._partners
-        self.steps.append(
-            {'model': copy.deepcopy(plain_copy(runner.model)), 'batch': data_batch, 'partners': partners}
-        )
+        self.steps.append({'model': copy.deepcopy(plain_copy(runner.model)), 'batch': data_batch, 'partners': partners})
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        self.steps[-1].update(
-            {k: float(v) for k, v in outputs.items()}, after=copy.deepcopy(runner.model.state_dict())
-        )
+        self.steps[-1].update({k: float(v) for k, v in outputs.items()}, after=copy.deepcopy(runner.model.state_dict()))
 
 
 def plain_copy(model):
     """A deep copy without torch hooks."""
-    hooks = [
-        (m, name, getattr(m, name))
-        for m in model.modules()
-        for name in ('_forward_hooks', '_forward_pre_hooks')
-    ]
+    hooks = [(m, name, getattr(m, name)) for m in model.modules() for name in ('_forward_hooks', '_forward_pre_hooks')]
     for m, name, value in hooks:
         setattr(m, name, type(value)())
     clone = copy.deepcopy(model)
@@ -96,9 +88,7 @@ def test_losses_and_running_statistics_recomputed(digits, tmp_path, wrapper, mon
         assert step['loss'] == pytest.approx(ce, rel=tolerance)
         assert step['loss_cskd'] == pytest.approx(kl, rel=tolerance, abs=1e-4)
         for name, value in step['model'].state_dict().items():
-            if (
-                'running' in name or 'num_batches' in name
-            ):  # both passes entered, each with its own statistics
+            if 'running' in name or 'num_batches' in name:  # both passes entered, each with its own statistics
                 torch.testing.assert_close(step['after'][name], value, rtol=1e-3, atol=1e-4)
     assert max(step['loss_cskd'] for step in watch.steps) > 0.01
 
@@ -124,9 +114,7 @@ def test_the_term_is_trained_on(digits, tmp_path):
 
 def test_weight_0_trains_to_the_vanilla_weights(digits, tmp_path):
     vanilla = train(plain_pipeline(digits_config(digits, tmp_path / 'vanilla'))).model.state_dict()
-    ours = train(
-        plain_pipeline(digits_config(digits, tmp_path / 'ours', dict(CSKD, weight=0.0)))
-    ).model.state_dict()
+    ours = train(plain_pipeline(digits_config(digits, tmp_path / 'ours', dict(CSKD, weight=0.0)))).model.state_dict()
     assert_same_state(ours, vanilla)
 
 
@@ -289,7 +277,8 @@ class Dump(Hook):
         self.pairs += [(a.img_path, int(a.gt_label), b.img_path, int(b.gt_label)) for a, b in
                        zip(data_batch['data_samples'], other['data_samples'])]
     def after_train(self, runner):
-        torch.save((self.pairs, dict(runner.model.named_parameters())), os.path.join(runner.work_dir, f'rank{runner.rank}.pth'))
+        torch.save((self.pairs, dict(runner.model.named_parameters())), os.path.join(runner.work_dir,
+        f'rank{runner.rank}.pth'))
 """
     )
     cfg = digits_config(digits, tmp_path / 'run', dict(type='dump.Dump'), CSKD)
@@ -309,9 +298,7 @@ class Dump(Hook):
         command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    (pairs, weights), (others, other_weights) = (
-        torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2)
-    )
+    (pairs, weights), (others, other_weights) = (torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2))
     assert len(pairs) == len(others) == 3 * 20
     assert all(a == b for _, a, _, b in pairs + others)
     assert {p for p, *_ in pairs[:20]} & {p for p, *_ in others[:20]} == set()  # anchors are split

@@ -57,7 +57,9 @@ def tinyimagenet(root):
 
 
 def cub200(root):
-    names = [f'001.Black_footed_Albatross/a{i}.jpg' for i in range(8)] + [f'200.Common_Yellowthroat/b{i}.jpg' for i in range(8)]
+    names = [f'001.Black_footed_Albatross/a{i}.jpg' for i in range(8)] + [
+        f'200.Common_Yellowthroat/b{i}.jpg' for i in range(8)
+    ]
     for name in names:
         image(root / 'images' / name)
     (root / 'images.txt').write_text(''.join(f'{i + 1} {name}\n' for i, name in enumerate(names)))
@@ -69,7 +71,9 @@ def dogs(root):
     from scipy.io import savemat
 
     for part in ('train', 'test'):
-        names = [f'n02085620-Chihuahua/{part}{i}.jpg' for i in range(4)] + [f'n02116738-dhole/{part}{i}.jpg' for i in range(4)]
+        names = [f'n02085620-Chihuahua/{part}{i}.jpg' for i in range(4)] + [
+            f'n02116738-dhole/{part}{i}.jpg' for i in range(4)
+        ]
         for name in names:
             image(root / 'Images' / name)
         cells = np.empty((len(names), 1), dtype=object)  # a MATLAB cell array of strings
@@ -121,7 +125,9 @@ def test_two_steps(path, data, tmp_path, monkeypatch):
     monkeypatch.setattr('mmpretrain.datasets.cifar.check_md5', lambda *_: True)
     cfg = Config.fromfile(path)
     cfg.merge_from_dict({'work_dir': str(tmp_path), 'experiment_name': path.stem, 'log_level': 'ERROR'})
-    cfg.merge_from_dict({'train_cfg.max_epochs': 1, 'default_hooks.logger.interval': 1, 'default_hooks.checkpoint.interval': 2})
+    cfg.merge_from_dict(
+        {'train_cfg.max_epochs': 1, 'default_hooks.logger.interval': 1, 'default_hooks.checkpoint.interval': 2}
+    )
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.update(batch_size=4, num_workers=0, persistent_workers=False)
         loader.dataset.data_root = str(data / path.stem.split('_')[2])
@@ -142,7 +148,9 @@ def test_two_steps(path, data, tmp_path, monkeypatch):
     assert runner.iter == 2
     assert all(torch.isfinite(p).all() for p in runner.model.parameters())
     assert not torch.equal(before['head.fc.weight'], runner.model.head.fc.weight)
-    assert 'calibration/ece' in runner.message_hub.log_scalars or 'val/calibration/ece' in runner.message_hub.log_scalars
+    assert (
+        'calibration/ece' in runner.message_hub.log_scalars or 'val/calibration/ece' in runner.message_hub.log_scalars
+    )
 
 
 def test_every_method_has_its_plain_baseline_beside_it():

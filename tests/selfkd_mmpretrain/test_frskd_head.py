@@ -127,8 +127,8 @@ def test_with_weights_0_the_classifier_trains_as_in_vanilla_but_for_the_teachers
 
 
 def test_sla_recomputed(digits, tmp_path):
-    """Joint labels of class and rotation on both branches, in a pass of their own; the plain and the rotated images together
-    give the KL and the attention transfer, as released."""
+    """Joint labels of class and rotation on both branches, in a pass of their own; the plain and the rotated images
+    together give the KL and the attention transfer, as released."""
     cfg = frskd_config(digits, tmp_path, head={'sla': 0.5}, **{'train_cfg.max_epochs': 1})
     cfg.model.type = 'selfkd_mmpretrain.SLAImageClassifier'
     for model, batch, outputs in train_and_watch(cfg).watched:
@@ -299,10 +299,14 @@ def test_settings_that_cannot_work_are_refused(digits, tmp_path, head, message):
 
     cfg = frskd_config(digits, tmp_path)
     cfg.model.head.update(head)
-    with pytest.raises(ValueError, match=message):
+
+    def run():
         model = MODELS.build(cfg.model)
         model.head.fc = torch.nn.Linear(32, 10)
         model(torch.randn(2, 3, 8, 8), [DataSample().set_gt_label(0)] * 2, mode='loss')
+
+    with pytest.raises(ValueError, match=message):
+        run()
 
 
 def test_a_pooling_neck_is_refused(digits, tmp_path):

@@ -129,9 +129,7 @@ def test_two_processes_measure_what_one_does(digits, tmp_path):
     cfg.dump(tmp_path / 'config.py')
     values = []
     for processes in (1, 2):
-        launcher = (
-            ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'] if processes == 2 else []
-        )
+        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'] if processes == 2 else []
         command = [sys.executable, *launcher, str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py')]
         command += ['--work-dir', str(tmp_path / f'run{processes}')]
         command += ['--launcher', 'pytorch'] if processes == 2 else []
