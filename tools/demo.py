@@ -15,7 +15,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = {'plain': 'baseline', 'label smoothing': 'label_smooth', 'PS-KD': 'pskd'}
+METHODS = {
+    'plain': 'baseline',
+    'label smoothing': 'label_smooth',
+    'PS-KD': 'pskd',
+    'CS-KD': 'cskd',
+    'FRSKD': 'frskd',
+}
 LABELS = {'clean labels': 0.0, '20 % wrong labels': 0.2}
 CONFIG = 'resnet18-w16_1xb50_digits.py'
 
