@@ -1,4 +1,4 @@
-"""`make demo`: plain training, label smoothing and PS-KD on handwritten digits, with clean and with wrong labels.
+"""`make demo`: plain training, label smoothing, PS-KD, CS-KD and FRSKD on digits, with clean and with wrong labels.
 
 Trains an unmodified MMPretrain model for each method, kind of labels and seed (two processes, one thread each), prints
 the comparison and writes it to work_dirs/demo/report. Finished runs are kept and used again as long as neither
@@ -99,7 +99,7 @@ def main() -> None:
                 job = dict(labels=labels, method=method, seed=seed, epochs=args.epochs)
                 jobs.append(dict(job, work_dir=str(work_dir), data=str(data), code=code))
 
-    print(f'Training {len(jobs)} small ResNets on 800 handwritten digits each (about 3 minutes on 2 cores)')
+    print(f'Training {len(jobs)} small ResNets on 800 handwritten digits each (about 4 minutes on 2 cores)')
     processes = min(2, os.cpu_count() or 1)
     with multiprocessing.get_context('spawn').Pool(processes) as pool:
         outcomes = list(tqdm(pool.imap_unordered(train, jobs), total=len(jobs), unit='run'))
