@@ -14,9 +14,7 @@ test_pipeline = [
     dict(type='Resize', scale_factor=1.0, keep_ratio=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-dataset = dict(
-    type='VOCDataset', data_root=data_root, data_prefix=dict(sub_data_root='VOC2007/'), metainfo=metainfo
-)
+dataset = dict(type='VOCDataset', data_root=data_root, data_prefix=dict(sub_data_root='VOC2007/'), metainfo=metainfo)
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,
@@ -38,9 +36,7 @@ val_evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='area')
 test_dataloader, test_evaluator = val_dataloader, val_evaluator
 
 epochs = 12
-optim_wrapper = dict(
-    optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4), clip_grad=dict(max_norm=10)
-)
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4), clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='MultiStepLR', by_epoch=True, milestones=[epochs * 2 // 3, epochs * 11 // 12], gamma=0.1),

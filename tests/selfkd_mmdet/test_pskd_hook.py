@@ -56,7 +56,7 @@ def bbox_heads(model):
 
 
 class Regions(Hook):
-    """Keeps, for each training step and stage, the regions, what went through the loss module, and the logged values."""
+    """Keeps, for each training step and stage, the regions, what went through the loss module, and the logs."""
 
     priority = 'VERY_HIGH'
 
