@@ -1,10 +1,16 @@
 """Writes small data sets of real inputs, for demos and tests.
 
     python tools/make_toy_data.py digits data/digits --label-noise 0.2
+    python tools/make_toy_data.py voc data/VOCdevkit
 
 digits: scikit-learn's scans of handwritten digits (UCI, 8 x 8 grey), as an image folder
 OUT/{train,test}/CLASS/NUMBER.png: 800 training images, 997 test images. With label noise, that share of
 the training images lies in the folder of another class, drawn at random; the test labels stay true.
+
+voc: the same scans pasted onto crops of scikit-learn's two sample photographs, in the layout of PASCAL VOC: OUT/VOC2007
+with JPEGImages, Annotations (boxes, with difficult flags), SegmentationClass (class ids as VOC's: 0 background, 1 to 10
+the digits, 255 the outlines) and ImageSets/{Main,Segmentation}/{trainval,test}.txt. Scans and crops of trainval and
+test do not overlap.
 """
 
 import argparse
@@ -37,6 +43,93 @@ def digits(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int =
             Image.fromarray(images[index]).save(folder / f'{index:04d}.png')
 
 
+DIGIT_NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+
+
+def voc(out: Path, seed: int = 0, train_size: int = 300, test_size: int = 150) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits, load_sample_images
+
+    root = out / 'VOC2007'
+    if root.exists():
+        raise SystemExit(f'{root} exists already: remove it, or name another folder')
+    data, photos = load_digits(), load_sample_images().images
+    rng = np.random.default_rng(seed)
+    half = photos[0].shape[1] // 2  # trainval sees the left halves of the photographs, test the right ones
+    parts = {
+        'trainval': (train_size, np.arange(0, 1200), [photo[:, :half] for photo in photos]),
+        'test': (test_size, np.arange(1200, 1797), [photo[:, half:] for photo in photos]),
+    }
+    for folder in ('JPEGImages', 'Annotations', 'SegmentationClass', 'ImageSets/Main', 'ImageSets/Segmentation'):
+        (root / folder).mkdir(parents=True)
+    palette = rng.integers(0, 256, (256, 3), dtype=np.uint8)
+    palette[0], palette[255] = 0, (224, 224, 192)
+    number = 0
+    for part, (size, scans, backgrounds) in parts.items():
+        names = []
+        for _ in range(size):
+            number += 1
+            names.append(f'{number:06d}')
+            image, mask, objects = _scene(rng, data, scans, backgrounds)
+            Image.fromarray(image).save(root / 'JPEGImages' / f'{names[-1]}.jpg', quality=95)
+            segmentation = Image.fromarray(mask, mode='P')
+            segmentation.putpalette(palette.flatten().tolist())
+            segmentation.save(root / 'SegmentationClass' / f'{names[-1]}.png')
+            (root / 'Annotations' / f'{names[-1]}.xml').write_text(_annotation(names[-1], image.shape, objects))
+        for task in ('Main', 'Segmentation'):
+            (root / 'ImageSets' / task / f'{part}.txt').write_text('\n'.join(names) + '\n')
+
+
+def _scene(rng, data, scans, backgrounds, size=(128, 128)):
+    """An image uint8 [H, W, 3], its class ids uint8 [H, W], and objects (name, xmin, ymin, xmax, ymax, difficult)."""
+    from PIL import Image
+
+    photo = backgrounds[rng.integers(len(backgrounds))]
+    top, left = (rng.integers(have - want) for have, want in zip(photo.shape, size))
+    image = photo[top : top + size[0], left : left + size[1]].astype(np.float32)
+    mask, objects = np.zeros(size, np.uint8), []
+    for _ in range(rng.integers(1, 5)):
+        index = rng.choice(scans)
+        side = int(rng.integers(24, 57))
+        scan = Image.fromarray((data.images[index] * (255 / 16)).astype(np.uint8)).resize((side, side), Image.BICUBIC)
+        ink = np.asarray(scan, np.float32) / 255
+        rows, columns = np.nonzero(ink.max(1) > 0.3)[0], np.nonzero(ink.max(0) > 0.3)[0]
+        ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        height, width = ink.shape
+        y, x = rng.integers(size[0] - height), rng.integers(size[1] - width)
+        if any(x < o[3] and o[1] < x + width and y < o[4] and o[2] < y + height for o in objects):
+            continue
+        # An ink that stands out from what is under it; a faint one makes the object a difficult one.
+        region = image[y : y + height, x : x + width]
+        faint = bool(rng.random() < 0.1)
+        color = rng.uniform(0, 90, 3) if region.mean() > 127 else rng.uniform(165, 255, 3)
+        strength = 0.35 if faint else 1.0
+        image[y : y + height, x : x + width] = region + strength * ink[..., None] * (color - region)
+        patch = mask[y : y + height, x : x + width]
+        patch[ink > 0.2] = 255
+        patch[ink > 0.5] = 1 + data.target[index]
+        # VOC counts pixels from 1, both ends included
+        objects.append((DIGIT_NAMES[data.target[index]], x + 1, y + 1, x + width, y + height, faint))
+    return image.round().clip(0, 255).astype(np.uint8), mask, objects
+
+
+def _annotation(name, shape, objects) -> str:
+    lines = ['<annotation>', '  <folder>VOC2007</folder>', f'  <filename>{name}.jpg</filename>']
+    lines += [f'  <size><width>{shape[1]}</width><height>{shape[0]}</height><depth>3</depth></size>']
+    lines += ['  <segmented>1</segmented>']
+    for digit, xmin, ymin, xmax, ymax, difficult in objects:
+        lines += [
+            '  <object>',
+            f'    <name>{digit}</name>',
+            '    <pose>Unspecified</pose>',
+            '    <truncated>0</truncated>',
+        ]
+        lines += [f'    <difficult>{int(difficult)}</difficult>', '    <bndbox>']
+        lines += [f'      <xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax>']
+        lines += ['    </bndbox>', '  </object>']
+    return '\n'.join([*lines, '</annotation>', ''])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest='kind', required=True)
@@ -44,9 +137,14 @@ def main() -> None:
     sub.add_argument('out', type=Path)
     sub.add_argument('--label-noise', type=float, default=0.0, help='share of wrong training labels')
     sub.add_argument('--seed', type=int, default=0, help='which labels are wrong')
+    sub = kinds.add_parser('voc', help='detection and segmentation in the layout of PASCAL VOC')
+    sub.add_argument('out', type=Path)
+    sub.add_argument('--seed', type=int, default=0)
+    sub.add_argument('--train-size', type=int, default=300)
+    sub.add_argument('--test-size', type=int, default=150)
     args = vars(parser.parse_args())
     kind = args.pop('kind')
-    {'digits': digits}[kind](**args)
+    {'digits': digits, 'voc': voc}[kind](**args)
     print(f'wrote {args["out"]}')
 
 

@@ -6,7 +6,7 @@ parameter, buffer or checkpoint key of the model changes; validation and inferen
 
 import inspect
 import os
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
@@ -28,6 +28,8 @@ class SelfKDHook(Hook):
     (:meth:`before_forward`) and keep state (:meth:`state_dict`, :meth:`load_state_dict`).
     """
 
+    # Whether every training step calls the loss module; where images may have nothing to classify, only the first must.
+    fires_every_step = True
     priority = 'NORMAL'  # before CheckpointHook (VERY_LOW), so that what it saves is of this step
 
     def __init__(self):
@@ -35,7 +37,7 @@ class SelfKDHook(Hook):
         self.tapped: Optional[nn.Module] = None
         self._handles = []
         self._computing_loss = False
-        self._forwards = self._taps = 0
+        self._forwards, self._taps = 0, set()
         self._resumed_state: Optional[dict] = None
 
     # What a subclass says.
@@ -43,6 +45,10 @@ class SelfKDHook(Hook):
     def loss_module(self, model: nn.Module) -> nn.Module:
         """The module whose call is the classification loss."""
         raise NotImplementedError
+
+    def loss_modules(self, model: nn.Module) -> List[nn.Module]:
+        """All such modules, for models with several stages; each is called once in a training step."""
+        return [self.loss_module(model)]
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         """Refuses, before the first step, what cannot work; ``model`` is unwrapped."""
@@ -54,7 +60,7 @@ class SelfKDHook(Hook):
         """Called with the preprocessed (augmented, mixed) inputs of a training forward pass."""
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
-        """The loss to train on, given the loss module's bound arguments and its own value."""
+        """The loss to train on, given the bound arguments and own value of the loss module ``self.tapped``."""
         raise NotImplementedError
 
     def state_dict(self, runner: Runner, next_iter: int) -> dict:
@@ -79,29 +85,31 @@ class SelfKDHook(Hook):
         if self._resumed_state is not None:
             self.load_state_dict(self._resumed_state)
             self._resumed_state = None
-        self.tapped = self.loss_module(model)
+        modules = self.loss_modules(model)
+        self.tapped = modules[0]
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self.tapped.register_forward_hook(self._tap, with_kwargs=True),
+            *(module.register_forward_hook(self._tap, with_kwargs=True) for module in modules),
             model.register_forward_hook(self._after_model),
         ]
 
     def _before_model(self, model, args, kwargs) -> None:
         self._computing_loss = kwargs.get('mode') == 'loss'
         if self._computing_loss:
-            self._taps = 0
+            self._taps = set()
             self.before_forward(args[0] if args else kwargs['inputs'])
 
     def _tap(self, module, args, kwargs, output):
         if not self._computing_loss:
             return None
-        self._taps += 1
-        if self._taps > 1:
+        if module in self._taps:
             raise RuntimeError(
                 f'{type(self).__name__}: {type(module).__name__} was called more than once in a training step: '
                 f'this head '
                 f'computes several classification losses, which is not supported; train it without this hook'
             )
+        self._taps.add(module)
+        self.tapped = module
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         return self.rewrite_loss(dict(arguments), output)
 
@@ -109,7 +117,7 @@ class SelfKDHook(Hook):
         if not self._computing_loss:
             return None
         self._computing_loss = False
-        if not self._taps:
+        if not self._taps and (self.fires_every_step or not self._forwards):
             raise RuntimeError(
                 f'{type(self).__name__}: the loss module {type(self.tapped).__name__} was never called while '
                 f'the model computed its loss, so the loss would be the plain one. The head must call its loss_module; '

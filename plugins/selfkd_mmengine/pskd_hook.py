@@ -60,10 +60,10 @@ class PSKDHookBase(SelfKDHook):
                 dist.broadcast(buffer)
             self.teacher_ready = True
 
-    def mix(self, hard: Tensor, soft: Tensor) -> Tensor:
+    def mix(self, hard: Tensor, soft: Tensor, prefix: str = '') -> Tensor:
         """(1 - alpha) hard + alpha soft, both parts logged (cross-entropy is linear in its target)."""
         hard, soft = (1 - self.current_alpha) * hard, self.current_alpha * soft
-        self.logs.update(pskd_hard=hard.detach(), pskd_soft=soft.detach())
+        self.logs.update({f'{prefix}pskd_hard': hard.detach(), f'{prefix}pskd_soft': soft.detach()})
         return hard + soft
 
     def state_dict(self, runner: Runner, next_iter: int) -> dict:

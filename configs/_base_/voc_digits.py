@@ -1,0 +1,51 @@
+# Digits on photographs in VOC's layout (tools/make_toy_data.py voc data/VOCdevkit) for MMDetection: minutes on a CPU.
+default_scope = 'mmdet'
+
+data_root = 'data/VOCdevkit/'
+metainfo = dict(classes=('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine'))
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='Resize', scale_factor=1.0, keep_ratio=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+dataset = dict(type='VOCDataset', data_root=data_root, data_prefix=dict(sub_data_root='VOC2007/'), metainfo=metainfo)
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        ann_file='VOC2007/ImageSets/Main/trainval.txt',
+        filter_cfg=dict(filter_empty_gt=True),
+        pipeline=train_pipeline,
+        **dataset,
+    ),
+)
+val_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(ann_file='VOC2007/ImageSets/Main/test.txt', test_mode=True, pipeline=test_pipeline, **dataset),
+)
+val_evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='area')
+test_dataloader, test_evaluator = val_dataloader, val_evaluator
+
+epochs = 12
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4), clip_grad=dict(max_norm=10))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='MultiStepLR', by_epoch=True, milestones=[epochs * 2 // 3, epochs * 11 // 12], gamma=0.1),
+]
+train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=epochs)
+val_cfg, test_cfg = dict(), dict()
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=25),
+    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+)
+randomness = dict(seed=0)

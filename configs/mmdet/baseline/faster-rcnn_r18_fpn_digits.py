@@ -1,0 +1,14 @@
+_base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../../_base_/voc_digits.py']
+
+# From scratch, small: ResNet-18 whose batch norms are trained, 64 channels in the pyramid, anchors from 16 pixels.
+model = dict(
+    backbone=dict(depth=18, frozen_stages=-1, norm_eval=False, init_cfg=None),
+    neck=dict(in_channels=[64, 128, 256, 512], out_channels=64),
+    rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64, finest_scale=28),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=10),
+    ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
+)

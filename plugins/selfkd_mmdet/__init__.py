@@ -1,0 +1,5 @@
+"""Self-knowledge distillation for MMDetection."""
+
+from .pskd_hook import PSKDHook
+
+__all__ = ['PSKDHook']
