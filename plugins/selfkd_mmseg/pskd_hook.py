@@ -1,0 +1,106 @@
+"""PS-KD per pixel for MMSegmentation's encoder-decoders."""
+
+from typing import Dict, List, Optional
+
+import torch
+from mmengine.runner import Runner
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.losses import CrossEntropyLoss
+from mmseg.models.losses.utils import weight_reduce_loss
+from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.utils import resize
+from mmseg.registry import HOOKS
+from torch import Tensor, nn
+
+from selfkd.losses import soft_cross_entropy
+from selfkd_mmengine import PSKDHookBase
+
+__all__ = ['PSKDHook']
+
+
+@HOOKS.register_module()
+class PSKDHook(PSKDHookBase):
+    """Progressive self-knowledge distillation of every pixel's class.
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
+    https://arxiv.org/abs/2006.12000
+
+    A frozen past copy of the model labels the same crops as the student, and the target of the decode head's
+    cross-entropy becomes ``(1 - alpha_t) * label + alpha_t * past``. Ignored pixels, samplers (OHEM), class weights and
+    normalisation are the toolkit's own; auxiliary heads and further losses of the decode head keep their hard labels.
+    Nothing else of the config changes::
+
+        custom_hooks = [dict(type='selfkd_mmseg.PSKDHook', alpha=0.8)]
+
+    Args:
+        alpha: final share of the past prediction, in [0, 1]. In iteration-based loops it grows once in ``interval``.
+        interval: iterations between two refreshes of the past copy. Defaults to one pass over the training set.
+
+    Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of the cross-entropy).
+
+    Raises:
+        ValueError: at the start of training, for heads and losses that it does not support.
+    """
+
+    def __init__(self, alpha: float = 0.8, interval: Optional[int] = None):
+        super().__init__(alpha, snapshot=True, interval=interval)
+
+    def loss_modules(self, model: nn.Module) -> List[nn.Module]:
+        return [loss for loss in _losses(model.decode_head) if isinstance(loss, CrossEntropyLoss)]
+
+    def check(self, runner: Runner, model: nn.Module) -> None:
+        super().check(runner, model)
+        head = getattr(model, 'decode_head', None)
+        # Heads with a loss_by_feat of their own call their losses on several outputs, or on masks.
+        plain = getattr(type(head), 'loss_by_feat', None) is BaseDecodeHead.loss_by_feat
+        if not isinstance(model, EncoderDecoder) or not plain:
+            raise ValueError(
+                f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: it needs an '
+                'EncoderDecoder '
+                'whose decode head computes its loss as BaseDecodeHead does (FCN, PSP, DeepLabV3+, UPerNet, '
+                'SegFormer, ...)'
+            )
+        tapped = self.loss_modules(model)
+        if len(tapped) != 1 or tapped[0].use_sigmoid or tapped[0].use_mask:
+            names = [type(loss).__name__ for loss in _losses(head)]
+            raise ValueError(
+                f'PSKDHook: {type(head).__name__} trains with {names}, but a past prediction is a softmax over '
+                'classes: '
+                f'decode_head.loss_decode must hold one CrossEntropyLoss with use_sigmoid=False'
+            )
+
+    def setup(self, runner: Runner, model: nn.Module) -> None:
+        super().setup(runner, model)
+        self.align_corners, self.ignore_index = model.decode_head.align_corners, model.decode_head.ignore_index
+
+    def before_forward(self, inputs: Tensor) -> None:
+        if self.teacher_ready:
+            self._past_logits = self.teacher(inputs, mode='tensor')
+
+    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+        if not self.teacher_ready or self.current_alpha == 0:
+            self.logs.update(pskd_hard=loss.detach(), pskd_soft=torch.zeros(()))
+            return loss
+        module, logits, label = self.tapped, arguments['cls_score'], arguments['label']
+        past = resize(self._past_logits, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
+        class_weight = None if module.class_weight is None else logits.new_tensor(module.class_weight).float()
+        valid = label != self.ignore_index
+        pixels = soft_cross_entropy(logits, past.float().softmax(1), class_weight=class_weight, reduction='none')
+        soft = weight_reduce_loss(
+            pixels * valid, arguments.get('weight'), module.reduction, _avg_factor(module, class_weight, label, valid)
+        )
+        return self.mix(loss, module.loss_weight * soft)
+
+
+def _losses(head: nn.Module) -> List[nn.Module]:
+    return list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+
+
+def _avg_factor(module: CrossEntropyLoss, class_weight: Optional[Tensor], label: Tensor, valid: Tensor):
+    """What mmseg's cross-entropy divides by: all pixels (without ignored ones if told so), or their class weights."""
+    if module.reduction != 'mean':
+        return None
+    if class_weight is not None:
+        weights = class_weight[label.masked_fill(~valid, 0)]
+        return (weights * valid).sum()
+    return valid.sum() if module.avg_non_ignore else label.numel()

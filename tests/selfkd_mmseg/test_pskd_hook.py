@@ -1,0 +1,233 @@
+"""PS-KD per pixel in real MMSegmentation training runs."""
+
+import os
+import subprocess
+import sys
+
+import make_toy_data
+import pytest
+import torch
+import torch.nn.functional as F
+from mm_runs import ROOT, assert_same_state, counter, train
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.runner import load_checkpoint
+from mmseg.registry import MODELS
+
+PSKD = dict(type='selfkd_mmseg.PSKDHook', alpha=0.8, interval=3)
+
+
+@pytest.fixture(scope='module')
+def voc(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('VOCdevkit')
+    make_toy_data.voc(folder, train_size=8, test_size=2)
+    return folder / 'VOC2007'
+
+
+def config(voc, work_dir, *hooks, **options) -> Config:
+    """FCN with a narrow ResNet-18, crops of 48 x 48 in batches of 2, 7 iterations, a checkpoint after each."""
+    cfg = Config.fromfile(ROOT / 'configs/mmseg/baseline/fcn_r18_digits.py')
+    cfg.merge_from_dict(
+        {
+            'train_dataloader.dataset.data_root': str(voc),
+            'val_dataloader.dataset.data_root': str(voc),
+            'test_dataloader.dataset.data_root': str(voc),
+            'train_dataloader.batch_size': 2,
+            'train_cfg.max_iters': 7,
+            'train_cfg.val_interval': 100,
+            'default_hooks.checkpoint.interval': 1,
+            'default_hooks.checkpoint.max_keep_ckpts': 10,
+            'model.backbone.base_channels': 8,
+            'model.backbone.stem_channels': 8,
+            'model.data_preprocessor.size': (48, 48),
+            'model.decode_head.in_channels': 64,
+            'model.decode_head.dropout_ratio': 0.0,  # draws random numbers, which mmengine does not restore
+            'model.auxiliary_head.in_channels': 32,
+            'model.auxiliary_head.dropout_ratio': 0.0,
+            'work_dir': str(work_dir),
+            'experiment_name': f'seg{next(counter)}',
+            'log_level': 'ERROR',
+        }
+    )
+    cfg.train_dataloader.dataset.pipeline[2] = dict(type='CenterCrop48')
+    cfg.merge_from_dict(options)
+    cfg.custom_hooks = [ConfigDict(hook) for hook in hooks]
+    return cfg
+
+
+@pytest.fixture(autouse=True, scope='module')
+def center_crop():
+    """A crop that is not drawn at random, so that runs can be compared."""
+    import seg_transforms  # noqa: F401
+
+
+class Pixels(Hook):
+    """Keeps what went through the decode head's loss module in each step, and the logged values."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self):
+        self.steps = []
+
+    def before_train(self, runner):
+        runner.model.register_forward_pre_hook(self._inputs, with_kwargs=True)
+        losses = runner.model.decode_head.loss_decode
+        first = losses[0] if isinstance(losses, torch.nn.ModuleList) else losses
+        first.register_forward_hook(self._loss, with_kwargs=True)
+
+    def _inputs(self, model, args, kwargs):
+        if kwargs['mode'] == 'loss':
+            self.steps.append(dict(inputs=kwargs['inputs'].clone()))
+
+    def _loss(self, module, args, kwargs, output):
+        self.steps[-1].update(logits=args[0].detach().clone(), label=args[1].clone(), weight=kwargs['weight'])
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.steps[-1].update(iter=runner.iter, outputs={k: v.item() for k, v in outputs.items() if v.numel() == 1})
+
+
+CASES = {
+    'plain': {},
+    'avg_non_ignore': {'model.decode_head.loss_decode.avg_non_ignore': True},
+    'loss_weight': {'model.decode_head.loss_decode.loss_weight': 2.0},
+    # mmseg itself fails on ignored pixels with class weights
+    'class weights': {'model.decode_head.loss_decode.class_weight': [0.2] + [1.0] * 9 + [2.0]},
+    'ohem': {'model.decode_head.sampler': dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)},
+    'two losses': {
+        'model.decode_head.loss_decode': [
+            dict(type='CrossEntropyLoss', loss_name='loss_ce'),
+            dict(type='DiceLoss', loss_name='loss_dice'),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_loss_recomputed_from_earlier_checkpoints(voc, tmp_path, case):
+    cfg = config(voc, tmp_path, PSKD, **CASES[case])
+    weights = torch.tensor(CASES[case].get('model.decode_head.loss_decode.class_weight', [1.0] * 11))
+    cfg.train_dataloader.dataset.pipeline[2]['void'] = case != 'class weights'
+    train(cfg, pixels := Pixels())
+    assert len(pixels.steps) == 7
+    teacher = MODELS.build(cfg.model).eval()
+    assert (pixels.steps[0]['label'] == 255).any() == (case != 'class weights')
+    for step in pixels.steps:
+        label, since = step['label'], step['iter'] // 3 * 3
+        valid = label != 255
+        target = F.one_hot(label.masked_fill(~valid, 0), 11).permute(0, 3, 1, 2).double()
+        if since:
+            load_checkpoint(teacher, str(tmp_path / f'iter_{since}.pth'), strict=True)
+            with torch.no_grad():
+                past = F.interpolate(teacher(step['inputs'], mode='tensor'), label.shape[1:], mode='bilinear').softmax(
+                    1
+                )
+            alpha = 0.8 * since / 7
+            assert step['outputs']['pskd_alpha'] == pytest.approx(alpha)
+            target = (1 - alpha) * target + alpha * past
+        target = target * weights.view(-1, 1, 1)
+        each = -(target * step['logits'].double().log_softmax(1)).sum(1) * valid
+        if step['weight'] is not None:
+            each = each * step['weight']
+        count = valid.sum() if case == 'avg_non_ignore' else label.numel()
+        expected = each.sum() / (weights[label].sum() if case == 'class weights' else count)
+        expected = 2 * expected if case == 'loss_weight' else expected
+        assert step['outputs']['decode.loss_ce'] == pytest.approx(expected.item(), rel=1e-4)
+    assert pixels.steps[-1]['outputs']['pskd_soft'] > 0
+    assert 'aux.loss_ce' in pixels.steps[-1]['outputs']
+
+
+@pytest.mark.parametrize('alpha', [0.0, 1e-30])
+def test_weight_0_trains_to_the_vanilla_weights(voc, tmp_path, alpha):
+    """At 1e-30 the teacher runs: with dropout in the student, it must use up no random number."""
+    dropout = {'model.decode_head.dropout_ratio': 0.1}
+    vanilla = train(config(voc, tmp_path / 'vanilla', **dropout)).model.state_dict()
+    ours = train(config(voc, tmp_path / 'ours', dict(PSKD, alpha=alpha), **dropout)).model.state_dict()
+    assert_same_state(ours, vanilla)
+
+
+@pytest.mark.parametrize('mode', ['whole', 'slide'])
+def test_inference_is_that_of_the_vanilla_model(voc, tmp_path, mode):
+    options = {'model.test_cfg': dict(mode=mode, crop_size=(64, 64), stride=(32, 32))}
+    runner = train(config(voc, tmp_path, PSKD, **options))
+    vanilla = MODELS.build(runner.cfg.model).eval()
+    load_checkpoint(vanilla, str(tmp_path / 'iter_7.pth'), strict=True)
+    batch = next(iter(runner.val_dataloader))
+    runner.model.eval()
+    with torch.no_grad():
+        ours, theirs = runner.model.test_step(batch)[0], vanilla.test_step(batch)[0]
+    torch.testing.assert_close(ours.seg_logits.data, theirs.seg_logits.data, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('stop', [3, 5])
+def test_resume_at_and_between_snapshots_is_exact(voc, tmp_path, stop):
+    results = []
+    for name in ('straight', 'resumed'):
+        cfg = config(voc, tmp_path / name, PSKD)
+        train(cfg)
+        if name == 'resumed':  # from the checkpoint that a killed run would have left
+            for later in range(stop + 1, 8):
+                (tmp_path / name / f'iter_{later}.pth').unlink()
+            (tmp_path / name / 'last_checkpoint').write_text(str(tmp_path / name / f'iter_{stop}.pth'))
+            cfg.resume = True
+            cfg.experiment_name += '-resumed'
+            train(cfg)
+        results.append(torch.load(tmp_path / name / 'iter_7.pth'))
+    for key in ('state_dict', 'optimizer', 'selfkd'):
+        assert_same_state(results[0][key], results[1][key])
+
+
+def test_accumulation_and_ema(voc, tmp_path):
+    cfg = config(voc, tmp_path, PSKD, dict(type='EMAHook'), **{'optim_wrapper.accumulative_counts': 2})
+    train(cfg, pixels := Pixels())
+    assert [s['outputs']['pskd_alpha'] for s in pixels.steps] == pytest.approx([0] * 3 + [2.4 / 7] * 3 + [4.8 / 7])
+
+
+def test_two_processes_have_one_teacher(voc, tmp_path):
+    (tmp_path / 'dump_teacher.py').write_text(
+        """
+import os, torch, seg_transforms
+from mmengine.hooks import Hook
+class DumpTeacher(Hook):
+    def after_train(self, runner):
+        hook = next(h for h in runner.hooks if type(h).__name__ == 'PSKDHook')
+        torch.save(hook.teacher.state_dict(), os.path.join(runner.work_dir, f'rank{runner.rank}.pth'))
+"""
+    )
+    cfg = config(voc, tmp_path / 'run', PSKD, dict(type='dump_teacher.DumpTeacher'))
+    cfg.custom_imports = dict(imports=['seg_transforms'])
+    cfg.dump(tmp_path / 'config.py')
+    paths = [str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    command += [str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py'), '--launcher', 'pytorch']
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert_same_state(*(torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2)))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            {'model.decode_head.loss_decode.use_sigmoid': True},
+            r"FCNHead trains with \['CrossEntropyLoss'\], .* use_sigmoid=False",
+        ),
+        ({'model.decode_head.loss_decode': dict(type='DiceLoss')}, r"FCNHead trains with \['DiceLoss'\]"),
+        (
+            {'model.decode_head.type': 'DAHead', 'model.decode_head.pam_channels': 8},
+            'EncoderDecoder with DAHead is not supported: it needs an EncoderDecoder whose decode head computes',
+        ),
+    ],
+)
+def test_heads_and_losses_that_cannot_work_are_refused(voc, tmp_path, options, message):
+    cfg = config(voc, tmp_path, PSKD)
+    if 'DAHead' in message:
+        for key in ('num_convs', 'concat_input'):
+            cfg.model.decode_head.pop(key)
+    loss = options.get('model.decode_head.loss_decode')
+    if loss:
+        cfg.model.decode_head.loss_decode = ConfigDict(type=loss['type'])
+    else:
+        cfg.merge_from_dict(options)
+    with pytest.raises(ValueError, match=message):
+        train(cfg)
