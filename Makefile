@@ -9,7 +9,7 @@ demo:
 
 test:
 	@bash tools/setup.sh test
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint:
 	@bash tools/setup.sh test

@@ -94,9 +94,9 @@ def test_demo_of_one_seed_and_again(tmp_path):
     assert again.split('\n\n')[2] in out
 
 
-@pytest.mark.parametrize('method', ['baseline', 'pskd'])
+@pytest.mark.parametrize('method', ['plain', 'pskd'])
 def test_cifar100_configs_have_the_papers_network(method):
-    cfg = Config.fromfile(ROOT / f'configs/mmpretrain/{method}/preact-resnet18_1xb128_cifar100.py')
+    cfg = Config.fromfile(ROOT / f'configs/mmpretrain/pskd/preact-resnet18_1xb128-300e_cifar100_{method}.py')
     model = MODELS.build(cfg.model)
     assert sum(p.numel() for p in model.parameters()) == 11_217_444
     assert (cfg.train_cfg.max_epochs, cfg.param_scheduler.milestones, cfg.train_dataloader.batch_size) == (

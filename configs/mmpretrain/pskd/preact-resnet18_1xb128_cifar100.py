@@ -1,1 +1,0 @@
-_base_ = ['../baseline/preact-resnet18_1xb128_cifar100.py', '../../_base_/pskd.py']
