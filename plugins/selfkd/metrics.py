@@ -9,7 +9,7 @@ from typing import Dict
 import torch
 from torch import Tensor
 
-__all__ = ['aurc', 'brier', 'calibration_error', 'excess_aurc', 'nll', 'ood_scores', 'recall_at_1']
+__all__ = ['aurc', 'brier', 'calibration_error', 'calibration_gaps', 'excess_aurc', 'nll', 'ood_scores', 'recall_at_1']
 
 
 def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float:
@@ -24,6 +24,17 @@ def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float
         >>> round(calibration_error(probs, torch.tensor([0, 1])), 4)  # right half of the time, sure of 0.9
         0.4
     """
+    return calibration_gaps(probs, labels, bins=bins).abs().sum().item() / len(labels)
+
+
+def calibration_gaps(probs: Tensor, labels: Tensor, *, bins: int = 10) -> Tensor:
+    """What :func:`calibration_error` is made of: the sum of (correct - confidence) over the samples of each bin.
+
+    Sums of several batches or processes may be added up: ECE is the sum of their absolute values by the number of samples.
+
+    Returns:
+        float64 ``[bins]``, on the device of ``probs``.
+    """
     if bins < 1:
         raise ValueError(f'bins: must be at least 1, got {bins}')
     confidence, correct = _confidence(probs, labels)
@@ -32,8 +43,8 @@ def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=probs.device)
     which = which - (confidence <= edges[which]).long()
     which = (which + (confidence > edges[which.clamp(min=0) + 1]).long()).clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64, device=probs.device).index_add_(0, which, correct - confidence)
-    return (gap.abs().sum() / len(labels)).item()
+    gaps = torch.zeros(bins, dtype=torch.float64, device=probs.device)
+    return gaps.index_add_(0, which, correct - confidence)
 
 
 def nll(probs: Tensor, labels: Tensor) -> float:
@@ -149,8 +160,8 @@ def recall_at_1(features: Tensor, labels: Tensor, *, chunk: int = 1024) -> float
 
 def _confidence(probs: Tensor, labels: Tensor):
     _check(probs, labels)
-    confidence, predicted = probs.double().max(1)
-    return confidence, (predicted == labels).double()
+    confidence, predicted = probs.max(1)
+    return confidence.double(), (predicted == labels).double()
 
 
 def _check(values: Tensor, labels: Tensor, name: str = 'probs') -> None:
