@@ -5,4 +5,5 @@
 Checkpoints made with it are ordinary ones: fairseq-generate needs no --user-dir.
 """
 
-from . import criterions as _  # only registration
+from . import criterions as _criterions  # noqa: F401  only registration
+from . import cskd as _cskd  # noqa: F401

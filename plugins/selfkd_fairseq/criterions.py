@@ -190,7 +190,12 @@ def check_config(cfg) -> None:
             '--pipeline-model-parallel, --model-parallel-size: no process has the whole model to copy: leave them out'
         )
     if cfg.tpu:
-        raise ValueError('--tpu: PS-KD was never run on one: use GPUs or --cpu')
+        raise ValueError(
+            '--tpu, and --bf16 which fairseq-train takes for it: PS-KD was never run on one; for bfloat16 on a GPU use '
+            'fairseq-hydra-train with common.bf16=true, or --amp'
+        )
+    if cfg.pskd_snapshot_interval and cfg.pskd_past != 'snapshot':
+        raise ValueError(f'--pskd-snapshot-interval: is for --pskd-past snapshot, not {cfg.pskd_past}: leave it out')
 
 
 @register_criterion('pskd_cross_entropy', dataclass=PSKDCrossEntropyCriterionConfig)

@@ -203,46 +203,59 @@ class TokenBank(Past):
         if not known.any():
             return None
         device = sample['target'].device
-        return TopK(*(part.to(device, non_blocking=True) for part in past)), known.to(
-            device, non_blocking=True
-        )
+        past, known = TopK(*(part.to(device) for part in past)), known.to(device)
+        return past, known
 
     def observe(self, sample, prefix, lprobs):
         rows, real = self.rows(sample, prefix)
         top = lprobs.detach().topk(self.top_k, dim=1)
-        real_there = real.to(lprobs.device)
-        self.bank.write(rows[real], TopK(top.values[real_there].exp(), top.indices[real_there]))
+        where = real.to(lprobs.device)
+        self.bank.write(rows[real], TopK(top.values[where].exp(), top.indices[where]))
         self.unsent.append(rows[real])
         self.filled = True
 
     def synchronize(self):
-        group = distributed_utils.get_data_parallel_group()
-        ranks = distributed_utils.get_world_size(group)
-        mine = distributed_utils.get_rank(group) if ranks > 1 else 0
-        for rank in range(ranks) if ranks > 1 else ():
+        group, processes = data_parallel_group()
+        mine = distributed_utils.get_rank(group) if processes > 1 else 0
+        for rank in range(processes) if processes > 1 else ():
             tensors = None
             if rank == mine:
                 rows = torch.cat([*self.unsent, torch.empty(0, dtype=torch.long)])
-                # no backend sends 16-bit integers
-                tensors = [
-                    rows,
-                    *(t.int() if t.dtype == torch.int16 else t for t in self.bank.read_encoded(rows)),
-                ]
-            rows, *encoded = distributed_utils.broadcast_tensors(tensors, rank, group)
+                values, classes = self.bank.read_encoded(rows)
+                tensors = [rows, values, as_float16(classes)]
+            rows, values, classes = distributed_utils.broadcast_tensors(tensors, rank, group)
             if rank != mine and len(rows):
-                self.bank.write_encoded(rows, encoded)
+                self.bank.write_encoded(rows, (values, as_integer(classes)))
                 self.filled = True
         self.unsent.clear()
 
     def state_dict(self, end_of_epoch):
-        if self.unsent and distributed_utils.get_world_size(distributed_utils.get_data_parallel_group()) > 1:
+        if self.unsent and data_parallel_group()[1] > 1:
             logger.warning(
-                'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks what the '
-                'other processes predicted in this epoch'
+                'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks '
+                'what the other processes predicted in this epoch'
             )
-        return self.bank.state_dict() if self.filled else None
+        if not self.filled:
+            return None
+        state = self.bank.state_dict()
+        return {**state, 'classes': as_float16(state['classes']), 'seen': state['seen'].byte()}
 
     def load_state_dict(self, state):
         if state is not None:
-            self.bank.load_state_dict(state)
+            self.bank.load_state_dict({**state, 'classes': as_integer(state['classes'])})
             self.filled = True
+
+
+def data_parallel_group():
+    """The processes that share the work, and how many they are."""
+    group = distributed_utils.get_data_parallel_group()
+    return group, distributed_utils.get_world_size(group)
+
+
+def as_float16(ids):
+    """16-bit ids under the name of a type that gloo and NCCL can send, bit for bit (fairseq sends checkpoints, too)."""
+    return ids.view(torch.float16) if ids.dtype == torch.int16 else ids
+
+
+def as_integer(ids):
+    return ids.view(torch.int16) if ids.dtype == torch.float16 else ids
