@@ -304,7 +304,9 @@ class _MixedNLL(torch.autograd.Function):
             grad_log_probs = (row + soft * rest).repeat(1, ctx.shape[1])
             grad_log_probs.scatter_(1, past_classes, row + soft * past)
         elif past is not None:
-            grad_log_probs = torch.addcmul(row, soft, past.to(soft.dtype)) if ctx.smoothing else soft * past
+            grad_log_probs = soft * past
+            if ctx.smoothing:
+                grad_log_probs += row
         else:
             grad_log_probs = row.expand(ctx.shape).clone()
         if labels is not None:
