@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Dict
 
 GERMAN_PARTS = (
-    'hundert tausend und null eins eine ein zwei drei vier fünf sechs sech sieben sieb acht neun zehn elf zwölf '
+    'millionen million hundert tausend und null eins eine ein zwei drei vier fünf sechs sech sieben sieb acht neun zehn elf zwölf '
     'zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig'
 ).split()
 GERMAN_PART = re.compile('|'.join(sorted(GERMAN_PARTS, key=len, reverse=True)))
@@ -35,14 +35,14 @@ def german(number: int) -> str:
     """
     from num2words import num2words
 
-    word = num2words(number, lang='de').replace(' ', '')
+    word = num2words(number, lang='de').replace(' ', '').lower()
     parts = GERMAN_PART.findall(word)
     if ''.join(parts) != word:
-        raise ValueError(f'number: {word!r} has parts that are not known; numbers up to 999999 are')
+        raise ValueError(f'number: {word!r} has parts that are not known; numbers below a milliard are')
     return ' '.join(parts)
 
 
-def write_corpus(folder, sizes: Dict[str, int], *, largest: int = 999_999, seed: int = 0) -> None:
+def write_corpus(folder, sizes: Dict[str, int], *, largest: int = 999_999_999, seed: int = 0) -> None:
     """Writes ``folder/{split}.{en,de}``, one tokenised sentence a line.
 
     No number is in two splits. The test and valid sets do not depend on the size of the training set.
