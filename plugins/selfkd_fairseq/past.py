@@ -84,6 +84,7 @@ class Snapshot(PastModel):
     def take(self, model):
         if self.teacher is None:
             self.teacher = SnapshotTeacher(model)
+            use_current_weights(self.teacher.model)
         else:
             self.teacher.update(model)
 
@@ -118,6 +119,14 @@ class Snapshot(PastModel):
         self.saved = state
 
 
+def use_current_weights(model):
+    """fairseq 0.12.2 keeps a second copy of the encoder's weights for a fast path in evaluation, as they were when a
+    checkpoint was loaded, and takes it until the model has been trained: say that this one has been."""
+    for module in model.modules():
+        if hasattr(module, 'ever_training'):
+            module.ever_training = True
+
+
 class Average(PastModel):
     """The moving average that fairseq itself keeps with --store-ema; fairseq also saves and restores it."""
 
@@ -132,6 +141,7 @@ class Average(PastModel):
 
     def begin_step(self, updates, model, ema_model):
         self.model = ema_model.eval()
+        use_current_weights(self.model)
 
 
 class TokenBank(Past):

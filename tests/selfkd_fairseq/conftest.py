@@ -68,7 +68,8 @@ class Fairseq:
     def train_args(self, save, *args, model='transformer', data='bin'):
         return (
             f'fairseq-train {data} --user-dir {USER_DIR} --cpu --seed 7 --optimizer adam --lr 0.005 --max-tokens 500 '
-            f'--save-dir {save} --log-format json --log-interval 1 --update-epoch-batch-itr True {MODEL[model]}',
+            f'--save-dir {save} --log-format json --log-interval 1 --update-epoch-batch-itr True '
+            f'--required-batch-size-multiple 1 {MODEL[model]}',
             *args,
         )
 
@@ -99,7 +100,11 @@ class Fairseq:
         return torch.load(self.folder / path, map_location='cpu')
 
     def weights(self, save, name='checkpoint_last.pt'):
-        return self.checkpoint(f'{save}/{name}')['model']
+        weights = self.checkpoint(f'{save}/{name}')['model']
+        # fairseq 0.12.2 also saves memory that was never written to, and copies of weights for evaluation as they were
+        # when a checkpoint was loaded last: neither takes part in training.
+        unused = re.compile(r'_float_tensor$|layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$')
+        return {k: v for k, v in weights.items() if not unused.search(k)}
 
     def close(self):
         self.server.stdin.close()

@@ -15,7 +15,7 @@ PSKD = '--criterion pskd_label_smoothed_cross_entropy --label-smoothing 0.1 --ps
 VANILLA = '--criterion label_smoothed_cross_entropy --label-smoothing 0.1'
 PASTS = {
     'snapshot': '',
-    'interval': '--pskd-snapshot-interval 4',
+    'interval': '--pskd-snapshot-interval 5',
     'ema': '--pskd-past ema --store-ema --ema-decay 0.9',
     'bank': '--pskd-past bank --pskd-top-k 4',
 }
@@ -118,7 +118,7 @@ def test_resuming_is_exact(fairseq, difference, past):
     options = (PSKD, PASTS[past], '--max-epoch 3')
     straight = fairseq.train(f'{past}-straight', *options)
     epoch = int(straight.stats('train')[0]['train_num_updates'])
-    for name, updates in (('middle', epoch + 4), ('end', 2 * epoch)):
+    for name, updates in (('middle', epoch + 3), ('end', 2 * epoch)):
         save = f'{past}-{name}'
         fairseq.train(save, *options, f'--max-update {updates}')
         state = fairseq.checkpoint(f'{save}/checkpoint_last.pt')
@@ -128,7 +128,8 @@ def test_resuming_is_exact(fairseq, difference, past):
         assert (saved is not None) == {'snapshot': name == 'middle', 'interval': True, 'ema': False, 'bank': True}[past]
         plain_file = fairseq.folder / 'plain.pt'
         torch.save(itr['selfkd'], plain_file)
-        torch.load(plain_file, weights_only=True)
+        if torch.__version__ >= '1.13':
+            torch.load(plain_file, weights_only=True)
         fairseq.train(save, *options)
         assert difference(fairseq.weights(f'{past}-straight'), fairseq.weights(save)) == 0
         if saved is not None:
@@ -141,7 +142,7 @@ def test_resuming_is_exact(fairseq, difference, past):
 
 def test_tied_weights_are_saved_once(fairseq):
     args = (PSKD, '--share-all-embeddings --max-epoch 3')
-    fairseq.train('tied', *args, '--max-update 12', data='joined')
+    fairseq.train('tied', *args, '--max-update 9', data='joined')
     saved = fairseq.checkpoint('tied/checkpoint_last.pt')['extra_state']['train_iterator']['selfkd']['past']
     embeddings = [t for name, t in saved.items() if 'embed_tokens' in name or 'output_projection' in name]
     assert len(embeddings) == 3
@@ -211,7 +212,7 @@ checkpoint: {{save_dir: {fairseq.folder}/hydra}}
 criterion: {{_name: pskd_label_smoothed_cross_entropy, label_smoothing: 0.1, pskd_alpha: 0.6, pskd_past: bank}}
 optimizer: {{_name: adam}}
 lr_scheduler: {{_name: fixed}}
-model: {{_name: transformer, encoder: {{layers: 1}}, decoder: {{layers: 1}}}}
+model: {{_name: transformer, encoder: {{layers: 1}}, decoder: {{layers: 1}}, base_layers: 0}}
 """
     )
     log = fairseq.run('fairseq-hydra-train --config-dir conf --config-name small')
@@ -270,9 +271,7 @@ class TestSeveralProcesses:
                 fairseq.checkpoint(f'{n}-bank/checkpoint1.pt')['extra_state']['train_iterator']['selfkd']['past']
                 for n in ('one', 'two')
             )
-            # each process saw half of the sentences itself; fairseq leaves out the last batch
-            assert torch.equal(two['seen'], one['seen'])
-            assert two['seen'].float().mean() > 0.9
+            assert two['seen'].all()  # each process saw half of the sentences itself
             torch.testing.assert_close(two['values'], one['values'], atol=2e-3, rtol=0)
 
     def test_resuming_in_mid_epoch(self, fairseq, difference):
@@ -286,7 +285,8 @@ class TestSeveralProcesses:
 
     def test_pytorch_ddp(self, fairseq, difference):
         options = (PSKD, '--max-epoch 2 --dropout 0')
-        fairseq.train_together('pytorch-ddp', *options, '--ddp-backend pytorch_ddp')
+        # 0.12.2 has parameters for evaluation only, which take no part in training
+        fairseq.train_together('pytorch-ddp', *options, '--ddp-backend pytorch_ddp --find-unused-parameters')
         fairseq.train_together('legacy-ddp', *options, '--ddp-backend legacy_ddp')
         assert difference(fairseq.weights('pytorch-ddp'), fairseq.weights('legacy-ddp')) < 1e-5
 
