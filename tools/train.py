@@ -21,9 +21,14 @@ def main() -> None:
     parser.add_argument('config')
     parser.add_argument('--work-dir', help='logs and checkpoints (default: work_dirs/ and the name of the config)')
     parser.add_argument(
-        '--resume', nargs='?', const='auto', help='a checkpoint to resume from; without a value, the latest in the work dir'
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='a checkpoint to resume from; without a value, the latest in the work dir',
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='settings that override the config')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, default={}, help='settings that override the config'
+    )
     parser.add_argument('--launcher', default='none', choices=['none', 'pytorch', 'slurm', 'mpi'])
     # torchrun of torch 1.x passes --local_rank, later ones set LOCAL_RANK
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)

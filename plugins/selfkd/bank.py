@@ -23,8 +23,8 @@ class PredictionBank:
     Args:
         num_samples: number of rows, N.
         num_classes: C.
-        top_k: keep only the k largest probabilities and their class ids of a row, and spread the rest of its mass evenly
-            over the other classes. ImageNet takes 0.1 GB with ``top_k=16`` instead of 5.1 GB.
+        top_k: keep only the k largest probabilities and their class ids of a row, and spread the rest of its mass
+            evenly over the other classes. ImageNet takes 0.1 GB with ``top_k=16`` instead of 5.1 GB.
         dtype: of the stored probabilities, ``torch.float32`` (exact) or ``torch.float16``.
         device: where the table lives. With the table on the CPU and probabilities on an accelerator, rows written are
             copied over in the background.
@@ -69,9 +69,7 @@ class PredictionBank:
         row_bytes += 0 if top_k is None else columns * torch.iinfo(id_dtype).bits // 8
         self._refuse_if_too_large(num_samples * row_bytes, dtype)
         self._values = torch.zeros(num_samples, columns, dtype=dtype, device=self.device)
-        self._classes = (
-            None if top_k is None else torch.zeros(num_samples, columns, dtype=id_dtype, device=self.device)
-        )
+        self._classes = None if top_k is None else torch.zeros(num_samples, columns, dtype=id_dtype, device=self.device)
         self._seen = torch.zeros(num_samples, dtype=torch.bool)
         self._pending = []  # rows on their way from an accelerator: (indices, rows, event), oldest first
 
@@ -96,8 +94,9 @@ class PredictionBank:
                 distribution. Otherwise an unknown row is an error.
 
         Returns:
-            probs ``[B, C]``, float32, on the bank's device; with ``return_seen`` the pair (probs, seen ``[B]`` bool on the
-            CPU), so that ``pskd_loss(logits, labels, probs, alpha * seen)`` trains new samples on their labels alone.
+            probs ``[B, C]``, float32, on the bank's device; with ``return_seen`` the pair (probs, seen ``[B]`` bool on
+            the CPU), so that ``pskd_loss(logits, labels, probs, alpha * seen)`` trains new samples on their labels
+            alone.
 
         Raises:
             KeyError: a row was never written and ``return_seen`` is false.
@@ -137,7 +136,8 @@ class PredictionBank:
 
         Args:
             indices: ``[B]``.
-            probs: ``[B, C]``, any floating dtype, on any device; or :class:`~selfkd.losses.TopK` with the bank's ``top_k``.
+            probs: ``[B, C]``, any floating dtype, on any device; or :class:`~selfkd.losses.TopK` with the bank's
+                ``top_k``.
 
         Raises:
             ValueError: shapes that do not match; on the CPU, where looking is free, rows that are not distributions.
@@ -154,7 +154,9 @@ class PredictionBank:
             indices, rows = indices[last], [row[last.to(row.device)] for row in rows]
         self._seen[indices] = True
         if self.device.type == 'cpu' and rows[0].is_cuda:
-            host = [torch.empty(row.shape, dtype=row.dtype, pin_memory=True).copy_(row, non_blocking=True) for row in rows]
+            host = [
+                torch.empty(row.shape, dtype=row.dtype, pin_memory=True).copy_(row, non_blocking=True) for row in rows
+            ]
             event = torch.cuda.Event()
             event.record()
             self._pending.append((indices, host, event))
@@ -169,7 +171,9 @@ class PredictionBank:
                 raise ValueError(f'probs: TopK must keep top_k={self.top_k} classes, got {probs.values.shape[1]}')
             return probs.values.to(self._values.dtype), probs.classes.to(self._classes.dtype)
         if probs.dim() != 2 or probs.shape[1] != self.num_classes or not probs.is_floating_point():
-            raise ValueError(f'probs: must be floating, [B, {self.num_classes}], got {probs.dtype}, {tuple(probs.shape)}')
+            raise ValueError(
+                f'probs: must be floating, [B, {self.num_classes}], got {probs.dtype}, {tuple(probs.shape)}'
+            )
         if probs.device.type == 'cpu' and probs.numel():
             _check_sums('probs', probs.sum(1, dtype=torch.float32))
         if self.top_k:
@@ -238,7 +242,8 @@ class PredictionBank:
         for name, theirs, own in zip(('num_samples', 'num_classes', 'top_k', 'dtype'), saved, ours):
             if theirs != own:
                 raise ValueError(
-                    f'PredictionBank: the saved bank has {name}={theirs}, this one {name}={own}: resume with the settings '
+                    f'PredictionBank: the saved bank has {name}={theirs}, this one {name}={own}: resume with '
+                    f'the settings '
                     f'and the training set of the saved run, or start without it'
                 )
         self._pending.clear()
@@ -251,7 +256,7 @@ class PredictionBank:
         if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
             raise ValueError(f'indices: must be integers [B], got {indices.dtype}, {tuple(indices.shape)}')
         indices = indices.cpu().long()
-        if len(indices) and not (0 <= indices.min() and indices.max() < self.num_samples):
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.num_samples):
             raise IndexError(
                 f'indices: must lie in [0, num_samples={self.num_samples}), got values from {indices.min().item()} to '
                 f'{indices.max().item()}'

@@ -17,7 +17,8 @@ from torch import Tensor
 __all__ = ['PSKDParts', 'TopK', 'distillation_kl', 'progressive_targets', 'pskd_loss', 'soft_cross_entropy']
 
 REDUCTIONS = ('none', 'mean', 'sum')
-# Storage in float16 and top-k renormalisation leave sums of about 1 +- 1e-3; anything further off is not a distribution.
+# Storage in float16 and top-k renormalisation leave sums of about 1 +- 1e-3; anything further off is not a
+# distribution.
 SUM_TOLERANCE = 1e-2
 
 
@@ -237,8 +238,8 @@ def distillation_kl(
         student_logits: ``[N, C, ...]``.
         teacher_logits: same shape.
         temperature: T > 0; the factor T^2 keeps the gradient's scale.
-        reduction: the KL is summed over the classes; then ``'batchmean'`` divides the sum by N, ``'mean'`` by all positions
-            (N times the further dimensions), ``'sum'`` and ``'none'`` (``[N, ...]``) do not divide.
+        reduction: the KL is summed over the classes; then ``'batchmean'`` divides the sum by N, ``'mean'`` by all
+            positions (N times the further dimensions), ``'sum'`` and ``'none'`` (``[N, ...]``) do not divide.
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])
@@ -319,9 +320,9 @@ def _class_dot(a: Tensor, b: Tensor) -> Tensor:
 
     On the CPU a few samples at a time, in one buffer: fresh pages for N x C products cost three times the arithmetic.
     """
-    if a.device.type != 'cpu' or a.numel() <= 2**20:
+    if a.device.type != 'cpu' or a.numel() <= 2**22:
         return (a * b).sum(1)
-    samples = max(1, 2**20 * len(a) // a.numel())
+    samples = max(1, 2**22 * len(a) // a.numel())
     buffer, out = b.new_empty((samples, *b.shape[1:])), b.new_empty((len(b), *b.shape[2:]))
     for i in range(0, len(a), samples):
         x, y = a[i : i + samples], b[i : i + samples]
@@ -378,7 +379,7 @@ def _check_alpha(alpha, logits: Tensor):
         samples = (logits.shape[0], *logits.shape[2:])
         if alpha.dim() and alpha.shape != samples:
             raise ValueError(f'alpha: a tensor must have shape {tuple(samples)} or (), got {tuple(alpha.shape)}')
-        if alpha.device.type == 'cpu' and alpha.numel() and not (0 <= alpha.min() and alpha.max() <= 1):
+        if alpha.device.type == 'cpu' and alpha.numel() and not (alpha.min() >= 0 and alpha.max() <= 1):
             raise ValueError(f'alpha: must lie in [0, 1], got values from {alpha.min()} to {alpha.max()}')
         return alpha.detach().to(logits.device, _wide(logits.dtype), non_blocking=True)
     if not 0 <= alpha <= 1:

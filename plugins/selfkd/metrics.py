@@ -1,7 +1,7 @@
 """Measures of calibration, ranking by confidence, out-of-distribution detection and retrieval.
 
-``probs`` are class probabilities ``[N, C]``, ``labels`` class ids ``[N]``, on any device; results are Python floats in the
-natural unit (a share, not a percentage). The papers' tables show ECE x 100 and AURC, E-AURC x 1000.
+``probs`` are class probabilities ``[N, C]``, ``labels`` class ids ``[N]``, on any device; results are Python floats in
+the natural unit (a share, not a percentage). The papers' tables show ECE x 100 and AURC, E-AURC x 1000.
 """
 
 from typing import Dict
@@ -119,8 +119,8 @@ def ood_scores(id_probs: Tensor, ood_probs: Tensor) -> Dict[str, float]:
         ood_probs: ``[M, C]``.
 
     Returns:
-        ``auroc``, ``aupr`` (average precision) and ``fpr95``: the smallest share of out-of-distribution samples accepted at
-        a threshold that accepts at least 95 % of the others.
+        ``auroc``, ``aupr`` (average precision) and ``fpr95``: the smallest share of out-of-distribution samples
+        accepted at a threshold that accepts at least 95 % of the others.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -167,7 +167,8 @@ def _confidence(probs: Tensor, labels: Tensor):
 def _check(values: Tensor, labels: Tensor, name: str = 'probs') -> None:
     if values.dim() != 2 or not values.is_floating_point() or labels.shape != values.shape[:1] or not len(values):
         raise ValueError(
-            f'{name}: must be floating, [N, C] with labels [N] and N > 0, got {values.dtype}, {tuple(values.shape)} and '
+            f'{name}: must be floating, [N, C] with labels [N] and N > 0, got {values.dtype}, '
+            f'{tuple(values.shape)} and '
             f'labels {tuple(labels.shape)}'
         )
     if not torch.isfinite(values).all():

@@ -98,7 +98,8 @@ class SelfKDHook(Hook):
         self._taps += 1
         if self._taps > 1:
             raise RuntimeError(
-                f'{type(self).__name__}: {type(module).__name__} was called more than once in a training step: this head '
+                f'{type(self).__name__}: {type(module).__name__} was called more than once in a training step: '
+                f'this head '
                 f'computes several classification losses, which is not supported; train it without this hook'
             )
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -121,8 +122,10 @@ class SelfKDHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
         if not self._forwards:
             raise RuntimeError(
-                f'{type(self).__name__}: the model computed a training loss without a call model(..., mode="loss"), so it '
-                f'could not be tapped (a compiled model, or a train_step of its own?); remove this hook to train without it'
+                f'{type(self).__name__}: the model computed a training loss without a call model(..., '
+                f'mode="loss"), so it '
+                f'could not be tapped (a compiled model, or a train_step of its own?); remove this hook to '
+                f'train without it'
             )
 
     def after_train(self, runner: Runner) -> None:
@@ -183,7 +186,8 @@ def _check_torch_loads_checkpoints(runner: Runner) -> None:
     if digit_version(torch.__version__) < digit_version('2.6.0') or os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'):
         return
     text = (
-        f'mmengine saves objects in its checkpoints that torch {torch.__version__} (2.6 and later) does not load by default: '
+        f'mmengine saves objects in its checkpoints that torch {torch.__version__} (2.6 and later) does not '
+        f'load by default: '
         'set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 (for checkpoints you trust), or use torch below 2.6'
     )
     if runner._resume or runner._load_from:

@@ -12,13 +12,15 @@ __all__ = ['prepare_cpu_launch']
 def prepare_cpu_launch(cfg: Config) -> None:
     """Lets ``launcher='pytorch'`` work under ``torchrun`` on CPUs: a gloo group, and a DDP wrapper without device ids.
 
-    mmengine's own set-up selects a CUDA device whatever the backend; it leaves a process group alone that exists already.
-    Does nothing where there is a GPU or no launcher.
+    mmengine's own set-up selects a CUDA device whatever the backend; it leaves a process group alone that exists
+    already. Does nothing where there is a GPU or no launcher.
     """
     if cfg.get('launcher', 'none') == 'none' or torch.cuda.is_available():
         return
     if cfg.launcher != 'pytorch' or 'RANK' not in os.environ:
-        raise ValueError(f"launcher: on a machine without a GPU start with torchrun and 'pytorch', got {cfg.launcher!r}")
+        raise ValueError(
+            f"launcher: on a machine without a GPU start with torchrun and 'pytorch', got {cfg.launcher!r}"
+        )
     torch_dist.init_process_group('gloo')
     wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
     wrapper['find_unused_parameters'] = cfg.get('find_unused_parameters', False)

@@ -21,8 +21,8 @@ class PSKDHookBase(SelfKDHook):
     Args:
         alpha: final share of the past prediction in the target, in [0, 1]; grows linearly from 0.
         snapshot: keep a past copy of the model in ``self.teacher``.
-        interval: iterations between two refreshes of the copy, in iteration-based loops (default: one pass over the data).
-            Epoch-based loops refresh it at the start of every epoch.
+        interval: iterations between two refreshes of the copy, in iteration-based loops (default: one pass over the
+            data). Epoch-based loops refresh it at the start of every epoch.
     """
 
     def __init__(self, alpha: float, snapshot: bool, interval: Optional[int] = None):
@@ -39,7 +39,8 @@ class PSKDHookBase(SelfKDHook):
     def check(self, runner: Runner, model: nn.Module) -> None:
         if self.interval is not None and not (self.snapshot and is_iter_based(runner)):
             raise ValueError(
-                'PSKDHook: interval works with a snapshot teacher in an iteration-based training loop only; an epoch-based '
+                'PSKDHook: interval works with a snapshot teacher in an iteration-based training loop only; an '
+                'epoch-based '
                 'loop takes the previous epoch. Remove interval'
             )
 

@@ -55,7 +55,8 @@ class SampleIndex:
             return torch.tensor([sample.sample_idx for sample in data_batch['data_samples']])
         except (AttributeError, KeyError, TypeError):
             raise ValueError(
-                "The batch has no data_samples with a 'sample_idx': add 'sample_idx' to the meta_keys of PackInputs in the "
+                "The batch has no data_samples with a 'sample_idx': add 'sample_idx' to the meta_keys of "
+                'PackInputs in the '
                 "training pipeline, or set teacher='snapshot', which needs no sample index"
             ) from None
 
@@ -78,6 +79,7 @@ def _leaves(dataset) -> List[BaseDataset]:
         dataset.full_init()
         return [dataset]
     raise ValueError(
-        f"{name}: there is no sample index to be had from this dataset: a prediction bank needs mmengine BaseDatasets, alone "
+        f'{name}: there is no sample index to be had from this dataset: a prediction bank needs mmengine '
+        f'BaseDatasets, alone '
         f"or inside {', '.join(WRAPPERS)}. Set teacher='snapshot', which needs no sample index"
     )

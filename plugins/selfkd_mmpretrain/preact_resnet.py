@@ -44,7 +44,12 @@ class PreActResNet(BaseBackbone):
     arch_settings = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
     def __init__(
-        self, depth: int, in_channels: int = 3, base_channels: int = 64, out_indices: Sequence[int] = (3,), init_cfg=None
+        self,
+        depth: int,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        out_indices: Sequence[int] = (3,),
+        init_cfg=None,
     ):
         super().__init__(init_cfg)
         if depth not in self.arch_settings:

@@ -29,22 +29,23 @@ class PSKDHook(PSKDHookBase):
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
     https://arxiv.org/abs/2006.12000
 
-    The target becomes ``(1 - alpha_t) * hard + alpha_t * past``, where *hard* is whatever target the head trains on (labels,
-    smoothed labels, mixed ``gt_score``) and alpha_t grows linearly to ``alpha``. Nothing else of the config changes::
+    The target becomes ``(1 - alpha_t) * hard + alpha_t * past``, where *hard* is whatever target the head trains on
+    (labels, smoothed labels, mixed ``gt_score``) and alpha_t grows linearly to ``alpha``. Nothing else of the config
+    changes::
 
         custom_hooks = [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)]
 
     Args:
         alpha: final share of the past prediction, in [0, 1]. Defaults to 0.8, the paper's.
-        teacher: ``'bank'`` keeps the prediction each training sample got when it was last trained on (the paper's way, no
-            extra forward pass); ``'snapshot'`` runs the previous epoch's model on the present inputs, the one to use with
-            Mixup or CutMix. Samples without a past (the first epoch) are trained on their hard target.
+        teacher: ``'bank'`` keeps the prediction each training sample got when it was last trained on (the paper's way,
+            no extra forward pass); ``'snapshot'`` runs the previous epoch's model on the present inputs, the one to use
+            with Mixup or CutMix. Samples without a past (the first epoch) are trained on their hard target.
         top_k: keep only the k largest probabilities of a prediction in the bank (see
             :class:`selfkd.bank.PredictionBank`). Defaults to all.
         bank_dtype: ``'float32'`` or ``'float16'``.
         bank_device: where the bank lives. Defaults to the model's device.
-        interval: for ``'snapshot'`` in iteration-based loops: iterations between two refreshes of the past model. Defaults to
-            one pass over the training set.
+        interval: for ``'snapshot'`` in iteration-based loops: iterations between two refreshes of the past model.
+            Defaults to one pass over the training set.
 
     Logged besides the loss: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts, which sum to the loss) and
     ``pskd_entropy`` (mean entropy of the past predictions, in nats).
@@ -67,7 +68,9 @@ class PSKDHook(PSKDHookBase):
         if bank_dtype not in DTYPES:
             raise ValueError(f'PSKDHook: bank_dtype must be one of {list(DTYPES)}, got {bank_dtype!r}')
         if teacher == 'snapshot' and (top_k, bank_dtype, bank_device) != (None, 'float32', None):
-            raise ValueError("PSKDHook: top_k, bank_dtype and bank_device belong to teacher='bank', got teacher='snapshot'")
+            raise ValueError(
+                "PSKDHook: top_k, bank_dtype and bank_device belong to teacher='bank', got teacher='snapshot'"
+            )
         super().__init__(alpha, snapshot=teacher == 'snapshot', interval=interval)
         self.top_k, self.bank_dtype, self.bank_device = top_k, bank_dtype, bank_device
         self.bank: Optional[PredictionBank] = None
@@ -80,14 +83,17 @@ class PSKDHook(PSKDHookBase):
         head = getattr(model, 'head', None)
         if not isinstance(getattr(head, 'loss_module', None), nn.Module) or not getattr(head, 'num_classes', None):
             raise ValueError(
-                f'PSKDHook: {type(model).__name__} with the head {type(head).__name__} has no classification head with a '
+                f'PSKDHook: {type(model).__name__} with the head {type(head).__name__} has no classification '
+                f'head with a '
                 f'loss_module and num_classes; use an ImageClassifier with a LinearClsHead or the like'
             )
         loss = head.loss_module
         if isinstance(head, MultiLabelClsHead) or not _is_softmax_loss(loss):
             raise ValueError(
-                f'PSKDHook: {type(head).__name__} trains with {type(loss).__name__}, but a past prediction is a softmax over '
-                f'classes: multi-label and sigmoid losses are not supported. Use CrossEntropyLoss (use_sigmoid=False) or '
+                f'PSKDHook: {type(head).__name__} trains with {type(loss).__name__}, but a past prediction is a '
+                f'softmax over '
+                f'classes: multi-label and sigmoid losses are not supported. Use CrossEntropyLoss '
+                f'(use_sigmoid=False) or '
                 f'LabelSmoothLoss (mode original or classy_vision) in model.head.loss'
             )
         classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
@@ -98,7 +104,8 @@ class PSKDHook(PSKDHookBase):
             )
         if not self.snapshot and getattr(model.data_preprocessor, 'batch_augments', None) is not None:
             raise ValueError(
-                "PSKDHook: batch augmentations (Mixup, CutMix, ...) mix samples, so a prediction belongs to no single one: "
+                'PSKDHook: batch augmentations (Mixup, CutMix, ...) mix samples, so a prediction belongs to no '
+                'single one: '
                 "set teacher='snapshot', or remove batch_augments from model.train_cfg / data_preprocessor"
             )
 
@@ -115,8 +122,10 @@ class PSKDHook(PSKDHookBase):
             device=self.bank_device or next(model.parameters()).device,
         )
         if runner._resume and self._resumed_state is None:
-            runner.logger.warning('PSKDHook: the checkpoint holds no prediction bank (was it trained without this hook?); '
-                                  'samples are trained on their hard targets until they are seen again')
+            runner.logger.warning(
+                'PSKDHook: the checkpoint holds no prediction bank (was it trained without this hook?); '
+                'samples are trained on their hard targets until they are seen again'
+            )
         self._written = []  # (indices, step) of what this rank wrote since the last exchange
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:

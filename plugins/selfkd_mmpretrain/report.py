@@ -57,7 +57,7 @@ def predict(work_dir: str, checkpoint: Optional[str] = None) -> Predictions:
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
-    load_checkpoint(model, checkpoint or pointer.read_text().strip(), map_location='cpu')
+    load_checkpoint(model, checkpoint or pointer.read_text().strip(), 'cpu', strict=True, logger='silent')
     model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
     samples = []
     with torch.no_grad():
@@ -100,6 +100,8 @@ def table(groups: Dict[str, List[Dict[str, float]]]) -> str:
 def plot_reliability(panels: Dict[str, Dict[str, List[Predictions]]], path: str, bins: int = 10) -> None:
     """Accuracy against confidence, in equal bins of the top confidence; all runs of a group pooled.
 
+    Bins of fewer than 10 samples are not drawn; they count in the ECE.
+
     Args:
         panels: panel title -> group name -> runs.
         path: of the PNG.
@@ -109,9 +111,11 @@ def plot_reliability(panels: Dict[str, Dict[str, List[Predictions]]], path: str,
         confidence, predicted = probs.max(1)
         which = (confidence * bins).ceil().long().clamp(1, bins) - 1
         xs, ys = [], []
-        for b in which.unique().tolist():
-            xs.append(confidence[which == b].mean().item())
-            ys.append((predicted == labels)[which == b].float().mean().item())
+        for b in range(bins):
+            inside = which == b
+            if inside.sum() >= 10:
+                xs.append(confidence[inside].mean().item())
+                ys.append((predicted == labels)[inside].float().mean().item())
         ece = metrics.calibration_error(probs, labels, bins=bins)
         ax.plot(xs, ys, marker='o', markersize=4, label=f'{name} (ECE {100 * ece:.1f} %)')
 
@@ -157,7 +161,8 @@ def write_report(panels: Dict[str, Dict[str, List[Predictions]]], out: str) -> s
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     measured = {
-        title: {name: [measure(run) for run in runs] for name, runs in groups.items()} for title, groups in panels.items()
+        title: {name: [measure(run) for run in runs] for name, runs in groups.items()}
+        for title, groups in panels.items()
     }
     text = '\n\n'.join(f'{title}\n\n{table(groups)}' if title else table(groups) for title, groups in measured.items())
     (folder / 'table.md').write_text(text + '\n')

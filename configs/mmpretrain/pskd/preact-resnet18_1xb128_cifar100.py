@@ -1,0 +1,1 @@
+_base_ = ['../baseline/preact-resnet18_1xb128_cifar100.py', '../../_base_/pskd.py']

@@ -1,0 +1,22 @@
+"""Shared by all tests: the scripts in tools/ are importable, and real digit scans lie in a folder."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests' models are too small for more; set before torch is imported
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests')]
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    """An image folder of 40 training and many test digits, with 20 % wrong training labels."""
+    import make_toy_data
+
+    folder = tmp_path_factory.mktemp('data') / 'digits'
+    make_toy_data.digits(folder, label_noise=0.2, train_size=40)
+    return folder

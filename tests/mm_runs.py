@@ -1,0 +1,105 @@
+"""Small real runs of mmengine's Runner over the digits, for the OpenMMLab plugins' tests."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+ROOT = Path(__file__).resolve().parent.parent
+counter = itertools.count()
+
+
+def digits_config(digits, work_dir, *hooks, **options) -> Config:
+    """The digits config with a tiny network: 40 images, batches of 8, 3 epochs. Options use dotted keys."""
+    cfg = Config.fromfile(ROOT / 'configs/_base_/digits.py')
+    cfg.merge_from_dict(
+        {
+            'model.backbone.base_channels': 4,
+            'model.backbone.stem_channels': 4,
+            'model.head.in_channels': 32,
+            'train_dataloader.batch_size': 8,
+            'train_dataloader.dataset.data_root': str(digits),
+            'val_dataloader.dataset.data_root': str(digits),
+            'test_dataloader.dataset.data_root': str(digits),
+            'train_cfg.max_epochs': 3,
+            'train_cfg.val_interval': 100,
+            'work_dir': str(work_dir),
+            'experiment_name': f'run{next(counter)}',
+            'log_level': 'ERROR',
+        }
+    )
+    cfg.merge_from_dict(options)
+    cfg.custom_hooks = [ConfigDict(hook) for hook in hooks]
+    return cfg
+
+
+def by_iterations(cfg, max_iters, **checkpoint) -> Config:
+    """Turns an epoch-based config into an iteration-based one."""
+    cfg.train_dataloader.sampler.type = 'InfiniteSampler'
+    cfg.train_cfg = ConfigDict(by_epoch=False, max_iters=max_iters, val_interval=1000)
+    cfg.param_scheduler = ConfigDict(type='MultiStepLR', by_epoch=False, milestones=[1000])
+    cfg.default_hooks.checkpoint = ConfigDict(type='CheckpointHook', by_epoch=False, **{'interval': 1000, **checkpoint})
+    return cfg
+
+
+def train(cfg, *hooks) -> Runner:
+    runner = Runner.from_cfg(cfg)
+    for hook in hooks:
+        runner.register_hook(hook)
+    runner.train()
+    return runner
+
+
+def find_hook(runner, kind):
+    return next(hook for hook in runner.hooks if type(hook).__name__ == kind)
+
+
+def assert_same_state(a, b) -> None:
+    """Nested dicts and lists of tensors and numbers that are equal to the last bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_state(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same_state(x, y)
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    else:
+        assert a == b
+
+
+class Recorder(Hook):
+    """Keeps what went through the head's loss module in each training step, and the loss that was trained on."""
+
+    priority = 'VERY_HIGH'  # its tap is set before any plugin's: it sees the loss module's own value
+
+    def __init__(self):
+        self.steps = []
+
+    def before_train(self, runner):
+        model = getattr(runner.model, 'module', runner.model)
+        model.head.loss_module.register_forward_hook(self._record, with_kwargs=True)
+        model.register_forward_pre_hook(self._inputs, with_kwargs=True)
+
+    def _inputs(self, model, args, kwargs):
+        self.training = kwargs.get('mode') == 'loss'
+        if self.training:
+            self.steps.append({'inputs': kwargs['inputs'].clone()})
+
+    def _record(self, module, args, kwargs, output):
+        if self.training:
+            logits, label = args
+            self.steps[-1].update(logits=logits.detach().clone(), label=label.clone(), plain=output.detach().clone())
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.paths = [sample.img_path for sample in data_batch['data_samples']]
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.steps[-1].update(
+            paths=self.paths, epoch=runner.epoch, iter=runner.iter, **{k: v.item() for k, v in outputs.items()}
+        )

@@ -1,0 +1,227 @@
+"""The loss math against closed forms, torch's own losses and a plain float64 re-statement of the papers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfkd.losses import TopK, distillation_kl, progressive_targets, pskd_loss, soft_cross_entropy
+
+
+def restated_pskd(logits, labels, past, alpha):
+    """PS-KD, eq. 2 and 3, in float64 and without any shortcut: per-sample losses [N, ...]."""
+    logits, past = logits.double(), past.double()
+    onehot = torch.zeros_like(logits).scatter_(1, labels.unsqueeze(1), 1)
+    target = (1 - alpha) * onehot + alpha * past
+    log_probs = logits - logits.exp().sum(1, keepdim=True).log()
+    return -(target * log_probs).sum(1)
+
+
+def draw_batch(seed, *shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(shape, generator=generator)).to(dtype)
+    past = torch.randn(shape, generator=generator).softmax(1)
+    labels = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    return logits, labels, past
+
+
+shapes = st.one_of(
+    st.tuples(st.integers(1, 6), st.integers(2, 9)),
+    st.tuples(st.integers(1, 3), st.integers(2, 5), st.integers(1, 4), st.integers(1, 4)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes, alpha=st.floats(0, 1), seed=st.integers(0, 10**6))
+def test_pskd_equals_the_restated_paper(shape, alpha, seed):
+    logits, labels, past = draw_batch(seed, *shape)
+    logits.requires_grad_()
+    reference_logits = logits.detach().double().requires_grad_()
+    losses = pskd_loss(logits, labels, past, alpha, reduction='none')
+    reference = restated_pskd(reference_logits, labels, past, alpha)
+    torch.testing.assert_close(losses.double(), reference, rtol=1e-5, atol=1e-5)
+    losses.mean().backward()
+    reference.mean().backward()
+    torch.testing.assert_close(logits.grad.double(), reference_logits.grad, rtol=1e-4, atol=1e-6)
+    dense = soft_cross_entropy(logits, progressive_targets(labels, past, alpha), reduction='none')
+    torch.testing.assert_close(losses, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_pskd_by_hand():
+    """z = (0, ln 3): p = (1/4, 3/4). y = 0, past = (1/2, 1/2), alpha = 1/2: target (3/4, 1/4)."""
+    logits = torch.tensor([[0.0, math.log(3)]], requires_grad=True)
+    loss = pskd_loss(logits, torch.tensor([0]), torch.tensor([[0.5, 0.5]]), 0.5)
+    assert loss.item() == pytest.approx(0.75 * math.log(4) + 0.25 * math.log(4 / 3))
+    loss.backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.25 - 0.75, 0.75 - 0.25]]))  # softmax minus target
+
+
+@pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
+@pytest.mark.parametrize('shape', [(5, 7), (2, 5, 3, 4)])
+def test_alpha_0_is_cross_entropy_in_value_and_gradient(shape, reduction):
+    logits, labels, past = draw_batch(0, *shape)
+    labels.view(-1)[0] = 255
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    a = pskd_loss(ours, labels, past, 0.0, ignore_index=255, reduction=reduction)
+    b = F.cross_entropy(theirs, labels, ignore_index=255, reduction=reduction)
+    torch.testing.assert_close(a, b)
+    a.sum().backward()
+    b.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize('past', ['dense', 'top_k', 'per_sample_alpha', 'probs'])
+def test_gradcheck(past):
+    logits, labels, probs = draw_batch(1, 4, 6)
+    probs, alpha, hard = probs.double(), 0.3, labels
+    if past == 'top_k':
+        probs = TopK(*probs.topk(2, 1))
+    if past == 'per_sample_alpha':
+        alpha = torch.tensor([0.0, 0.2, 1.0, 0.7], dtype=torch.float64)
+    if past == 'probs':
+        hard = torch.rand(4, 6, dtype=torch.float64).softmax(1)
+    z = logits.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: pskd_loss(z, hard, probs, alpha, reduction='none'), z)
+
+
+def test_top_k_past_equals_its_dense_form():
+    logits, labels, past = draw_batch(2, 6, 40)
+    top = TopK(*past.topk(5, 1))
+    torch.testing.assert_close(top.dense(40).sum(1), torch.ones(6))
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    pskd_loss(a, labels, top, 0.6).backward()
+    pskd_loss(b, labels, top.dense(40), 0.6).backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    full = TopK(*past.topk(40, 1))  # k = C loses nothing
+    torch.testing.assert_close(full.dense(40), past)
+
+
+def test_per_sample_alpha_trains_new_samples_on_labels_alone():
+    logits, labels, past = draw_batch(3, 4, 5)
+    seen = torch.tensor([True, False, True, False])
+    losses = pskd_loss(logits, labels, past, 0.8 * seen, reduction='none')
+    torch.testing.assert_close(losses[~seen], F.cross_entropy(logits, labels, reduction='none')[~seen])
+    torch.testing.assert_close(losses[seen], pskd_loss(logits, labels, past, 0.8, reduction='none')[seen])
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6))
+def test_permuting_classes_or_samples_changes_nothing(seed):
+    logits, labels, past = draw_batch(seed, 5, 7)
+    generator = torch.Generator().manual_seed(seed)
+    loss = pskd_loss(logits, labels, past, 0.4)
+    classes, samples = torch.randperm(7, generator=generator), torch.randperm(5, generator=generator)
+    relabelled = classes.argsort()[labels]
+    torch.testing.assert_close(pskd_loss(logits[:, classes], relabelled, past[:, classes], 0.4), loss)
+    torch.testing.assert_close(pskd_loss(logits[samples], labels[samples], past[samples], 0.4), loss)
+
+
+def test_ignored_positions_neither_count_nor_carry_gradient():
+    logits, labels, past = draw_batch(4, 2, 5, 3, 3)
+    labels[0] = 255
+    logits.requires_grad_()
+    loss = pskd_loss(logits, labels, past, 0.5, ignore_index=255)
+    loss.backward()
+    assert not logits.grad[0].any()
+    torch.testing.assert_close(loss, pskd_loss(logits[1:], labels[1:], past[1:], 0.5))
+
+
+@pytest.mark.parametrize('case', ['no samples', 'all ignored'])
+def test_nothing_to_average_is_a_zero_joined_to_the_graph(case):
+    logits, labels, past = draw_batch(5, 3, 4)
+    if case == 'no samples':
+        logits, labels, past = logits[:0], labels[:0], past[:0]
+    else:
+        labels[:] = -100
+    logits.requires_grad_()
+    loss = pskd_loss(logits, labels, past, 0.5, ignore_index=-100)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.shape == logits.shape
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    logits, labels, past = draw_batch(6, 8, 100, dtype=dtype)
+    loss = pskd_loss(logits, labels, past.to(dtype), 0.5)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, pskd_loss(logits.float(), labels, past.to(dtype).float(), 0.5))
+
+
+def test_autocast_changes_nothing_for_float32_inputs():
+    logits, labels, past = draw_batch(7, 800, 6000)  # large enough for the path that works in slices
+    plain = pskd_loss(logits, labels, past, 0.5)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(pskd_loss(logits, labels, past, 0.5), plain, rtol=0, atol=0)
+    torch.testing.assert_close(plain, restated_pskd(logits, labels, past, 0.5).mean().float())
+
+
+def test_no_gradient_flows_into_the_past():
+    logits, labels, past = draw_batch(8, 3, 4)
+    past.requires_grad_()
+    pskd_loss(logits.requires_grad_(), labels, past, 0.5).backward()
+    assert past.grad is None
+
+
+def test_class_weight_is_that_of_torchs_soft_cross_entropy():
+    logits, _, target = draw_batch(9, 5, 4)
+    weight = torch.tensor([0.5, 1.0, 2.0, 3.0])
+    torch.testing.assert_close(
+        soft_cross_entropy(logits, target, class_weight=weight), F.cross_entropy(logits, target, weight=weight)
+    )
+
+
+def test_distillation_kl_by_hand():
+    """T = 2, teacher (0, 2 ln 3) and student (0, 0): KL((1/4, 3/4) || (1/2, 1/2)) = ln 2 - H(1/4), times T^2."""
+    student = torch.zeros(1, 2, requires_grad=True)
+    teacher = torch.tensor([[0.0, 2 * math.log(3)]], requires_grad=True)
+    loss = distillation_kl(student, teacher, temperature=2.0)
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert loss.item() == pytest.approx(4 * (math.log(2) - entropy), rel=1e-6)
+    loss.backward()
+    assert teacher.grad is None
+    torch.testing.assert_close(student.grad, torch.tensor([[2 * (0.5 - 0.25), 2 * (0.5 - 0.75)]]))  # T (p - q)
+
+
+def test_distillation_kl_reductions():
+    student, teacher = draw_batch(10, 2, 5, 3, 3)[0], draw_batch(11, 2, 5, 3, 3)[0]
+    each = distillation_kl(student, teacher, reduction='none')
+    assert each.shape == (2, 3, 3)
+    torch.testing.assert_close(distillation_kl(student, teacher), each.sum() / 2)
+    torch.testing.assert_close(distillation_kl(student, teacher, reduction='mean'), each.mean())
+    assert distillation_kl(student, student).item() == pytest.approx(0, abs=1e-6)
+
+
+Z, Y, P = draw_batch(12, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (lambda: pskd_loss(Z, Y, P, 1.5), r'alpha: must lie in \[0, 1\], got 1.5'),
+        (lambda: pskd_loss(Z, Y, P, float('nan')), r'alpha: must lie in \[0, 1\], got nan'),
+        (lambda: pskd_loss(Z, Y, P, torch.tensor([0.0, 2.0, 1.0])), r'alpha: must lie in \[0, 1\], got values from'),
+        (lambda: pskd_loss(Z, Y, P, torch.zeros(2)), r'alpha: a tensor must have shape \(3,\)'),
+        (lambda: pskd_loss(Z, Y, P[:, :3], 0.5), r'past_probs: must be floating with shape \(3, 4\)'),
+        (lambda: pskd_loss(Z, Y, Z, 0.5), r'past_probs: each distribution must be finite and sum to 1'),
+        (lambda: pskd_loss(Z, Y, P * float('nan'), 0.5), r'past_probs: each distribution must be finite'),
+        (lambda: pskd_loss(Z, Y, None, 0.5), r'past_probs: None is allowed with alpha=0 only'),
+        (lambda: pskd_loss(Z, Y + 4, P, 0.5), r'labels_or_probs: class ids must lie in \[0, 4\)'),
+        (lambda: pskd_loss(Z, Y[:2], P, 0.5), r'labels_or_probs: class ids must have shape \(3,\)'),
+        (lambda: pskd_loss(Z, P, P, 0.5, ignore_index=1), r'ignore_index: needs class ids'),
+        (lambda: pskd_loss(Z, Y, P, 0.5, reduction='avg'), r"reduction: must be one of .*'mean'.* got 'avg'"),
+        (lambda: pskd_loss(Z, Y, TopK(P[:, :2], Y), 0.5), r'past_probs: TopK needs values and classes \[N, k\]'),
+        (lambda: pskd_loss(Z.long(), Y, P, 0.5), r'logits: must be floating'),
+        (lambda: progressive_targets(Y, TopK(*P.topk(2, 1)), 0.5), r'num_classes: needed'),
+        (lambda: progressive_targets(Y, P, 0.5, num_classes=5), r'num_classes: past_probs has 4 classes, got 5'),
+        (lambda: distillation_kl(Z, Z[:, :3]), r'teacher_logits: must have the shape'),
+        (lambda: distillation_kl(Z, Z, temperature=0), r'temperature: must be above 0, got 0'),
+    ],
+)
+def test_refusals_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

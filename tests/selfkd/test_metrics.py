@@ -1,0 +1,98 @@
+"""The measures against closed forms and scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+from sklearn.neighbors import NearestNeighbors
+
+from selfkd.metrics import (
+    aurc,
+    brier,
+    calibration_error,
+    excess_aurc,
+    nll,
+    ood_scores,
+    recall_at_1,
+    risk_coverage,
+)
+
+
+def draw(n=300, c=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, c, generator=generator) * 2
+    return logits.softmax(1), torch.randint(c, (n,), generator=generator)
+
+
+def loop_ece(probs, labels, bins):
+    """Bin by bin, (lo, hi], as PS-KD's released code counts."""
+    confidence, predicted = probs.double().max(1)
+    total = 0.0
+    for b in range(bins):
+        inside = (confidence > b / bins) & (confidence <= (b + 1) / bins)
+        if inside.any():
+            accuracy = (predicted == labels)[inside].double().mean()
+            total += inside.double().mean().item() * abs(accuracy - confidence[inside].mean()).item()
+    return total
+
+
+@pytest.mark.parametrize('bins', [1, 10, 15])
+def test_calibration_error_equals_the_loop_over_bins(bins):
+    probs, labels = draw()
+    assert calibration_error(probs, labels, bins=bins) == pytest.approx(loop_ece(probs, labels, bins), abs=1e-12)
+
+
+def test_confidence_on_an_edge_belongs_to_the_lower_bin():
+    probs = torch.tensor([[0.7, 0.3], [0.75, 0.25]], dtype=torch.float64)
+    # One bin each if 0.7 falls into (0.6, 0.7]; together they would cancel to |0.5 - 0.725|.
+    assert calibration_error(probs, torch.tensor([0, 1])) == pytest.approx((0.3 + 0.75) / 2)
+
+
+def test_nll_and_brier_equal_scikit_learn():
+    probs, labels = draw()
+    assert nll(probs, labels) == pytest.approx(log_loss(labels, probs.double().numpy()), rel=1e-5)
+    binary, truth = draw(c=2)
+    assert brier(binary, truth) == pytest.approx(2 * brier_score_loss(truth, binary[:, 1].numpy()), rel=1e-5)
+    assert math.isfinite(nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1])))
+
+
+def test_aurc_by_hand():
+    """Confidence order: right, wrong, right. Risks 0, 1/2, 1/3; the best order has risks 0, 0, 1/3."""
+    probs, labels = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), torch.tensor([0, 1, 0])
+    torch.testing.assert_close(risk_coverage(probs, labels), torch.tensor([0, 1 / 2, 1 / 3], dtype=torch.float64))
+    assert aurc(probs, labels) == pytest.approx((1 / 2 + 1 / 3) / 3)
+    assert excess_aurc(probs, labels) == pytest.approx(1 / 6)
+    assert excess_aurc(probs, torch.tensor([0, 0, 1])) == pytest.approx(0)
+
+
+def test_ood_scores_equal_scikit_learn_and_a_scan_over_thresholds():
+    inside, outside = draw(200, seed=1)[0], draw(150, seed=2)[0].pow(0.3)
+    outside = outside / outside.sum(1, keepdim=True)
+    scores = ood_scores(inside, outside)
+    score = np.concatenate([inside.amax(1).numpy(), outside.amax(1).numpy()]).astype(np.float64)
+    truth = np.r_[np.ones(200), np.zeros(150)]
+    assert scores['auroc'] == pytest.approx(roc_auc_score(truth, score))
+    assert scores['aupr'] == pytest.approx(average_precision_score(truth, score))
+    accepted = [(score[truth == 0] >= t).mean() for t in score if (score[truth == 1] >= t).mean() >= 0.95]
+    assert scores['fpr95'] == pytest.approx(min(accepted))
+
+
+def test_recall_at_1_equals_nearest_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(70, 6, generator=generator), torch.randint(3, (70,), generator=generator)
+    neighbours = NearestNeighbors(n_neighbors=2).fit(features.numpy()).kneighbors(return_distance=True)[1]
+    nearest = [row[row != i][0] for i, row in enumerate(neighbours)]
+    expected = (labels[nearest] == labels).double().mean().item()
+    assert recall_at_1(features, labels) == pytest.approx(expected)
+    assert recall_at_1(features, labels, chunk=16) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('function', [calibration_error, nll, brier, aurc, excess_aurc])
+def test_inputs_are_checked(function):
+    probs, labels = draw(4)
+    with pytest.raises(ValueError, match=r'probs: must be floating, \[N, C\] with labels \[N\]'):
+        function(probs, labels[:3])
+    with pytest.raises(ValueError, match=r'probs: holds values that are not finite'):
+        function(probs * float('nan'), labels)

@@ -1,0 +1,81 @@
+"""Schedules at their ends, and the snapshot teacher's independence of its student."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from selfkd.schedule import linear_growth, sigmoid_ramp_up
+from selfkd.teacher import SnapshotTeacher
+
+
+def test_schedules_at_their_ends():
+    assert [linear_growth(0.8, s) for s in (0, 0.5, 1)] == pytest.approx([0, 0.4, 0.8])
+    assert sigmoid_ramp_up(0) == pytest.approx(0.006738, rel=1e-3)  # exp(-5)
+    assert sigmoid_ramp_up(1) == 1
+    for schedule in (lambda s: linear_growth(0.8, s), sigmoid_ramp_up):
+        with pytest.raises(ValueError, match=r'progress: must lie in \[0, 1\], got 1.01'):
+            schedule(1.01)
+
+
+def small_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(2))
+
+
+def test_teacher_is_frozen_in_eval_mode_and_follows_only_update():
+    x, model = torch.randn(2, 3, 5, 5), small_net()
+    model(x)
+    teacher = SnapshotTeacher(model)
+    random_state, expected = torch.get_rng_state(), copy.deepcopy(model).eval()(x)
+    model[0].weight.data.add_(1)
+    model(x)  # the student's batch-norm statistics move on
+    torch.set_rng_state(random_state)
+    torch.testing.assert_close(teacher(x), expected)
+    assert torch.equal(torch.get_rng_state(), random_state)  # dropout is off: no random number is drawn
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    teacher.update(model)
+    torch.testing.assert_close(teacher(x), copy.deepcopy(model).eval()(x))
+    assert model.training
+
+
+def test_teacher_is_no_submodule_of_its_holder():
+    model = small_net()
+    model(torch.randn(2, 3, 5, 5))
+    names = list(model.state_dict())
+    model.teacher = SnapshotTeacher(model)
+    assert list(model.state_dict()) == names
+
+
+def test_teacher_state_round_trip():
+    model = nn.Linear(2, 2)
+    teacher, other = SnapshotTeacher(model), SnapshotTeacher(nn.Linear(2, 2))
+    other.load_state_dict(teacher.state_dict())
+    torch.testing.assert_close(other(torch.ones(1, 2)), teacher(torch.ones(1, 2)))
+
+
+def test_weight_norm_and_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.out.weight = self.embed.weight
+            self.hidden = nn.utils.weight_norm(nn.Linear(4, 4))
+
+        def forward(self, ids):
+            return self.out(self.hidden(self.embed(ids)))
+
+    model, ids = Tied(), torch.arange(5)
+    model(ids).sum().backward()  # leaves a non-leaf tensor in the module, which plain deepcopy refuses
+    teacher = SnapshotTeacher(model)
+    assert teacher.model.out.weight is teacher.model.embed.weight
+    with torch.no_grad():
+        model.embed.weight.mul_(2)
+        model.hidden.weight_g.mul_(3)
+    teacher.update(model)
+    torch.testing.assert_close(teacher(ids), model(ids))
+
+
+def test_another_model_is_refused():
+    with pytest.raises(ValueError, match='is not the model that this teacher was made from'):
+        SnapshotTeacher(nn.Linear(2, 2)).update(nn.Linear(2, 3))

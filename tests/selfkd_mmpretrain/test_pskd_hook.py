@@ -1,0 +1,451 @@
+"""PS-KD in real MMPretrain training runs."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mm_runs import ROOT, Recorder, assert_same_state, by_iterations, digits_config, find_hook, train
+from mmengine.config import Config
+from mmengine.runner import Runner, load_checkpoint
+from mmpretrain.registry import MODELS
+
+PSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
+SNAPSHOT = dict(PSKD, teacher='snapshot')
+
+
+def expected_losses(steps, alpha_of, hard_target):
+    """Each step's loss, restated from the paper in float64, out of the logits that were captured on the way."""
+    past, losses = {}, []
+    for step in steps:
+        log_probs = step['logits'].double().log_softmax(1)
+        hard = hard_target(step['label']).double()
+        before = torch.stack([past.get(path, row) for path, row in zip(step['paths'], hard)])
+        alpha = alpha_of(step)
+        losses.append(-(((1 - alpha) * hard + alpha * before) * log_probs).sum(1).mean().item())
+        past.update(zip(step['paths'], log_probs.exp()))
+    return losses
+
+
+def onehot(label):
+    return F.one_hot(label, 10)
+
+
+def test_three_epochs_recomputed_from_captured_logits(digits, tmp_path):
+    recorder = Recorder()
+    train(digits_config(digits, tmp_path, PSKD), recorder)
+    expected = expected_losses(recorder.steps, lambda step: 0.8 * (step['epoch'] + 1) / 3, onehot)
+    assert len(expected) == 15
+    assert [step['loss'] for step in recorder.steps] == pytest.approx(expected, rel=1e-5)
+    plain = [step['plain'].item() for step in recorder.steps]
+    assert plain[:5] == pytest.approx(expected[:5], rel=1e-5)  # epoch 0 is plain cross-entropy
+    assert all(abs(a - b) > 1e-3 for a, b in zip(plain[10:], expected[10:]))
+
+
+def test_iteration_based_loop_recomputed(digits, tmp_path):
+    recorder = Recorder()
+    train(by_iterations(digits_config(digits, tmp_path, PSKD), 12), recorder)
+    # 5 iterations are one pass over the data; alpha is the share of iterations done at the start of the pass
+    expected = expected_losses(recorder.steps, lambda step: 0.8 * (step['iter'] // 5 * 5) / 12, onehot)
+    assert [step['loss'] for step in recorder.steps] == pytest.approx(expected, rel=1e-5)
+    assert [round(step['pskd_alpha'], 4) for step in recorder.steps[::5]] == [
+        0,
+        round(0.8 * 5 / 12, 4),
+        round(8 / 12, 4),
+    ]
+
+
+def test_smoothed_labels_are_the_hard_part_and_not_smoothed_twice(digits, tmp_path):
+    recorder = Recorder()
+    loss = dict(type='LabelSmoothLoss', label_smooth_val=0.1)
+    train(digits_config(digits, tmp_path, PSKD, **{'model.head.loss': loss}), recorder)
+    expected = expected_losses(
+        recorder.steps, lambda step: 0.8 * (step['epoch'] + 1) / 3, lambda label: 0.9 * onehot(label) + 0.1 / 10
+    )
+    assert [step['loss'] for step in recorder.steps] == pytest.approx(expected, rel=1e-5)
+
+
+def test_class_weights_and_loss_weight_act_on_both_parts(digits, tmp_path):
+    recorder, weight = Recorder(), [0.5] * 5 + [2.0] * 5
+    loss = dict(type='CrossEntropyLoss', class_weight=weight, loss_weight=3.0)
+    train(digits_config(digits, tmp_path, PSKD, **{'model.head.loss': loss}), recorder)
+    past = {}
+    for step in recorder.steps:
+        log_probs = step['logits'].double().log_softmax(1)
+        hard, alpha = onehot(step['label']).double(), 0.8 * (step['epoch'] + 1) / 3
+        before = torch.stack([past.get(path, row) for path, row in zip(step['paths'], hard)])
+        target = ((1 - alpha) * hard + alpha * before) * torch.tensor(weight)
+        assert step['loss'] == pytest.approx(-3 * (target * log_probs).sum(1).mean().item(), rel=1e-5)
+        past.update(zip(step['paths'], log_probs.exp()))
+
+
+@pytest.mark.parametrize('mixup', [False, True])
+def test_snapshot_teaches_with_the_previous_epochs_model_on_the_present_inputs(digits, tmp_path, mixup):
+    recorder = Recorder()
+    cfg = digits_config(digits, tmp_path, SNAPSHOT)
+    if mixup:
+        cfg.data_preprocessor.batch_augments = dict(
+            augments=[dict(type='Mixup', alpha=1.0), dict(type='CutMix', alpha=1.0)]
+        )
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 3
+    runner = train(cfg, recorder)
+    for step in recorder.steps:
+        alpha = 0.8 * (step['epoch'] + 1) / 3
+        hard = step['label'] if mixup else onehot(step['label'])
+        assert mixup == bool(((hard > 0) & (hard < 1)).any())
+        past = hard
+        if step['epoch'] > 0:
+            teacher = copy.deepcopy(runner.model)
+            load_checkpoint(teacher, str(tmp_path / f'epoch_{step["epoch"]}.pth'))
+            with torch.no_grad():
+                past = teacher.eval()(step['inputs'], mode='tensor').softmax(1)
+        expected = F.cross_entropy(step['logits'], (1 - alpha) * hard.float() + alpha * past)
+        assert step['loss'] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('hook', [dict(PSKD, alpha=0.0), dict(SNAPSHOT, alpha=0.0)])
+def test_alpha_0_trains_to_the_vanilla_weights(digits, tmp_path, hook):
+    cutout = {'data_preprocessor.batch_augments': dict(augments=[dict(type='Mixup', alpha=1.0)])}
+    options = cutout if 'teacher' in hook else {}  # Mixup draws random numbers, which the teacher must not use up
+    vanilla = train(digits_config(digits, tmp_path / 'vanilla', **options)).model.state_dict()
+    ours = train(digits_config(digits, tmp_path / 'ours', hook, **options)).model.state_dict()
+    assert_same_state(ours, vanilla)
+
+
+def test_logged_parts_add_up_and_reach_tensorboard(digits, tmp_path):
+    cfg = digits_config(digits, tmp_path, PSKD)
+    cfg.default_hooks.logger.interval = 1
+    cfg.visualizer = dict(
+        type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
+    )
+    train(cfg, recorder := Recorder())
+    for step in recorder.steps:
+        assert step['pskd_hard'] + step['pskd_soft'] == pytest.approx(step['loss'], rel=1e-5)
+    assert [step['pskd_entropy'] > 0 for step in recorder.steps] == [False] * 5 + [True] * 10
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(tmp_path.glob('*/vis_data')))).Reload()
+    alphas = [event.value for event in events.Scalars('pskd_alpha')]
+    assert alphas == pytest.approx([step['pskd_alpha'] for step in recorder.steps])
+    assert {'pskd_hard', 'pskd_soft', 'pskd_entropy'} <= set(events.Tags()['scalars'])
+
+
+@pytest.fixture
+def amp_on_cpu(monkeypatch):
+    """AmpOptimWrapper refuses to be built without an accelerator, though its autocast supports bfloat16 on the CPU."""
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+
+
+@pytest.mark.usefixtures('amp_on_cpu')
+@pytest.mark.parametrize('hook', [dict(PSKD, top_k=3, bank_dtype='float16'), SNAPSHOT])
+def test_beside_accumulation_amp_ema_and_frozen_layers(digits, tmp_path, hook):
+    cfg = digits_config(digits, tmp_path, hook, dict(type='EMAHook', ema_type='ExponentialMovingAverage'))
+    cfg.optim_wrapper = dict(
+        type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0, accumulative_counts=2, **cfg.optim_wrapper
+    )
+    cfg.model.backbone.frozen_stages = 1
+    cfg.train_cfg.val_interval = 1
+    train(cfg, recorder := Recorder())
+    assert recorder.steps[0]['logits'].dtype == torch.bfloat16
+    # accumulation over steps does not advance alpha twice
+    assert [step['pskd_alpha'] for step in recorder.steps] == pytest.approx([0.8 / 3] * 5 + [1.6 / 3] * 5 + [0.8] * 5)
+    assert all(torch.isfinite(torch.tensor(step['loss'])) for step in recorder.steps)
+    assert recorder.steps[-1]['pskd_soft'] > 0
+    saved = torch.load(tmp_path / 'epoch_3.pth')
+    assert 'ema_state_dict' in saved
+    MODELS.build(cfg.model).load_state_dict(saved['state_dict'], strict=True)
+
+
+@pytest.mark.usefixtures('amp_on_cpu')
+def test_loss_of_bfloat16_logits_is_computed_in_float32(digits, tmp_path):
+    cfg = digits_config(digits, tmp_path, PSKD)
+    cfg.optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0, **cfg.optim_wrapper)
+    train(cfg, recorder := Recorder())
+    expected = expected_losses(recorder.steps, lambda step: 0.8 * (step['epoch'] + 1) / 3, onehot)
+    assert [step['loss'] for step in recorder.steps] == pytest.approx(expected, rel=1e-4)
+
+
+def test_checkpoint_is_plain_and_loads_strictly_into_the_vanilla_model(digits, tmp_path):
+    runner = train(digits_config(digits, tmp_path, PSKD))
+    saved = torch.load(tmp_path / 'epoch_3.pth')
+    torch.save(saved['selfkd'], tmp_path / 'ours.pth')
+    ours = torch.load(tmp_path / 'ours.pth', weights_only=True)
+    assert_same_state(ours['PSKDHook']['bank'], find_hook(runner, 'PSKDHook').bank.state_dict())
+    vanilla = MODELS.build(digits_config(digits, tmp_path).model)
+    vanilla.load_state_dict(saved['state_dict'], strict=True)
+    assert not runner.model.head.loss_module._forward_hooks  # the tap is gone after training
+
+
+def test_validation_leaves_the_bank_alone(digits, tmp_path):
+    runner = train(digits_config(digits, tmp_path, PSKD))
+    before = find_hook(runner, 'PSKDHook').bank.state_dict()
+    runner.val()
+    assert_same_state(find_hook(runner, 'PSKDHook').bank.state_dict(), before)
+
+
+# Resume
+
+
+def killed_and_resumed(digits, tmp_path, hook, kill_after, resumable):
+    """Final checkpoint of a run that was killed in the middle and resumed, and of one that was not."""
+    common = {'train_dataloader.num_workers': 0}
+    straight = digits_config(digits, tmp_path / 'straight', hook, **common)
+    killed = digits_config(digits, tmp_path / 'killed', hook, **common)
+    resumable(straight), resumable(killed)
+    train(straight)
+    killed.dump(tmp_path / 'killed.py')
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT / 'plugins'), str(ROOT / 'tests')])}
+    code = f"""
+import os, signal
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+class Kill(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == {kill_after}:
+            os.kill(os.getpid(), signal.SIGKILL)
+cfg = Config.fromfile({str(tmp_path / 'killed.py')!r})
+runner = Runner.from_cfg(cfg)
+runner.register_hook(Kill())
+runner.train()
+"""
+    outcome = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    assert outcome.returncode == -signal.SIGKILL, outcome.stderr
+    killed.resume = True
+    killed.experiment_name += '-resumed'
+    train(killed)
+    last = [(tmp_path / name / 'last_checkpoint').read_text() for name in ('straight', 'killed')]
+    return [torch.load(path) for path in last]
+
+
+@pytest.mark.parametrize('hook', [PSKD, dict(PSKD, top_k=2, bank_dtype='float16'), SNAPSHOT])
+def test_killed_in_mid_epoch_and_resumed_is_exact(digits, tmp_path, hook):
+    straight, resumed = killed_and_resumed(digits, tmp_path, hook, kill_after=12, resumable=lambda cfg: cfg)
+    for key in ('state_dict', 'optimizer'):
+        assert_same_state(resumed[key], straight[key])
+    assert_same_state(resumed.get('selfkd'), straight.get('selfkd'))
+
+
+@pytest.mark.parametrize('hook', [PSKD, dict(SNAPSHOT, interval=4)])
+def test_iteration_based_resume_between_two_snapshots_is_exact(digits, tmp_path, hook):
+    def resumable(cfg):  # saved after 6 of 14 iterations: between the snapshots taken at 4 and 8
+        by_iterations(cfg, 14, interval=6)
+
+    straight, resumed = killed_and_resumed(digits, tmp_path, hook, kill_after=9, resumable=resumable)
+    for key in ('state_dict', 'optimizer'):
+        assert_same_state(resumed[key], straight[key])
+    assert_same_state(resumed.get('selfkd'), straight.get('selfkd'))
+
+
+def test_bank_of_a_training_set_of_another_size_is_refused(digits, tmp_path):
+    train(digits_config(digits, tmp_path, PSKD, **{'train_cfg.max_epochs': 1}))
+    smaller = digits_config(digits, tmp_path, PSKD, resume=True, **{'train_dataloader.dataset.indices': 32})
+    with pytest.raises(ValueError, match='the saved bank has num_samples=40, this one num_samples=32: resume with the'):
+        train(smaller)
+
+
+def test_resume_from_a_run_without_the_hook_says_that_the_bank_starts_empty(digits, tmp_path, caplog):
+    train(digits_config(digits, tmp_path, **{'train_cfg.max_epochs': 1}))
+    cfg = digits_config(digits, tmp_path, PSKD, resume=True, log_level='WARNING')
+    train(cfg, recorder := Recorder())
+    logs = ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+    assert 'the checkpoint holds no prediction bank' in logs
+    first = recorder.steps[0]
+    assert first['epoch'] == 1
+    assert first['loss'] == pytest.approx(first['plain'].item())
+
+
+def test_torch_2_6_cannot_load_mmengines_checkpoints(digits, tmp_path, monkeypatch):
+    # torch 2.6 beside these toolkits is not installable here: its version string stands in for it.
+    monkeypatch.setattr(torch, '__version__', '2.6.0')
+    monkeypatch.delenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', raising=False)
+    cfg = digits_config(digits, tmp_path, PSKD, load_from='some.pth', resume=True)
+    with pytest.raises(RuntimeError, match='set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 .* or use torch below 2.6'):
+        train(cfg)
+
+
+# Two processes
+
+
+def test_two_processes_hold_the_bank_of_a_single_one(digits, tmp_path):
+    """Both ranks' banks hold the predictions that either rank made, the last one of each sample."""
+    (tmp_path / 'dump_bank.py').write_text(
+        """
+import os, torch
+from mmengine.hooks import Hook
+from mm_runs import Recorder, find_hook
+class DumpBank(Recorder):
+    def after_train(self, runner):
+        hook = find_hook(runner, 'PSKDHook')
+        dataset = runner.train_dataloader.dataset
+        paths = {dataset.get_data_info(n)['img_path']: n for n in range(len(dataset))}
+        torch.save(dict(bank=hook.bank.state_dict(), steps=self.steps, paths=paths, weights=runner.model.state_dict()),
+                   os.path.join(runner.work_dir, f'rank{runner.rank}.pth'))
+"""
+    )
+    cfg = digits_config(digits, tmp_path / 'run', dict(type='dump_bank.DumpBank'), PSKD)
+    cfg.train_dataloader.batch_size = 6
+    cfg.train_dataloader.dataset.indices = 39  # 20 samples on each rank, so one of them twice
+    cfg.dump(tmp_path / 'config.py')
+    run_distributed(tmp_path, tmp_path / 'config.py')
+    ranks = [torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2)]
+    assert_same_state(ranks[0]['bank'], ranks[1]['bank'])
+    for name, value in ranks[0]['weights'].items():  # batch-norm statistics are each rank's own in mmengine
+        if 'running' not in name:
+            torch.testing.assert_close(value, ranks[1]['weights'][name], rtol=0, atol=0)
+    expected = torch.zeros(39, 10)
+    for both in zip(ranks[0]['steps'], ranks[1]['steps']):
+        for step in both:
+            rows = [ranks[0]['paths'][path] for path in step['paths']]
+            for row, probs in zip(rows, step['logits'].softmax(1)):
+                expected[row] = probs
+    assert ranks[0]['bank']['seen'].all()
+    torch.testing.assert_close(ranks[0]['bank']['values'], expected, rtol=0, atol=0)
+    # and the losses of every step used the predictions that either rank made in the epoch before
+    for step in ranks[0]['steps'][4:]:
+        assert step['pskd_entropy'] > 0
+
+
+def run_distributed(tmp_path, config, *arguments):
+    environment = {
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join([str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)]),
+    }
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    command += [str(ROOT / 'tools/train.py'), str(config), '--launcher', 'pytorch', *arguments]
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return outcome.stdout
+
+
+# Ways to switch it on
+
+
+def test_command_line_alone_switches_it_on(digits, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / 'tools/train.py'),
+        str(ROOT / 'configs/_base_/digits.py'),
+        '--work-dir',
+        str(tmp_path),
+    ]
+    command += [
+        '--cfg-options',
+        f'train_dataloader.dataset.data_root={digits}',
+        f'val_dataloader.dataset.data_root={digits}',
+    ]
+    command += ['train_cfg.max_epochs=2', 'default_hooks.logger.interval=1']
+    command += ['default_hooks.pskd.type=selfkd_mmpretrain.PSKDHook', 'default_hooks.pskd.alpha=0.8']
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert 'pskd_alpha: 0.8000' in outcome.stdout + outcome.stderr
+
+
+def test_fragment_among_the_bases(digits):
+    cfg = Config.fromfile(ROOT / 'configs/mmpretrain/pskd/resnet18-w16_1xb50_digits.py')
+    assert cfg.custom_hooks == [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)]
+
+
+def test_new_style_config(digits, tmp_path):
+    config = tmp_path / 'new_style.py'
+    base = digits_config(digits, tmp_path / 'run')
+    config.write_text(
+        'from mmengine.config import read_base\n'
+        'from selfkd_mmpretrain import PSKDHook\n'
+        'with read_base():\n    from .base import *\n'
+        'custom_hooks = [dict(type=PSKDHook, alpha=0.5)]\n'
+    )
+    (tmp_path / 'base.py').write_text('\n'.join(f'{key} = {value!r}' for key, value in base.to_dict().items()))
+    cfg = Config.fromfile(config)
+    cfg.experiment_name += '-new-style'
+    assert find_hook(train(cfg), 'PSKDHook').alpha == 0.5
+
+
+# Refusals
+
+
+def refused(message, cfg, error=ValueError):
+    with pytest.raises(error, match=message):
+        train(cfg)
+
+
+@pytest.mark.parametrize(
+    ('hook', 'message'),
+    [
+        (dict(PSKD, alpha=1.2), r'alpha must lie in \[0, 1\], got 1.2'),
+        (dict(PSKD, teacher='ema'), r"teacher must be 'bank' or 'snapshot', got 'ema'"),
+        (dict(PSKD, bank_dtype='int8'), r"bank_dtype must be one of \['float32', 'float16'\], got 'int8'"),
+        (dict(SNAPSHOT, top_k=4), r"top_k, bank_dtype and bank_device belong to teacher='bank'"),
+        (dict(PSKD, top_k=11), r'top_k: must lie in \[1, num_classes=10\] or be None, got 11'),
+        (dict(SNAPSHOT, interval=0), r'interval must be a positive number of iterations, got 0'),
+        (
+            dict(SNAPSHOT, interval=3),
+            r'interval works with a snapshot teacher in an iteration-based training loop only',
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(digits, tmp_path, hook, message):
+    refused(message, digits_config(digits, tmp_path, hook))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            {'model.head.loss': dict(type='CrossEntropyLoss', use_sigmoid=True)},
+            r'LinearClsHead trains with CrossEntropyLoss, .* Use CrossEntropyLoss \(use_sigmoid=False\)',
+        ),
+        ({'model.head.loss': dict(type='FocalLoss')}, r'LinearClsHead trains with FocalLoss'),
+        (
+            {'model.head.loss': dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='multi_label')},
+            'LabelSmoothLoss',
+        ),
+        (
+            {'model.head': dict(type='MultiLabelLinearClsHead', num_classes=10, in_channels=32)},
+            r'MultiLabelLinearClsHead',
+        ),
+        ({'model.head.num_classes': 12}, r'training set has 10 classes, the head 12: set model.head.num_classes=10'),
+        (
+            {'data_preprocessor.batch_augments': dict(augments=dict(type='Mixup', alpha=0.2))},
+            r"batch augmentations .* set teacher='snapshot', or remove batch_augments",
+        ),
+    ],
+)
+def test_models_that_cannot_work_are_refused_at_the_start(digits, tmp_path, options, message):
+    refused(message, digits_config(digits, tmp_path, PSKD, **options))
+
+
+def test_a_head_without_loss_module_is_refused(digits, tmp_path):
+    cfg = digits_config(digits, tmp_path, PSKD)
+    cfg.model.head = None
+    refused('has no classification head with a loss_module and num_classes', cfg)
+
+
+@MODELS.register_module()
+class BypassingHead(MODELS.get('LinearClsHead')):
+    """Computes its loss without calling its loss module, or calls it several times."""
+
+    calls = 0
+
+    def loss(self, feats, data_samples, **kwargs):
+        losses = {'loss': self(feats).square().mean()}
+        for _ in range(self.calls):
+            losses = super().loss(feats, data_samples)
+        return losses
+
+
+@pytest.mark.parametrize(('calls', 'message'), [(0, 'CrossEntropyLoss was never called'), (2, 'called more than once')])
+def test_a_tap_that_does_not_fire_once_is_an_error(digits, tmp_path, calls, message, monkeypatch):
+    monkeypatch.setattr(BypassingHead, 'calls', calls)
+    refused(message, digits_config(digits, tmp_path, PSKD, **{'model.head.type': 'BypassingHead'}), RuntimeError)
+
+
+def test_a_model_that_is_never_called_is_an_error(digits, tmp_path):
+    runner = Runner.from_cfg(digits_config(digits, tmp_path, PSKD))
+    runner.model._run_forward = lambda data, mode: runner.model.loss(data['inputs'], data['data_samples'])
+    with pytest.raises(RuntimeError, match='could not be tapped'):
+        runner.train()

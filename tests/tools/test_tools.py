@@ -1,0 +1,109 @@
+"""The scripts in tools/, run as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from mm_runs import digits_config, train
+from mmengine.config import Config
+from mmpretrain.registry import MODELS
+from PIL import Image
+
+from selfkd.benchmark import compare, peak_bytes, write_section
+from selfkd_mmpretrain.report import measure, predict, table
+
+
+def run(*arguments, cwd=None, fails=False):
+    outcome = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    assert (outcome.returncode != 0) == fails, outcome.stderr[-3000:]
+    return outcome.stderr if fails else outcome.stdout
+
+
+def test_toy_digits_are_the_same_each_time_and_noise_moves_the_asked_share(tmp_path):
+    tool = ROOT / 'tools/make_toy_data.py'
+    for name, noise in (('clean', 0), ('noisy', 0.2), ('again', 0.2)):
+        run(tool, 'digits', tmp_path / name, '--label-noise', noise)
+
+    def labels(name, part):
+        return {path.stem: path.parent.name for path in (tmp_path / name / part).glob('*/*.png')}
+
+    clean, noisy = labels('clean', 'train'), labels('noisy', 'train')
+    assert len(clean) == 800
+    assert len(labels('clean', 'test')) == 997
+    assert clean.keys() == noisy.keys()
+    assert sum(clean[key] != noisy[key] for key in clean) == 160
+    assert labels('again', 'train') == noisy
+    assert labels('noisy', 'test') == labels('clean', 'test')
+    assert Image.open(next((tmp_path / 'clean/train/3').iterdir())).size == (8, 8)
+    assert 'exists already' in run(tool, 'digits', tmp_path / 'clean', fails=True)
+
+
+def test_report_of_finished_runs(digits, tmp_path):
+    for seed in range(2):
+        cfg = digits_config(digits, tmp_path / f'run{seed}', **{'randomness.seed': seed, 'train_cfg.max_epochs': 1})
+        runner = train(cfg)
+    out = run(ROOT / 'tools/report.py', tmp_path / 'report', f'plain={tmp_path}/run0,{tmp_path}/run1', cwd=tmp_path)
+    runs = json.loads((tmp_path / 'report/runs.json').read_text())['']['plain']
+    assert len(runs) == 2
+    assert runs[1] == pytest.approx(measure(predict(str(tmp_path / 'run1'))))
+    accuracy = runner.test()['accuracy/top1']  # MMPretrain's own measure of the second run
+    assert 100 * (1 - runs[1]['error']) == pytest.approx(accuracy, abs=1e-3)
+    assert out.splitlines()[:3] == (tmp_path / 'report/table.md').read_text().splitlines()[:3]
+    for name in ('reliability.png', 'risk_coverage.png'):
+        assert Image.open(tmp_path / 'report' / name).size[0] > 300
+    assert 'found 0 configs' in run(ROOT / 'tools/report.py', tmp_path / 'r', f'x={tmp_path}', fails=True)
+
+
+def test_table_shows_mean_and_spread():
+    runs = [{'error': e, 'nll': 1.0, 'ece': 0.1, 'aurc': 0.01} for e in (0.1, 0.2)]
+    assert '| 15.00 ± 7.07 |' in table({'x': runs})
+    assert '±' not in table({'x': runs[:1]})
+
+
+def test_benchmark_ratios_and_sections(tmp_path):
+    x = torch.randn(200, 200)
+
+    def work(n):
+        for _ in range(n):
+            x @ x
+
+    costs = compare({'one': lambda: work(5), 'four': lambda: work(20)}, repeats=5)
+    assert costs[0].time_ratio == 1
+    assert costs[1].time_ratio > 1.5  # four times the work
+    assert peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000)) == 3 * 4000
+    page = tmp_path / 'page.md'
+    page.write_text('a\n<!-- loss -->\nold\n<!-- end loss -->\nb\n')
+    write_section(str(page), 'loss', 'new')
+    assert page.read_text() == 'a\n<!-- loss -->\nnew\n<!-- end loss -->\nb\n'
+    with pytest.raises(ValueError, match='has no section'):
+        write_section(str(page), 'other', 'x')
+
+
+def test_demo_of_one_seed_and_again(tmp_path):
+    out = run(ROOT / 'tools/demo.py', '--seeds', 1, '--epochs', 1, '--out', tmp_path / 'demo')
+    assert 'clean labels' in out
+    assert out.count('| PS-KD') == 2
+    assert (tmp_path / 'demo/report/reliability.png').exists()
+    record = json.loads((tmp_path / 'demo/labels-20/pskd-0/run.json').read_text())
+    assert record['method'] == 'PS-KD'
+    again = run(ROOT / 'tools/demo.py', '--seeds', 1, '--epochs', 1, '--out', tmp_path / 'demo')
+    assert '6 runs were finished before and kept' in again
+    assert again.split('\n\n')[2] in out
+
+
+@pytest.mark.parametrize('method', ['baseline', 'pskd'])
+def test_cifar100_configs_have_the_papers_network(method):
+    cfg = Config.fromfile(ROOT / f'configs/mmpretrain/{method}/preact-resnet18_1xb128_cifar100.py')
+    model = MODELS.build(cfg.model)
+    assert sum(p.numel() for p in model.parameters()) == 11_217_444
+    assert (cfg.train_cfg.max_epochs, cfg.param_scheduler.milestones, cfg.train_dataloader.batch_size) == (
+        300,
+        [150, 225],
+        128,
+    )
+    assert [dict(hook) for hook in cfg.get('custom_hooks', [])] == (
+        [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)] if method == 'pskd' else []
+    )

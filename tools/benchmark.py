@@ -1,0 +1,45 @@
+"""Measures what the methods cost, as ratios to the plain computation timed alternately in the same run.
+
+    python tools/benchmark.py [SUITE ...] [--threads N] [--write docs/performance.md]
+
+--write puts each table into its section of the page.
+"""
+
+import argparse
+import os
+from importlib import import_module
+
+SUITES = {
+    'loss': 'selfkd.benchmark:loss_suite',
+    'mmpretrain': 'selfkd_mmpretrain.benchmark:step_suite',
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('suites', nargs='*', metavar='SUITE', help=f'of {", ".join(SUITES)} (default: all)')
+    parser.add_argument('--threads', type=int, help="torch's threads (default: as torch chooses)")
+    parser.add_argument('--write', metavar='PAGE', help='Markdown page whose sections are replaced')
+    args = parser.parse_args()
+    unknown = set(args.suites) - set(SUITES)
+    if unknown:
+        parser.error(f'no suite {sorted(unknown)}; there are {list(SUITES)}')
+
+    os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # the profiler, which counts memory, is talkative
+    import torch
+
+    from selfkd.benchmark import hardware, to_markdown, write_section
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for name in args.suites or SUITES:
+        module, function = SUITES[name].split(':')
+        suite = getattr(import_module(module), function)
+        text = f'{suite.__doc__.splitlines()[0]}\n\nMeasured on {hardware()}.\n\n{to_markdown(suite())}'
+        print(f'## {name}\n\n{text}\n')
+        if args.write:
+            write_section(args.write, name, text)
+
+
+if __name__ == '__main__':
+    main()
