@@ -12,6 +12,7 @@ from importlib import import_module
 SUITES = {
     'loss': 'selfkd.benchmark:loss_suite',
     'mmpretrain': 'selfkd_mmpretrain.benchmark:step_suite',
+    'fairseq': 'selfkd_fairseq.benchmark:step_suite',
 }
 
 

@@ -1,10 +1,14 @@
 """Writes small data sets of real inputs, for demos and tests.
 
     python tools/make_toy_data.py digits data/digits --label-noise 0.2
+    python tools/make_toy_data.py number-words data/number_words --train-size 4000
 
 digits: scikit-learn's scans of handwritten digits (UCI, 8 x 8 grey), as an image folder
 OUT/{train,test}/CLASS/NUMBER.png: 800 training images, 997 test images. With label noise, that share of
 the training images lies in the folder of another class, drawn at random; the test labels stay true.
+
+number-words: numbers below a milliard in English and German words, tokenised, OUT/{train,valid,test}.{en,de}:
+as many training pairs as asked for, 500 pairs each to validate and to test, no number in two of them.
 """
 
 import argparse
@@ -37,6 +41,14 @@ def digits(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int =
             Image.fromarray(images[index]).save(folder / f'{index:04d}.png')
 
 
+def number_words(out: Path, train_size: int = 4000, seed: int = 0) -> None:
+    from selfkd_fairseq.number_words import write_corpus
+
+    if out.exists():
+        raise SystemExit(f'{out} exists already: remove it, or name another folder')
+    write_corpus(out, {'train': train_size, 'valid': 500, 'test': 500}, seed=seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest='kind', required=True)
@@ -44,9 +56,13 @@ def main() -> None:
     sub.add_argument('out', type=Path)
     sub.add_argument('--label-noise', type=float, default=0.0, help='share of wrong training labels')
     sub.add_argument('--seed', type=int, default=0, help='which labels are wrong')
+    sub = kinds.add_parser('number-words', help='a parallel corpus, English and German')
+    sub.add_argument('out', type=Path)
+    sub.add_argument('--train-size', type=int, default=4000, help='number of training pairs')
+    sub.add_argument('--seed', type=int, default=0, help='of drawing the numbers')
     args = vars(parser.parse_args())
     kind = args.pop('kind')
-    {'digits': digits}[kind](**args)
+    {'digits': digits, 'number-words': number_words}[kind](**args)
     print(f'wrote {args["out"]}')
 
 

@@ -1,8 +1,8 @@
 """Prepares IWSLT or Multi30k for fairseq-preprocess: docs/translation.md says where the files come from.
 
-    python tools/prepare_translation.py iwslt14 data/de-en data/iwslt14
-    python tools/prepare_translation.py iwslt15 data/en-de data/iwslt15
-    python tools/prepare_translation.py multi30k data/multi30k/raw data/multi30k
+python tools/prepare_translation.py iwslt14 data/de-en data/iwslt14
+python tools/prepare_translation.py iwslt15 data/en-de data/iwslt15
+python tools/prepare_translation.py multi30k data/multi30k/raw data/multi30k
 """
 
 import argparse

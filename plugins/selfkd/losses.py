@@ -163,8 +163,8 @@ def pskd_loss(
         ignore_index: class ids of this value contribute nothing and are not counted by ``'mean'``.
         reduction: ``'none'`` (``[N, ...]``), ``'mean'`` over the samples and positions not ignored, or ``'sum'``.
             Where nothing is left to average, the result is a zero that is joined to the graph.
-        label_smoothing: share of y that is spread evenly over the other C - 1 classes before mixing, for class ids. It is
-            fairseq's epsilon; :func:`torch.nn.functional.cross_entropy` spreads over all C.
+        label_smoothing: share of y that is spread evenly over the other C - 1 classes before mixing, for class ids. It
+            is fairseq's epsilon; :func:`torch.nn.functional.cross_entropy` spreads over all C.
         normalized: ``logits`` are log-probabilities already (log_softmax was applied), float32 or wider.
         return_parts: return the pair (loss, :class:`PSKDParts`). For class ids.
 

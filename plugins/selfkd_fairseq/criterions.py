@@ -16,6 +16,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
 from omegaconf import II
+
 from selfkd.losses import pskd_loss
 from selfkd.metrics import calibration_gaps
 
@@ -30,16 +31,16 @@ class PSKDConfig(FairseqDataclass):
     pskd_alpha: float = field(
         default=0.7,
         metadata={
-            'help': 'share of the past prediction in the target at the end of training; grows linearly up to it with the epochs '
-            'of --max-epoch, or with the updates of --max-update alone. 0: the criterion without PS-KD'
+            'help': 'share of the past prediction in the target at the end of training; grows linearly up to it with '
+            'the epochs of --max-epoch, or with the updates of --max-update alone. 0: the criterion without PS-KD'
         },
     )
     pskd_past: ChoiceEnum(['snapshot', 'ema', 'bank']) = field(
         default='snapshot',
         metadata={
-            'help': 'where past predictions come from: the weights at the end of the previous epoch (snapshot), the moving '
-            'average of the weights that --store-ema keeps (ema), or the likeliest tokens predicted for the sentence in '
-            'the previous epoch (bank: no second forward pass)'
+            'help': 'where past predictions come from: the weights at the end of the previous epoch (snapshot), the '
+            'moving average of the weights that --store-ema keeps (ema), or the likeliest tokens predicted for the '
+            'sentence in the previous epoch (bank: no second forward pass)'
         },
     )
     pskd_snapshot_interval: int = field(
@@ -48,9 +49,7 @@ class PSKDConfig(FairseqDataclass):
     )
     pskd_top_k: int = field(
         default=8,
-        metadata={
-            'help': 'tokens that the bank keeps for each target position; the rest of the mass is spread evenly'
-        },
+        metadata={'help': 'tokens that the bank keeps for each target position; the rest of the mass is spread evenly'},
     )
     report_ece: bool = field(
         default=False,
@@ -122,8 +121,8 @@ class ProgressiveRefinement:
             return super().compute_loss(model, net_output, sample, reduce=reduce)
         if run.epoch is None or model is not run.step_model:
             raise RuntimeError(
-                'PS-KD follows the training of one whole model by fairseq-train; this task or program trains parts of a model '
-                "by themselves, or does not call the task's begin_epoch and train_step: use --pskd-alpha 0"
+                'PS-KD follows the training of one whole model by fairseq-train; this task or program trains parts of '
+                "a model by themselves, or does not call the task's begin_epoch and train_step: use --pskd-alpha 0"
             )
         past = None if run.is_dummy else run.past.predict(sample, self.ignore_prefix_size)
         probs, known, alpha = (None, True, 0.0) if past is None else (*past, run.alpha())
@@ -149,7 +148,7 @@ class ProgressiveRefinement:
         return loss, nll_loss
 
     def calibration(self, model, net_output, sample):
-        """What ECE is computed from, as sums: the gap between accuracy and confidence in each bin, and the number of tokens."""
+        """What ECE is computed from, as sums: accuracy minus confidence in each bin, and the number of tokens."""
         lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
         real = target.ne(self.padding_idx)
         gaps = calibration_gaps(lprobs[real].exp(), target[real], bins=ECE_BINS)
@@ -212,14 +211,10 @@ class PSKDCrossEntropyCriterion(ProgressiveRefinement, CrossEntropyCriterion):
         return lprobs.view(-1, lprobs.size(-1)), model.get_targets(sample, net_output).view(-1)
 
 
-@register_criterion(
-    'pskd_label_smoothed_cross_entropy', dataclass=PSKDLabelSmoothedCrossEntropyCriterionConfig
-)
+@register_criterion('pskd_label_smoothed_cross_entropy', dataclass=PSKDLabelSmoothedCrossEntropyCriterionConfig)
 class PSKDLabelSmoothedCrossEntropyCriterion(ProgressiveRefinement, LabelSmoothedCrossEntropyCriterion):
     """``label_smoothed_cross_entropy`` with PS-KD: the hard part is the smoothed one."""
 
     def __init__(self, cfg, task):
-        super().__init__(
-            task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy
-        )
+        super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
         self.setup(cfg)

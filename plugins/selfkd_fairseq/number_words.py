@@ -10,9 +10,24 @@ from pathlib import Path
 from typing import Dict
 
 GERMAN_PARTS = (
-    'millionen million hundert tausend und null eins eine ein zwei drei vier fünf sechs sech sieben sieb acht neun zehn elf zwölf '
-    'zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig'
-).split()
+    *(
+        'millionen',
+        'million',
+        'hundert',
+        'tausend',
+        'und',
+        'null',
+        'eins',
+        'eine',
+        'ein',
+        'zwei',
+        'drei',
+        'vier',
+        'fünf',
+    ),
+    *('sechs', 'sech', 'sieben', 'sieb', 'acht', 'neun', 'zehn', 'elf', 'zwölf'),
+    *('zwanzig', 'dreißig', 'vierzig', 'fünfzig', 'sechzig', 'siebzig', 'achtzig', 'neunzig'),
+)
 GERMAN_PART = re.compile('|'.join(sorted(GERMAN_PARTS, key=len, reverse=True)))
 
 

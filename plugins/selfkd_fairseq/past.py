@@ -1,6 +1,6 @@
 """Where PS-KD's past predictions come from: a snapshot of the weights, an average of them, or a bank of predictions.
 
-Each class answers ``predict`` for a batch and is told by :class:`~selfkd_fairseq.training.Training` how training goes on.
+Each class answers ``predict`` for a batch; :class:`~selfkd_fairseq.training.Training` tells it how training goes on.
 B sentences, T target positions (padded), V target vocabulary.
 """
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from fairseq.data import LanguagePairDataset, MonolingualDataset
 from fairseq.distributed import utils as distributed_utils
+
 from selfkd.bank import PredictionBank
 from selfkd.losses import TopK
 from selfkd.teacher import SnapshotTeacher
@@ -32,8 +33,8 @@ class Past:
         """Before each forward pass in training; ``updates`` is the number of parameter updates done."""
 
     def predict(self, sample, prefix):
-        """Past predictions of the target positions from ``prefix`` on, N = B * (T - prefix): the pair of probs [N, V], or the
-        same as :class:`~selfkd.losses.TopK`, and which of them are known, bool [N] or True; None if there is no past yet."""
+        """Past predictions of the target positions from ``prefix`` on, N = B * (T - prefix): the pair of probs [N, V],
+        or :class:`~selfkd.losses.TopK`, and which are known, bool [N] or True; None if there is no past yet."""
         raise NotImplementedError
 
     def observe(self, sample, prefix, lprobs):
@@ -43,7 +44,7 @@ class Past:
         """Called by all processes together before one of them may save a checkpoint."""
 
     def state_dict(self, end_of_epoch):
-        """What a resumed run could not work out again, in a form that torch.load(weights_only=True) accepts, or None."""
+        """What a resumed run could not work out again, for torch.load(weights_only=True), or None."""
 
     def load_state_dict(self, state):
         """Restores what :meth:`state_dict` gave, before :meth:`begin_epoch`; None where a checkpoint has nothing."""
@@ -71,9 +72,7 @@ class Snapshot(PastModel):
 
     def __init__(self, interval: int = 0):
         if interval < 0:
-            raise ValueError(
-                f'--pskd-snapshot-interval: must be 0 (each epoch) or a number of updates, got {interval}'
-            )
+            raise ValueError(f'--pskd-snapshot-interval: must be 0 (each epoch) or a number of updates, got {interval}')
         self.interval, self.starts_with_epoch_2 = interval, interval == 0
         self.teacher = self.saved = self.taken_at = None
 
@@ -154,9 +153,7 @@ class TokenBank(Past):
     def __init__(self, top_k: int, task):
         self.vocabulary, self.padding_idx = len(task.target_dictionary), task.target_dictionary.pad()
         if not 1 <= top_k <= self.vocabulary:
-            raise ValueError(
-                f'--pskd-top-k: must lie in [1, {self.vocabulary}] (the target vocabulary), got {top_k}'
-            )
+            raise ValueError(f'--pskd-top-k: must lie in [1, {self.vocabulary}] (the target vocabulary), got {top_k}')
         if getattr(task.cfg or task.args, 'shorten_method', None) == 'random_crop':
             raise ValueError(
                 '--pskd-past bank: --shorten-method random_crop cuts other tokens each time; use snapshot or ema'
@@ -170,8 +167,8 @@ class TokenBank(Past):
             return
         if task.has_sharded_data('train'):
             raise ValueError(
-                "--pskd-past bank: sentence ids start again in each shard of data split by ':', so a row would belong to "
-                'several sentences; join the shards, or use --pskd-past snapshot or ema'
+                "--pskd-past bank: sentence ids start again in each shard of data split by ':', so a row would belong "
+                'to several sentences; join the shards, or use --pskd-past snapshot or ema'
             )
         if isinstance(dataset, LanguagePairDataset) and dataset.tgt_sizes is not None:
             lengths = dataset.tgt_sizes
@@ -179,16 +176,12 @@ class TokenBank(Past):
             lengths = dataset.sizes + int(dataset.add_bos_token)
         else:
             raise ValueError(
-                f'--pskd-past bank: in a {type(dataset).__name__} (several corpora, noise, ...) a sentence id need not always '
-                'stand for the same tokens; use --pskd-past snapshot or ema'
+                f'--pskd-past bank: in a {type(dataset).__name__} (several corpora, noise, ...) a sentence id need not '
+                'always stand for the same tokens; use --pskd-past snapshot or ema'
             )
         self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-        self.bank = PredictionBank(
-            int(self.offsets[-1]), self.vocabulary, top_k=self.top_k, dtype=torch.float16
-        )
-        logger.info(
-            f'PS-KD: the token bank takes {self.bank.nbytes / 1e6:.1f} MB for {len(lengths)} sentences'
-        )
+        self.bank = PredictionBank(int(self.offsets[-1]), self.vocabulary, top_k=self.top_k, dtype=torch.float16)
+        logger.info(f'PS-KD: the token bank takes {self.bank.nbytes / 1e6:.1f} MB for {len(lengths)} sentences')
 
     def begin_epoch(self, epoch, model, mid_epoch):
         if epoch > 1 and not self.filled:

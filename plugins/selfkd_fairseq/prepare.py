@@ -17,7 +17,7 @@ Pairs = List[Tuple[str, str]]
 
 
 def iwslt14(raw: Path) -> Dict[str, Pairs]:
-    """IWSLT 2014 de-en (or en-de): every 23rd training pair validates; test on dev2010, dev2012 and tst2010 to tst2012."""
+    """IWSLT 2014 de-en: every 23rd training pair validates; dev2010, dev2012 and tst2010 to tst2012 test."""
     train = tokenised_pairs(*(training_lines(find(raw, f'train.tags.*.{lang}')) for lang in LANGUAGES))
     train = [pair for pair in train if well_formed(pair)]
     tests = ('TED.dev2010', 'TEDX.dev2012', 'TED.tst2010', 'TED.tst2011', 'TED.tst2012')
@@ -78,8 +78,7 @@ def find(raw: Path, pattern: str) -> Path:
 
 
 def read_lines(path: Path) -> List[str]:
-    opened = gzip.open(path, 'rt', encoding='utf-8') if path.suffix == '.gz' else open(path, encoding='utf-8')
-    with opened as lines:
+    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as lines:
         return [line.strip() for line in lines]
 
 

@@ -29,9 +29,7 @@ class Training:
 
     def __init__(self, cfg, task, past):
         if not cfg.max_epoch and not cfg.max_update:
-            raise ValueError(
-                '--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update'
-            )
+            raise ValueError('--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update')
         self.cfg, self.task, self.past = cfg, task, past
         self.epoch = self.updates = self.model = self.step_model = self.train_itr = None
         self.is_dummy = False
@@ -64,24 +62,16 @@ class Training:
         if self.model is None:
             check_model(model)
             if self.past.starts_with_epoch_2 and self.cfg.max_epoch == 1:
-                logger.warning(
-                    'PS-KD: with --max-epoch 1 there is no past epoch to learn from: this is plain training'
-                )
+                logger.warning('PS-KD: with --max-epoch 1 there is no past epoch to learn from: this is plain training')
         self.epoch, self.model = epoch, model
         self.past.begin_epoch(epoch, model, mid_epoch=self.train_itr.iterations_in_epoch > 0)
 
-    def train_step(
-        self, original, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
-    ):
+    def train_step(self, original, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         self.updates, self.is_dummy, self.step_model = update_num, ignore_grad, model
         self.past.begin_step(update_num, self.model, kwargs.pop('ema_model', None))
         result = original(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
         interval, done = self.cfg.save_interval_updates, update_num + 1
-        if (
-            self.train_itr.end_of_epoch()
-            or done == self.cfg.max_update
-            or (interval > 0 and done % interval == 0)
-        ):
+        if self.train_itr.end_of_epoch() or done == self.cfg.max_update or (interval > 0 and done % interval == 0):
             self.past.synchronize()  # fairseq may save now, on the first process alone
         return result
 
@@ -101,8 +91,8 @@ class Training:
         schedule = tuple(saved.get('schedule', self.schedule))
         if schedule != self.schedule:
             logger.warning(
-                'PS-KD: alpha now grows up to --pskd-alpha %s over --max-%s %s; the checkpoint was made with --max-%s %s. '
-                'From here on alpha is what a run with the new total would have had at this point',
+                'PS-KD: alpha now grows up to --pskd-alpha %s over --max-%s %s; the checkpoint was made with --max-%s %s. From '
+                'here on alpha is what a run with the new total would have had at this point',
                 *(self.cfg.pskd_alpha, *self.schedule, *schedule),
             )
 
@@ -111,6 +101,6 @@ def check_model(model) -> None:
     """Refuses models whose output is not a distribution over the vocabulary at every position."""
     if getattr(getattr(model, 'decoder', model), 'adaptive_softmax', None) is not None:
         raise ValueError(
-            '--adaptive-softmax-cutoff: an adaptive softmax has no full distribution to distil (and fairseq trains it with '
-            '--criterion adaptive_loss only): leave it out'
+            '--adaptive-softmax-cutoff: an adaptive softmax has no full distribution to distil (and fairseq trains it '
+            'with --criterion adaptive_loss only): leave it out'
         )

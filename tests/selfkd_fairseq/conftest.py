@@ -117,7 +117,13 @@ class Log(str):
     def stats(self, tag):
         """The log entries of train, train_inner or valid, in order."""
         found = re.findall(rf'\| {tag} \| (\{{.*\}})$', self, flags=re.MULTILINE)
-        return [{k: json.loads(v) if isinstance(v, str) and v[:1] in '-0123456789' else v for k, v in json.loads(line).items()} for line in found]
+        return [
+            {
+                k: json.loads(v) if isinstance(v, str) and v[:1] in '-0123456789' else v
+                for k, v in json.loads(line).items()
+            }
+            for line in found
+        ]
 
 
 def largest_difference(a, b):
@@ -145,12 +151,14 @@ def fairseq(tmp_path_factory):
     programs = Fairseq(folder)
     splits = '--trainpref train --validpref valid --testpref test'
     programs.run(f'fairseq-preprocess -s de -t en {splits} --destdir bin')
-    programs.run('fairseq-preprocess -s de -t en --trainpref train --validpref valid --joined-dictionary --destdir joined')
+    programs.run(
+        'fairseq-preprocess -s de -t en --trainpref train --validpref valid --joined-dictionary --destdir joined'
+    )
     programs.run('fairseq-preprocess --only-source --trainpref train.de --validpref valid.de --destdir lm')
     yield programs
     programs.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def kill():
     return lambda pid: os.kill(pid, signal.SIGKILL)

@@ -29,7 +29,7 @@ def write_xml(path, lines):
     path.write_text(f'<?xml version="1.0"?>\n<doc docid="1">\n<url>http://x</url>\n{segments}</doc>\n')
 
 
-@pytest.fixture()
+@pytest.fixture
 def iwslt(tmp_path):
     """70 training pairs, and the dev and test sets of both years."""
     raw = tmp_path / 'de-en'
@@ -95,7 +95,9 @@ def run_config(fairseq, text, name, source, target):
     assert '"train_alpha": "0.7"' in log
     assert '"valid_bleu"' in log
     path = f'{text}/run/checkpoint_best.pt'
-    assert 'BLEU4 = ' in fairseq.run(f'fairseq-generate {text}/bin --path {path} --cpu --beam 5 --remove-bpe --required-batch-size-multiple 1')
+    assert 'BLEU4 = ' in fairseq.run(
+        f'fairseq-generate {text}/bin --path {path} --cpu --beam 5 --remove-bpe --required-batch-size-multiple 1'
+    )
 
 
 def test_number_words(tmp_path, fairseq):
@@ -116,5 +118,9 @@ def test_number_words(tmp_path, fairseq):
         f'fairseq-hydra-train --config-dir {CONFIGS} --config-name number_words {USER_DIR} task.data={tmp_path}/bin '
         f'checkpoint.save_dir={tmp_path}/run common.log_format=json optimization.max_epoch=12 lr_scheduler.warmup_updates=1'
     )
-    nll = [float(line.split('"valid_nll_loss": "')[1].split('"')[0]) for line in log.splitlines() if 'valid_nll_loss' in line]
+    nll = [
+        float(line.split('"valid_nll_loss": "')[1].split('"')[0])
+        for line in log.splitlines()
+        if 'valid_nll_loss' in line
+    ]
     assert nll[-1] < 0.75 * nll[0]

@@ -45,7 +45,13 @@ def test_the_command_of_the_readme(fairseq, tmp_path):
 
 def test_usage_shows_the_options(fairseq):
     """fairseq's --help stops before it knows the criterion, for its own options too; its usage message does not."""
-    options = ('--pskd-alpha', '--pskd-past {snapshot,ema,bank}', '--pskd-snapshot-interval', '--pskd-top-k', '--report-ece')
+    options = (
+        '--pskd-alpha',
+        '--pskd-past {snapshot,ema,bank}',
+        '--pskd-snapshot-interval',
+        '--pskd-top-k',
+        '--report-ece',
+    )
     usage = ' '.join(fairseq.train('usage', PSKD, '--no-such-option', fails=True).split())
     for option in (*options, '--label-smoothing'):
         assert f'[{option}' in usage
@@ -296,7 +302,10 @@ class TestSeveralProcesses:
     [
         ('--pskd-alpha 1.2 --max-epoch 2', '--pskd-alpha: must lie in [0, 1], got 1.2'),
         ('', '--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update'),
-        ('--max-epoch 2 --pskd-past ema', '--pskd-past ema: uses the average that fairseq keeps, so it needs --store-ema'),
+        (
+            '--max-epoch 2 --pskd-past ema',
+            '--pskd-past ema: uses the average that fairseq keeps, so it needs --store-ema',
+        ),
         ('--max-epoch 2 --pskd-snapshot-interval -1', '--pskd-snapshot-interval: must be'),
         ('--max-epoch 2 --pskd-past bank --pskd-top-k 0', '--pskd-top-k: must lie in'),
         ('--max-epoch 2 --pskd-past bank --pskd-snapshot-interval 5', '--pskd-snapshot-interval: is for'),
