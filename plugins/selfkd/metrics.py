@@ -30,7 +30,8 @@ def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float
 def calibration_gaps(probs: Tensor, labels: Tensor, *, bins: int = 10) -> Tensor:
     """What :func:`calibration_error` is made of: the sum of (correct - confidence) over the samples of each bin.
 
-    Those of several batches or processes may be added up: ECE is the sum of the absolute values by the number of samples.
+    Those of several batches or processes may be added up: ECE is the sum of the absolute values by the number of
+    samples.
 
     Returns:
         float64 ``[bins]``, on the device of ``probs``.

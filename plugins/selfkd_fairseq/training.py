@@ -91,8 +91,8 @@ class Training:
         schedule = tuple(saved.get('schedule', self.schedule))
         if schedule != self.schedule:
             logger.warning(
-                'PS-KD: alpha now grows up to --pskd-alpha %s over --max-%s %s; the checkpoint was made with --max-%s %s. From '
-                'here on alpha is what a run with the new total would have had at this point',
+                'PS-KD: alpha now grows up to --pskd-alpha %s over --max-%s %s; the checkpoint was made with '
+                '--max-%s %s. From here on alpha is what a run with the new total would have had at this point',
                 *(self.cfg.pskd_alpha, *self.schedule, *schedule),
             )
 

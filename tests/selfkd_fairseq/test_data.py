@@ -116,7 +116,8 @@ def test_number_words(tmp_path, fairseq):
     fairseq.run(f'fairseq-preprocess -s en -t de {prefixes} --destdir {tmp_path}/bin')
     log = fairseq.run(
         f'fairseq-hydra-train --config-dir {CONFIGS} --config-name number_words {USER_DIR} task.data={tmp_path}/bin '
-        f'checkpoint.save_dir={tmp_path}/run common.log_format=json optimization.max_epoch=12 lr_scheduler.warmup_updates=1'
+        f'checkpoint.save_dir={tmp_path}/run common.log_format=json optimization.max_epoch=12 '
+        'lr_scheduler.warmup_updates=1'
     )
     nll = [
         float(line.split('"valid_nll_loss": "')[1].split('"')[0])
