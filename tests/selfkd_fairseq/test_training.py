@@ -138,7 +138,7 @@ def test_resuming_is_exact(fairseq, difference, past):
             torch.load(plain_file, weights_only=True)
         fairseq.train(save, *options)
         assert difference(fairseq.weights(f'{past}-straight'), fairseq.weights(save)) == 0
-        if saved is not None:
+        if saved is not None and not (past == 'interval' and updates % 5 == 0):  # a new one is due there
             del itr['selfkd']
             torch.save(state, fairseq.folder / save / 'without.pt')
             log = fairseq.train(f'{save}-control', *options, f'--restore-file {save}/without.pt')
