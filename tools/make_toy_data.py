@@ -2,6 +2,7 @@
 
     python tools/make_toy_data.py digits data/digits --label-noise 0.2
     python tools/make_toy_data.py voc data/VOCdevkit
+    python tools/make_toy_data.py number-words data/number_words --train-size 4000
 
 digits: scikit-learn's scans of handwritten digits (UCI, 8 x 8 grey), as an image folder
 OUT/{train,test}/CLASS/NUMBER.png: 800 training images, 997 test images. With label noise, that share of
@@ -11,6 +12,9 @@ voc: the same scans pasted onto crops of scikit-learn's two sample photographs, 
 with JPEGImages, Annotations (boxes, with difficult flags), SegmentationClass (class ids as VOC's: 0 background, 1 to 10
 the digits, 255 the outlines) and ImageSets/{Main,Segmentation}/{trainval,test}.txt. Scans and crops of trainval and
 test do not overlap.
+
+number-words: numbers below a milliard in English and German words, tokenised, OUT/{train,valid,test}.{en,de}:
+as many training pairs as asked for, 500 pairs each to validate and to test, no number in two of them.
 """
 
 import argparse
@@ -130,6 +134,14 @@ def _annotation(name, shape, objects) -> str:
     return '\n'.join([*lines, '</annotation>', ''])
 
 
+def number_words(out: Path, train_size: int = 4000, seed: int = 0) -> None:
+    from selfkd_fairseq.number_words import write_corpus
+
+    if out.exists():
+        raise SystemExit(f'{out} exists already: remove it, or name another folder')
+    write_corpus(out, {'train': train_size, 'valid': 500, 'test': 500}, seed=seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest='kind', required=True)
@@ -142,9 +154,13 @@ def main() -> None:
     sub.add_argument('--seed', type=int, default=0)
     sub.add_argument('--train-size', type=int, default=300)
     sub.add_argument('--test-size', type=int, default=150)
+    sub = kinds.add_parser('number-words', help='a parallel corpus, English and German')
+    sub.add_argument('out', type=Path)
+    sub.add_argument('--train-size', type=int, default=4000, help='number of training pairs')
+    sub.add_argument('--seed', type=int, default=0, help='of drawing the numbers')
     args = vars(parser.parse_args())
     kind = args.pop('kind')
-    {'digits': digits, 'voc': voc}[kind](**args)
+    {'digits': digits, 'voc': voc, 'number-words': number_words}[kind](**args)
     print(f'wrote {args["out"]}')
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    'PSKDParts',
     'TopK',
     'attention_transfer',
     'byot_loss',
@@ -64,6 +65,20 @@ class TopK(NamedTuple):
         return probs.scatter_(1, self.classes.long(), self.values)
 
 
+class PSKDParts(NamedTuple):
+    """What :func:`pskd_loss` is made of, reduced as the loss is, without gradient: for logs.
+
+    Attributes:
+        hard: cross-entropy against the labels (smoothed, if asked for).
+        soft: cross-entropy against the past predictions.
+        nll: negative log-likelihood of the labels.
+    """
+
+    hard: Tensor
+    soft: Tensor
+    nll: Tensor
+
+
 def soft_cross_entropy(
     logits: Tensor, target_probs: Tensor, *, class_weight: Optional[Tensor] = None, reduction: str = 'mean'
 ) -> Tensor:
@@ -90,7 +105,7 @@ def soft_cross_entropy(
     _check_probs('target_probs', target_probs, logits)
     if class_weight is not None:
         target_probs = target_probs * class_weight.view(-1, *[1] * (logits.dim() - 2))
-    losses = _MixedNLL.apply(_log_softmax(logits), None, target_probs, None, 1.0)
+    losses = _MixedNLL.apply(_log_softmax(logits), None, target_probs, None, 1.0, 0.0)[0]
     return _reduce(losses, reduction)
 
 
@@ -146,7 +161,10 @@ def pskd_loss(
     *,
     ignore_index: Optional[int] = None,
     reduction: str = 'mean',
-) -> Tensor:
+    label_smoothing: float = 0.0,
+    normalized: bool = False,
+    return_parts: bool = False,
+):
     r"""PS-KD: cross-entropy against the progressive target,
     :math:`-\sum_c ((1-\alpha)\, y_c + \alpha\, p_{\mathrm{past},c}) \log \mathrm{softmax}(z)_c`.
 
@@ -164,9 +182,14 @@ def pskd_loss(
         ignore_index: class ids of this value contribute nothing and are not counted by ``'mean'``.
         reduction: ``'none'`` (``[N, ...]``), ``'mean'`` over the samples and positions not ignored, or ``'sum'``.
             Where nothing is left to average, the result is a zero that is joined to the graph.
+        label_smoothing: share of y that is spread evenly over the other C - 1 classes before mixing, for class ids. It
+            is fairseq's epsilon; :func:`torch.nn.functional.cross_entropy` spreads over all C.
+        normalized: ``logits`` are log-probabilities already (log_softmax was applied), float32 or wider.
+        return_parts: return the pair (loss, :class:`PSKDParts`). For class ids.
 
     Raises:
-        ValueError: alpha outside [0, 1], shapes that do not match, ``ignore_index`` beside probs, an unknown reduction;
+        ValueError: alpha outside [0, 1], shapes that do not match, an unknown reduction, ``ignore_index``,
+            ``label_smoothing`` or ``return_parts`` beside probs;
             on the CPU, where looking costs no device synchronisation, also probs that are not distributions
             and class ids out of range.
 
@@ -186,7 +209,11 @@ def pskd_loss(
         _check_probs('labels_or_probs', labels_or_probs, logits)
         if ignore_index is not None:
             raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
+        if label_smoothing or return_parts:
+            raise ValueError('label_smoothing, return_parts: need class ids, but labels_or_probs holds probs')
     else:
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f'label_smoothing: must lie in [0, 1), got {label_smoothing}')
         if ignore_index is not None:
             valid = labels_or_probs != ignore_index
             labels = labels_or_probs.masked_fill(~valid, 0)
@@ -200,17 +227,21 @@ def pskd_loss(
     else:
         _check_probs('past_probs', past_probs, logits)
 
-    log_probs = _log_softmax(logits)
+    log_probs = logits if normalized else _log_softmax(logits)
     if dense_hard:
         past = progressive_targets(labels, past_probs, alpha) if past_probs is not None else labels
-        losses = _MixedNLL.apply(log_probs, None, past, None, 1.0)
+        terms = _MixedNLL.apply(log_probs, None, past, None, 1.0, 0.0)
     elif isinstance(past_probs, TopK):
-        losses = _MixedNLL.apply(log_probs, labels, past_probs.values, past_probs.classes.long(), alpha)
+        past, classes = past_probs.values, past_probs.classes.long()
+        terms = _MixedNLL.apply(log_probs, labels, past, classes, alpha, label_smoothing)
     else:
-        losses = _MixedNLL.apply(log_probs, labels, past_probs, None, alpha)
+        terms = _MixedNLL.apply(log_probs, labels, past_probs, None, alpha, label_smoothing)
+    if not return_parts:
+        terms = terms[:1]
     if valid is not None:
-        losses = losses * valid
-    return _reduce(losses, reduction, valid)
+        terms = [term * valid for term in terms]
+    loss, *parts = (_reduce(term, reduction, valid) for term in terms)
+    return (loss, PSKDParts(*parts)) if return_parts else loss
 
 
 def distillation_kl(
@@ -592,7 +623,9 @@ def frskd_loss(
 
 
 class _MixedNLL(torch.autograd.Function):
-    """-[(1-a) log p_y + a sum_c q_c log p_c] per sample, linear in ``log_probs``.
+    """(1-a) hard + a soft per sample, linear in ``log_probs``: hard = -log p_y (smoothed), soft = -sum_c q_c log p_c.
+
+    Returns that and, without gradient, its hard part, its soft part and -log p_y.
 
     The only thing plain autograd does worse: the gradient with respect to ``log_probs`` is minus the mixed target,
     and here it is written once (-a q, or for a top-k past a constant row, then the label's share on top)
@@ -600,37 +633,46 @@ class _MixedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, log_probs, labels, past, past_classes, alpha):
+    def forward(ctx, log_probs, labels, past, past_classes, alpha, smoothing):
         if past is not None and past.dtype == torch.float64:
             past = past.to(log_probs.dtype)
         ctx.save_for_backward(labels, past, past_classes, alpha if isinstance(alpha, Tensor) else None)
-        ctx.alpha, ctx.shape = alpha, log_probs.shape
-        loss = 0
+        ctx.alpha, ctx.smoothing, ctx.shape = alpha, smoothing, log_probs.shape
+        zero = log_probs.new_zeros(()).expand(log_probs.shape[:1] + log_probs.shape[2:])
+        total = log_probs.sum(1) if smoothing or past_classes is not None else None
+        nll = hard = soft = zero
         if past_classes is not None:
             kept, rest = log_probs.gather(1, past_classes), TopK(past, past_classes).rest(log_probs.shape[1])
-            loss = -alpha * ((past * kept).sum(1) + rest * (log_probs.sum(1) - kept.sum(1)))
+            soft = -((past * kept).sum(1) + rest * (total - kept.sum(1)))
         elif past is not None:
-            loss = -alpha * _class_dot(past, log_probs)
+            soft = -_class_dot(past, log_probs)
         if labels is not None:
-            loss = loss - (1 - alpha) * log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
-        return loss
+            nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
+            each = smoothing / (log_probs.shape[1] - 1)  # of the other classes
+            hard = (1 - smoothing - each) * nll - each * total if smoothing else nll.clone()
+        ctx.mark_non_differentiable(hard, soft, nll)
+        return (1 - alpha) * hard + alpha * soft, hard, soft, nll
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *unused):
         labels, past, past_classes, alpha = ctx.saved_tensors
         alpha = ctx.alpha if alpha is None else alpha
-        soft = (-alpha * grad).unsqueeze(1)
+        soft, hard = (-alpha * grad).unsqueeze(1), (grad * (alpha - 1)).unsqueeze(1)
+        each = ctx.smoothing / (ctx.shape[1] - 1)
+        row = hard * each  # what every class of the sample gets from the smoothed label
         if past_classes is not None:
             rest = TopK(past, past_classes).rest(ctx.shape[1]).unsqueeze(1)
-            grad_log_probs = (soft * rest).repeat(1, ctx.shape[1])
-            grad_log_probs.scatter_(1, past_classes, soft * past)
+            grad_log_probs = (row + soft * rest).repeat(1, ctx.shape[1])
+            grad_log_probs.scatter_(1, past_classes, row + soft * past)
         elif past is not None:
             grad_log_probs = soft * past
+            if ctx.smoothing:
+                grad_log_probs += row
         else:
-            grad_log_probs = grad.new_zeros(ctx.shape)
+            grad_log_probs = row.expand(ctx.shape).clone()
         if labels is not None:
-            grad_log_probs.scatter_add_(1, labels.unsqueeze(1), (grad * (alpha - 1)).unsqueeze(1))
-        return grad_log_probs, None, None, None, None
+            grad_log_probs.scatter_add_(1, labels.unsqueeze(1), hard * (1 - ctx.smoothing - each))
+        return grad_log_probs, None, None, None, None, None
 
 
 def _class_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -29,6 +29,18 @@ def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float
 
 def calibration_error_of(confidence: Tensor, correct: Tensor, *, bins: int = 10) -> float:
     """:func:`calibration_error` from what :func:`confidence_of` gives."""
+    return calibration_gaps(confidence, correct, bins=bins).abs().sum().item() / len(confidence)
+
+
+def calibration_gaps(confidence: Tensor, correct: Tensor, *, bins: int = 10) -> Tensor:
+    """What :func:`calibration_error` is made of: the sum of (correct - confidence) over the samples of each bin.
+
+    Those of several batches or processes may be added up: ECE is the sum of the absolute values by the number of
+    samples. Takes what :func:`confidence_of` gives.
+
+    Returns:
+        float64 ``[bins]``, on the device of ``confidence``.
+    """
     if bins < 1:
         raise ValueError(f'bins: must be at least 1, got {bins}')
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
@@ -36,8 +48,8 @@ def calibration_error_of(confidence: Tensor, correct: Tensor, *, bins: int = 10)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
     which = which - (confidence <= edges[which]).long()
     which = (which + (confidence > edges[which.clamp(min=0) + 1]).long()).clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device).index_add_(0, which, correct - confidence)
-    return (gap.abs().sum() / len(confidence)).item()
+    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    return gaps.index_add_(0, which, correct - confidence)
 
 
 def nll(probs: Tensor, labels: Tensor) -> float:
@@ -162,8 +174,8 @@ def recall_at_1(features: Tensor, labels: Tensor, *, chunk: int = 1024) -> float
 def confidence_of(probs: Tensor, labels: Tensor):
     """Each sample's top probability, and whether that class is its label (1 or 0): float64 ``[N]`` both."""
     _check(probs, labels)
-    confidence, predicted = probs.double().max(1)
-    return confidence, (predicted == labels).double()
+    confidence, predicted = probs.max(1)
+    return confidence.double(), (predicted == labels).double()
 
 
 def _check(values: Tensor, labels: Tensor, name: str = 'probs') -> None:

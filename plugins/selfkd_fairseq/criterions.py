@@ -1,0 +1,220 @@
+"""fairseq's criteria with the target softened by the model's own past predictions.
+
+Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
+https://arxiv.org/abs/2006.12000
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
+from omegaconf import II
+
+from selfkd.losses import pskd_loss
+from selfkd.metrics import calibration_gaps, confidence_of
+
+from .past import Average, Snapshot, TokenBank
+from .training import Training
+
+ECE_BINS = 10
+
+
+@dataclass
+class PSKDConfig(FairseqDataclass):
+    pskd_alpha: float = field(
+        default=0.7,
+        metadata={
+            'help': 'share of the past prediction in the target at the end of training; grows linearly up to it with '
+            'the epochs of --max-epoch, or with the updates of --max-update alone. 0: the criterion without PS-KD'
+        },
+    )
+    pskd_past: ChoiceEnum(['snapshot', 'ema', 'bank']) = field(
+        default='snapshot',
+        metadata={
+            'help': 'where past predictions come from: the weights at the end of the previous epoch (snapshot), the '
+            'moving average of the weights that --store-ema keeps (ema), or the likeliest tokens predicted for the '
+            'sentence in the previous epoch (bank: no second forward pass)'
+        },
+    )
+    pskd_snapshot_interval: int = field(
+        default=0,
+        metadata={'help': 'take the snapshot every so many updates instead of at the end of each epoch (0)'},
+    )
+    pskd_top_k: int = field(
+        default=8,
+        metadata={'help': 'tokens that the bank keeps for each target position; the rest of the mass is spread evenly'},
+    )
+    report_ece: bool = field(
+        default=False,
+        metadata={
+            'help': 'report the expected calibration error of the predicted tokens in validation, in percent (10 bins)'
+        },
+    )
+    # what fairseq was told elsewhere
+    max_epoch: int = II('optimization.max_epoch')
+    max_update: int = II('optimization.max_update')
+    save_interval_updates: int = II('checkpoint.save_interval_updates')
+    train_subset: str = II('dataset.train_subset')
+    store_ema: bool = II('ema.store_ema')
+    ddp_backend: str = II('distributed_training.ddp_backend')
+    pipeline_model_parallel: bool = II('distributed_training.pipeline_model_parallel')
+    model_parallel_size: int = II('common.model_parallel_size')
+    tpu: bool = II('common.tpu')
+
+
+@dataclass
+class PSKDCrossEntropyCriterionConfig(PSKDConfig, CrossEntropyCriterionConfig):
+    pass
+
+
+@dataclass
+class PSKDLabelSmoothedCrossEntropyCriterionConfig(PSKDConfig, LabelSmoothedCrossEntropyCriterionConfig):
+    pass
+
+
+class ProgressiveRefinement:
+    """Mixed into a criterion of fairseq: replaces ``compute_loss`` in training and adds to the logs.
+
+    Validation, and everything with ``--pskd-alpha 0``, is left to fairseq's own code.
+    """
+
+    eps = 0.0
+    ignore_prefix_size = 0
+
+    def setup(self, cfg):
+        """Raises ValueError for settings that cannot work."""
+        self.report_ece = cfg.report_ece
+        self.training_run = None
+        if not 0 <= cfg.pskd_alpha <= 1:
+            raise ValueError(f'--pskd-alpha: must lie in [0, 1], got {cfg.pskd_alpha}')
+        if cfg.pskd_alpha == 0:
+            return
+        check_config(cfg)
+        if cfg.pskd_past == 'snapshot':
+            past = Snapshot(cfg.pskd_snapshot_interval)
+        elif cfg.pskd_past == 'ema':
+            past = Average(cfg.store_ema, self.task)
+        else:
+            past = TokenBank(cfg.pskd_top_k, self.task)
+        self.training_run = Training(cfg, self.task, past)
+
+    def forward(self, model, sample, reduce=True):
+        self.extra_log = {}
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        logging_output.update(self.extra_log)
+        return loss, sample_size, logging_output
+
+    def compute_loss(self, model, net_output, sample, reduce=True):
+        run = self.training_run
+        if not model.training:
+            if self.report_ece:
+                self.extra_log.update(self.calibration(model, net_output, sample))
+            return super().compute_loss(model, net_output, sample, reduce=reduce)
+        if run is None:
+            return super().compute_loss(model, net_output, sample, reduce=reduce)
+        if run.epoch is None or model is not run.step_model:
+            raise RuntimeError(
+                'PS-KD follows the training of one whole model by fairseq-train; this task or program trains parts of '
+                "a model by themselves, or does not call the task's begin_epoch and train_step: use --pskd-alpha 0"
+            )
+        past = None if run.is_dummy else run.past.predict(sample, self.ignore_prefix_size)
+        probs, known, alpha = (None, True, 0.0) if past is None else (*past, run.alpha())
+        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+        if not run.is_dummy:
+            run.past.observe(sample, self.ignore_prefix_size, lprobs)
+        loss, (hard, soft, nll_loss) = pskd_loss(
+            lprobs,
+            target,
+            probs,
+            alpha if known is True else alpha * known,
+            ignore_index=self.padding_idx,
+            reduction='sum' if reduce else 'none',
+            label_smoothing=self.eps,
+            normalized=True,
+            return_parts=True,
+        )
+        self.extra_log = {
+            'alpha': alpha * sample['ntokens'],
+            'hard_loss': hard.sum(),
+            'soft_loss': soft.sum(),
+        }
+        return loss, nll_loss
+
+    def calibration(self, model, net_output, sample):
+        """What ECE is computed from, as sums: accuracy minus confidence in each bin, and the number of tokens."""
+        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+        real = target.ne(self.padding_idx)
+        gaps = calibration_gaps(*confidence_of(lprobs[real].exp(), target[real]), bins=ECE_BINS)
+        return {'ece_tokens': real.sum(), **{f'ece_gap_{i}': gap for i, gap in enumerate(gaps)}}
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs) -> None:
+        super().reduce_metrics(logging_outputs)
+
+        def total(key):
+            return sum(log.get(key, 0) for log in logging_outputs)
+
+        if any('alpha' in log for log in logging_outputs):
+            ntokens, sample_size = total('ntokens'), total('sample_size')
+            metrics.log_scalar('alpha', total('alpha') / ntokens, ntokens, round=4)
+            for part in ('hard_loss', 'soft_loss'):
+                metrics.log_scalar(part, total(part) / sample_size / math.log(2), sample_size, round=3)
+        if any('ece_tokens' in log for log in logging_outputs):
+            keys = ['ece_tokens', *(f'ece_gap_{i}' for i in range(ECE_BINS))]
+            for key in keys:
+                metrics.log_scalar_sum(f'_{key}', total(key))
+            metrics.log_derived('ece', expected_calibration_error)
+
+
+def expected_calibration_error(meters) -> float:
+    gaps = [abs(float(meters[f'_ece_gap_{i}'].sum)) for i in range(ECE_BINS)]
+    return round(100 * sum(gaps) / float(meters['_ece_tokens'].sum), 3)
+
+
+def check_config(cfg) -> None:
+    """Refuses training set-ups in which no process has the whole model."""
+    if cfg.ddp_backend == 'fully_sharded':
+        raise ValueError(
+            '--ddp-backend fully_sharded: no process has the whole model to copy; use pytorch_ddp or legacy_ddp'
+        )
+    if cfg.pipeline_model_parallel or cfg.model_parallel_size > 1:
+        raise ValueError(
+            '--pipeline-model-parallel, --model-parallel-size: no process has the whole model to copy: leave them out'
+        )
+    if cfg.tpu:
+        raise ValueError(
+            '--tpu, and --bf16 which fairseq-train takes for it: PS-KD was never run on one; for bfloat16 on a GPU use '
+            'fairseq-hydra-train with common.bf16=true, or --amp'
+        )
+    if cfg.pskd_snapshot_interval and cfg.pskd_past != 'snapshot':
+        raise ValueError(f'--pskd-snapshot-interval: is for --pskd-past snapshot, not {cfg.pskd_past}: leave it out')
+
+
+@register_criterion('pskd_cross_entropy', dataclass=PSKDCrossEntropyCriterionConfig)
+class PSKDCrossEntropyCriterion(ProgressiveRefinement, CrossEntropyCriterion):
+    """``cross_entropy`` with PS-KD: (1 - alpha) * cross-entropy + alpha * cross-entropy against the past prediction."""
+
+    def __init__(self, cfg, task):
+        super().__init__(task, cfg.sentence_avg)
+        self.setup(cfg)
+
+    def get_lprobs_and_target(self, model, net_output, sample):
+        """Log-probabilities [N, V] and targets [N] of the N target positions."""
+        lprobs = model.get_normalized_probs(net_output, log_probs=True)
+        return lprobs.view(-1, lprobs.size(-1)), model.get_targets(sample, net_output).view(-1)
+
+
+@register_criterion('pskd_label_smoothed_cross_entropy', dataclass=PSKDLabelSmoothedCrossEntropyCriterionConfig)
+class PSKDLabelSmoothedCrossEntropyCriterion(ProgressiveRefinement, LabelSmoothedCrossEntropyCriterion):
+    """``label_smoothed_cross_entropy`` with PS-KD: the hard part is the smoothed one."""
+
+    def __init__(self, cfg, task):
+        super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
+        self.setup(cfg)

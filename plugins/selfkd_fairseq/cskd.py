@@ -1,0 +1,91 @@
+"""CS-KD carried over to tokens; an extension of this project, the paper is about images.
+
+Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020
+https://arxiv.org/abs/2003.13964
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.logging import metrics
+
+from selfkd.losses import distillation_kl
+
+
+@dataclass
+class CSKDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    cskd_weight: float = field(default=1.0, metadata={'help': 'weight of the class-wise KL; 0: none'})
+    cskd_temperature: float = field(default=4.0, metadata={'help': 'temperature T of the class-wise KL'})
+
+
+def same_target_partners(target, ignore_index):
+    """For each position another one of the batch with the same target: the next, and for the last of them the first.
+
+    Args:
+        target: [N] token ids.
+        ignore_index: this token (padding) has no partners.
+
+    Returns:
+        positions that have a partner, and their partners, both [n].
+
+    Example:
+        >>> same_target_partners(torch.tensor([5, 6, 5, 1, 5, 1]), ignore_index=1)
+        (tensor([0, 2, 4]), tensor([2, 4, 0]))
+    """
+    order = target.sort(stable=True).indices
+    _, counts = target[order].unique_consecutive(return_counts=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    count = counts.repeat_interleave(counts)
+    place = torch.arange(len(target), device=target.device) - first
+    keep = (count > 1) & target[order].ne(ignore_index)
+    partner = order[first + (place + 1) % count]
+    return order[keep], partner[keep]
+
+
+@register_criterion('cskd_label_smoothed_cross_entropy', dataclass=CSKDLabelSmoothedCrossEntropyCriterionConfig)
+class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
+    """``label_smoothed_cross_entropy`` plus the KL from the prediction at another position with the same target token.
+
+    The KL is summed over the positions that have a partner, and divided, as all of the loss, by the sample size.
+    """
+
+    def __init__(self, cfg, task):
+        super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
+        if cfg.cskd_weight < 0:
+            raise ValueError(f'--cskd-weight: must be at least 0, got {cfg.cskd_weight}')
+        if not cfg.cskd_temperature > 0:
+            raise ValueError(f'--cskd-temperature: must be above 0, got {cfg.cskd_temperature}')
+        self.weight, self.temperature = cfg.cskd_weight, cfg.cskd_temperature
+
+    def forward(self, model, sample, reduce=True):
+        self.extra_log = {}
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        logging_output.update(self.extra_log)
+        return loss, sample_size, logging_output
+
+    def compute_loss(self, model, net_output, sample, reduce=True):
+        loss, nll_loss = super().compute_loss(model, net_output, sample, reduce=reduce)
+        if not model.training or self.weight == 0:
+            return loss, nll_loss
+        if not reduce:
+            raise ValueError('cskd_label_smoothed_cross_entropy: reduce=False is not supported in training')
+        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+        anchors, partners = same_target_partners(target, self.padding_idx)
+        # log-probabilities serve as logits: they differ by a constant a row
+        kl = distillation_kl(lprobs[anchors], lprobs[partners], self.temperature, reduction='sum')
+        self.extra_log = {'kl_loss': kl.detach()}
+        return loss + self.weight * kl, nll_loss
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs) -> None:
+        super().reduce_metrics(logging_outputs)
+        if any('kl_loss' in log for log in logging_outputs):
+            sample_size = sum(log.get('sample_size', 0) for log in logging_outputs)
+            kl = sum(log.get('kl_loss', 0) for log in logging_outputs)
+            metrics.log_scalar('kl_loss', kl / sample_size / math.log(2), sample_size, round=3)

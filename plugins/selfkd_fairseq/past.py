@@ -1,0 +1,264 @@
+"""Where PS-KD's past predictions come from: a snapshot of the weights, an average of them, or a bank of predictions.
+
+Each class answers ``predict`` for a batch; :class:`~selfkd_fairseq.training.Training` tells it how training goes on.
+B sentences, T target positions (padded), V target vocabulary.
+"""
+
+import logging
+
+import numpy as np
+import torch
+from fairseq.data import LanguagePairDataset, MonolingualDataset
+from fairseq.distributed import utils as distributed_utils
+
+from selfkd.bank import PredictionBank
+from selfkd.losses import TopK
+from selfkd.teacher import SnapshotTeacher
+
+logger = logging.getLogger(__name__)
+
+
+class Past:
+    """What the three have in common: by default they do nothing at each of these moments."""
+
+    starts_with_epoch_2 = True
+
+    def begin_training(self, task, dataset):
+        """Before the first epoch, and before each that has a new train iterator."""
+
+    def begin_epoch(self, epoch, model, mid_epoch):
+        """``epoch`` counts from 1; ``mid_epoch``: resuming from a checkpoint inside of it."""
+
+    def begin_step(self, updates, model, ema_model):
+        """Before each forward pass in training; ``updates`` is the number of parameter updates done."""
+
+    def predict(self, sample, prefix):
+        """Past predictions of the target positions from ``prefix`` on, N = B * (T - prefix): the pair of probs [N, V],
+        or :class:`~selfkd.losses.TopK`, and which are known, bool [N] or True; None if there is no past yet."""
+        raise NotImplementedError
+
+    def observe(self, sample, prefix, lprobs):
+        """Is shown what the model predicts in training, log-probabilities [B * (T - prefix), V]."""
+
+    def synchronize(self):
+        """Called by all processes together before one of them may save a checkpoint."""
+
+    def state_dict(self, end_of_epoch):
+        """What a resumed run could not work out again, for torch.load(weights_only=True), or None."""
+
+    def load_state_dict(self, state):
+        """Restores what :meth:`state_dict` gave, before :meth:`begin_epoch`; None where a checkpoint has nothing."""
+
+
+class PastModel(Past):
+    """A past that is a model: runs it on the batch."""
+
+    model = None
+
+    def predict(self, sample, prefix):
+        if self.model is None:
+            return None
+        with torch.no_grad():
+            net_output = self.model(**sample['net_input'])
+            probs = self.model.get_normalized_probs(net_output, log_probs=False, sample=sample)
+        return probs[:, prefix:].reshape(-1, probs.size(-1)), True
+
+
+class Snapshot(PastModel):
+    """The weights as they were at the end of the previous epoch, or ``interval`` updates ago at most.
+
+    A checkpoint at the end of an epoch need not hold them: they are that checkpoint's own weights.
+    """
+
+    def __init__(self, interval: int = 0):
+        if interval < 0:
+            raise ValueError(f'--pskd-snapshot-interval: must be 0 (each epoch) or a number of updates, got {interval}')
+        self.interval, self.starts_with_epoch_2 = interval, interval == 0
+        self.teacher = self.saved = self.taken_at = None
+
+    @property
+    def model(self):
+        return self.teacher and self.teacher.model
+
+    def take(self, model):
+        if self.teacher is None:
+            self.teacher = SnapshotTeacher(model)
+            use_current_weights(self.teacher.model)
+        else:
+            self.teacher.update(model)
+
+    def begin_epoch(self, epoch, model, mid_epoch):
+        if self.saved is not None:
+            self.take(model)
+            self.teacher.load_state_dict(self.saved)
+            self.saved = None
+        elif not self.interval and epoch > 1:
+            if mid_epoch:
+                logger.warning(
+                    'PS-KD: the checkpoint holds no snapshot of the last epoch: plain training until this one ends'
+                )
+            else:
+                self.take(model)
+
+    def begin_step(self, updates, model, ema_model):
+        if self.interval and updates and updates % self.interval == 0 and updates != self.taken_at:
+            self.take(model)
+            self.taken_at = updates
+
+    def state_dict(self, end_of_epoch):
+        if self.teacher is None or (end_of_epoch and not self.interval):
+            return None
+        copies = {}  # tied weights are saved once
+        return {
+            name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu())
+            for name, tensor in self.teacher.state_dict().items()
+        }
+
+    def load_state_dict(self, state):
+        self.saved = state
+
+
+def use_current_weights(model):
+    """fairseq 0.12.2 keeps a second copy of the encoder's weights for a fast path in evaluation, as they were when a
+    checkpoint was loaded, and takes it until the model has been trained: say that this one has been."""
+    for module in model.modules():
+        if hasattr(module, 'ever_training'):
+            module.ever_training = True
+
+
+class Average(PastModel):
+    """The moving average that fairseq itself keeps with --store-ema; fairseq also saves and restores it."""
+
+    starts_with_epoch_2 = False
+
+    def __init__(self, store_ema: bool, task):
+        if not store_ema:
+            raise ValueError(
+                '--pskd-past ema: uses the average that fairseq keeps, so it needs --store-ema (and --ema-decay)'
+            )
+        task.uses_ema = True
+
+    def begin_step(self, updates, model, ema_model):
+        self.model = ema_model.eval()
+        use_current_weights(self.model)
+
+
+class TokenBank(Past):
+    """The ``top_k`` likeliest tokens that the model predicted at each target position when it last saw the sentence.
+
+    It spares the second forward pass. Rows are addressed by the sentence id, which must stay that of one sentence: the
+    position of a sentence in the data set.
+    """
+
+    def __init__(self, top_k: int, task):
+        self.vocabulary, self.padding_idx = len(task.target_dictionary), task.target_dictionary.pad()
+        if not 1 <= top_k <= self.vocabulary:
+            raise ValueError(f'--pskd-top-k: must lie in [1, {self.vocabulary}] (the target vocabulary), got {top_k}')
+        if getattr(task.cfg or task.args, 'shorten_method', None) == 'random_crop':
+            raise ValueError(
+                '--pskd-past bank: --shorten-method random_crop cuts other tokens each time; use snapshot or ema'
+            )
+        self.top_k = top_k
+        self.bank, self.filled = None, False
+        self.unsent = []  # rows that the other processes have not got yet
+
+    def begin_training(self, task, dataset):
+        if self.bank is not None:
+            return
+        if task.has_sharded_data('train'):
+            raise ValueError(
+                "--pskd-past bank: sentence ids start again in each shard of data split by ':', so a row would belong "
+                'to several sentences; join the shards, or use --pskd-past snapshot or ema'
+            )
+        if isinstance(dataset, LanguagePairDataset) and dataset.tgt_sizes is not None:
+            lengths = dataset.tgt_sizes
+        elif isinstance(dataset, MonolingualDataset):
+            lengths = dataset.sizes + int(dataset.add_bos_token)
+        else:
+            raise ValueError(
+                f'--pskd-past bank: in a {type(dataset).__name__} (several corpora, noise, ...) a sentence id need not '
+                'always stand for the same tokens; use --pskd-past snapshot or ema'
+            )
+        self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+        self.bank = PredictionBank(int(self.offsets[-1]), self.vocabulary, top_k=self.top_k, dtype=torch.float16)
+        logger.info(f'PS-KD: the token bank takes {self.bank.nbytes / 1e6:.1f} MB for {len(lengths)} sentences')
+
+    def begin_epoch(self, epoch, model, mid_epoch):
+        if epoch > 1 and not self.filled:
+            logger.warning(
+                'PS-KD: the checkpoint holds no token bank: plain training until each sentence was seen once'
+            )
+
+    def rows(self, sample, prefix):
+        """The bank's row for each target position, and which positions are not padding: both [B * (T - prefix)]."""
+        ids, real = sample['id'].cpu(), sample['target'].cpu().ne(self.padding_idx)
+        first, end = self.offsets[ids].unsqueeze(1), self.offsets[ids + 1].unsqueeze(1)
+        rows = torch.where(real, first + real.cumsum(1) - 1, first)  # padding: any row, its loss is ignored
+        if (rows >= end).any():
+            raise ValueError(
+                '--pskd-past bank: a sentence has more tokens than the data set says; use --pskd-past snapshot or ema'
+            )
+        return rows[:, prefix:].flatten(), real[:, prefix:].flatten()
+
+    def predict(self, sample, prefix):
+        rows, _ = self.rows(sample, prefix)
+        past, known = self.bank.read_top_k(rows, return_seen=True)
+        if not known.any():
+            return None
+        device = sample['target'].device
+        past, known = TopK(*(part.to(device) for part in past)), known.to(device)
+        return past, known
+
+    def observe(self, sample, prefix, lprobs):
+        rows, real = self.rows(sample, prefix)
+        top = lprobs.detach().topk(self.top_k, dim=1)
+        where = real.to(lprobs.device)
+        self.bank.write(rows[real], TopK(top.values[where].exp(), top.indices[where]))
+        self.unsent.append(rows[real])
+        self.filled = True
+
+    def synchronize(self):
+        group, processes = data_parallel_group()
+        mine = distributed_utils.get_rank(group) if processes > 1 else 0
+        for rank in range(processes) if processes > 1 else ():
+            tensors = None
+            if rank == mine:
+                rows = torch.cat([*self.unsent, torch.empty(0, dtype=torch.long)])
+                values, classes = self.bank.read_encoded(rows)
+                tensors = [rows, values, as_float16(classes)]
+            rows, values, classes = distributed_utils.broadcast_tensors(tensors, rank, group)
+            if rank != mine and len(rows):
+                self.bank.write_encoded(rows, (values, as_integer(classes)))
+                self.filled = True
+        self.unsent.clear()
+
+    def state_dict(self, end_of_epoch):
+        if self.unsent and data_parallel_group()[1] > 1:
+            logger.warning(
+                'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks '
+                'what the other processes predicted in this epoch'
+            )
+        if not self.filled:
+            return None
+        state = self.bank.state_dict()
+        return {**state, 'classes': as_float16(state['classes']), 'seen': state['seen'].byte()}
+
+    def load_state_dict(self, state):
+        if state is not None:
+            self.bank.load_state_dict({**state, 'classes': as_integer(state['classes'])})
+            self.filled = True
+
+
+def data_parallel_group():
+    """The processes that share the work, and how many they are."""
+    group = distributed_utils.get_data_parallel_group()
+    return group, distributed_utils.get_world_size(group)
+
+
+def as_float16(ids):
+    """16-bit ids under the name of a type that gloo and NCCL can send, bit for bit (fairseq sends checkpoints, too)."""
+    return ids.view(torch.float16) if ids.dtype == torch.int16 else ids
+
+
+def as_integer(ids):
+    return ids.view(torch.int16) if ids.dtype == torch.float16 else ids

@@ -1,0 +1,119 @@
+"""The arithmetic of the criteria, against the formulas written out, in a Trainer of fairseq."""
+
+import pytest
+import torch
+
+pytest.importorskip('fairseq')
+from fairseq.data import Dictionary  # noqa: E402
+
+from selfkd.bank import PredictionBank  # noqa: E402
+from selfkd.metrics import calibration_error, calibration_gaps, confidence_of  # noqa: E402
+from selfkd_fairseq.benchmark import make_trainer  # noqa: E402
+from selfkd_fairseq.criterions import check_config  # noqa: E402
+from selfkd_fairseq.cskd import same_target_partners  # noqa: E402
+
+SMALL = dict(vocabulary=50, dim=16, layers=1, tokens=300, sentences=40, dropout=0.0)
+EPSILON, ALPHA = 0.1, 0.7 * 2 / 10  # epoch 2 of 10
+
+
+def smoothed(target, vocabulary):
+    """fairseq's label smoothing: epsilon spread over the other words."""
+    q = torch.full((len(target), vocabulary), EPSILON / (vocabulary - 1))
+    return q.scatter_(1, target[:, None], 1 - EPSILON)
+
+
+@pytest.mark.parametrize('past', ['snapshot', 'bank'])
+def test_loss_and_gradient_are_those_of_the_mixed_target(past):
+    """-sum_c ((1 - a) y_c + a p_c) log p(c) over the tokens that are not padding."""
+    trainer, batches = make_trainer(['--pskd-past', past, '--pskd-top-k', '50'], **SMALL)
+    pad = Dictionary().pad()
+    batch = next(batch for batch in batches if (batch['target'] == pad).any())
+    model, criterion = trainer.get_model(), trainer.criterion
+    teacher = criterion.training_run.past
+    target = batch['target'].flatten()
+    real = target != pad
+    assert 0 < real.sum() < len(real)
+    if past == 'snapshot':
+        with torch.no_grad():
+            p = teacher.model(**batch['net_input'])[0].softmax(-1).view(len(target), -1)
+        difference = max((a - b).abs().max().item() for a, b in zip(teacher.model.parameters(), model.parameters()))
+        assert difference > 0  # one update into the epoch they are not the same any more
+    else:
+        p = teacher.predict(batch, 0)[0].dense(50)
+
+    model.train()
+    criterion.train()
+    lprobs = model(**batch['net_input'])[0].log_softmax(-1).view(len(target), -1)
+    q = (1 - ALPHA) * smoothed(target, 50) + ALPHA * p
+    expected = -(q * lprobs).sum(1)[real].sum()
+    expected_grad = torch.autograd.grad(expected, model.decoder.embed_tokens.weight)[0]
+
+    loss, sample_size, log = criterion(model, batch)
+    grad = torch.autograd.grad(loss, model.decoder.embed_tokens.weight)[0]
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
+    assert sample_size == real.sum() == log['ntokens']
+    torch.testing.assert_close(log['soft_loss'], -(p * lprobs).sum(1)[real].sum().detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(log['nll_loss'], -lprobs.gather(1, target[:, None])[real].sum().detach())
+
+
+def test_bank_holds_what_the_model_predicted():
+    trainer, batches = make_trainer(['--pskd-past', 'bank', '--pskd-top-k', '3'], **SMALL)
+    model, batch = trainer.get_model(), batches[1]
+    trainer.criterion.train()
+    model.train()
+    trainer.criterion(model, batch)
+    with torch.no_grad():
+        top = model(**batch['net_input'])[0].softmax(-1).view(-1, 50).topk(3)
+    kept, _ = trainer.criterion.training_run.past.predict(batch, 0)
+    real = batch['target'].flatten() != Dictionary().pad()
+    torch.testing.assert_close(kept.values[real], top.values[real], rtol=1e-3, atol=0)  # float16
+    assert torch.equal(kept.classes[real], top.indices[real])
+
+
+def test_bank_of_160k_sentences_fits():
+    """Of 28 tokens each, as IWSLT14 after byte-pair encoding or longer: at most 300 MB."""
+    bank = PredictionBank(1, 10000, top_k=8, dtype=torch.float16)
+    assert bank.nbytes * 160_000 * 28 < 300e6
+
+
+def test_a_criterion_that_nobody_trains_is_no_silent_plain_run():
+    trainer, batches = make_trainer(['--pskd-past', 'snapshot'], **SMALL)
+    part = torch.nn.ModuleList([trainer.get_model()])[0]
+    trainer.criterion.training_run.step_model = None
+    with pytest.raises(RuntimeError, match='trains parts of a model'):
+        trainer.criterion(part.train(), batches[0])
+
+
+@pytest.mark.parametrize(
+    ('setting', 'value', 'message'),
+    [
+        ('ddp_backend', 'fully_sharded', 'use pytorch_ddp or legacy_ddp'),
+        ('model_parallel_size', 2, 'leave them out'),
+        ('tpu', True, 'common.bf16=true'),
+    ],
+)
+def test_no_process_may_hold_a_part_of_the_model_only(setting, value, message):
+    trainer, _ = make_trainer(['--pskd-past', 'snapshot'], **SMALL)
+    cfg = trainer.cfg.criterion.copy()
+    check_config(cfg)
+    cfg[setting] = value
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg)
+
+
+def test_calibration_gaps_of_batches_add_up():
+    probs = torch.rand(60, 5, generator=torch.Generator().manual_seed(0)).softmax(1)
+    labels = torch.arange(60) % 5
+    gaps = sum(calibration_gaps(*confidence_of(p, y)) for p, y in zip(probs.split(25), labels.split(25)))
+    assert gaps.abs().sum().item() / 60 == pytest.approx(calibration_error(probs, labels))
+
+
+def test_partners_have_the_same_target():
+    target = torch.randint(0, 8, (40,), generator=torch.Generator().manual_seed(0))
+    anchors, partners = same_target_partners(target, ignore_index=1)
+    assert torch.equal(target[anchors], target[partners])
+    assert (anchors != partners).all()
+    assert 1 not in target[anchors]
+    counts = target.bincount()
+    assert len(anchors) == sum(n for word, n in enumerate(counts.tolist()) if n > 1 and word != 1)

@@ -1,0 +1,127 @@
+"""Preparing corpora, and the configs that go with them, on miniatures of the real file layouts."""
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+CONFIGS = f'{REPO}/configs/fairseq'
+USER_DIR = f'common.user_dir={REPO}/plugins/selfkd_fairseq'
+SENTENCES = [('Das ist ein Haus.', 'This is a house.'), ('„Gut“, sagte er.', '"Good", he said.'), ('Ja!', 'Yes!')]
+
+
+def tool(name, *args, **kwargs):
+    command = [sys.executable, str(REPO / 'tools' / name), *map(str, args)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, **kwargs)
+
+
+def write_tags(folder, lang, lines):
+    head = '<url>http://x</url>\n<talkid>1</talkid>\n<keywords>a, b</keywords>\n'
+    text = head + f'<title>{lines[0]}</title>\n<description>{lines[1]}</description>\n' + '\n'.join(lines[2:]) + '\n'
+    (folder / f'train.tags.de-en.{lang}').write_text(text)
+
+
+def write_xml(path, lines):
+    segments = ''.join(f'<seg id="{i}"> {line} </seg>\n' for i, line in enumerate(lines, 1))
+    path.write_text(f'<?xml version="1.0"?>\n<doc docid="1">\n<url>http://x</url>\n{segments}</doc>\n')
+
+
+@pytest.fixture
+def iwslt(tmp_path):
+    """70 training pairs, and the dev and test sets of both years."""
+    raw = tmp_path / 'de-en'
+    raw.mkdir()
+    for side, lang in enumerate(('de', 'en')):
+        write_tags(raw, lang, [SENTENCES[i % 3][side] for i in range(70)])
+        for year in ('IWSLT14', 'IWSLT15'):
+            for name in ('TED.dev2010', 'TEDX.dev2012', 'TED.tst2010', 'TED.tst2011', 'TED.tst2012', 'TED.tst2013'):
+                if year == 'IWSLT14' or name in ('TED.tst2013', 'TED.tst2012'):
+                    path = raw / f'{year}.{name}.de-en.{lang}.xml'
+                    write_xml(path, [pair[side] for pair in SENTENCES])
+    return raw
+
+
+def test_iwslt14(iwslt, tmp_path, fairseq):
+    for path in iwslt.glob('IWSLT15*'):
+        path.unlink()
+    out = tmp_path / 'out'
+    tool('prepare_translation.py', 'iwslt14', iwslt, out, '--bpe-tokens', 30)
+    lines = {name: (out / name).read_text().splitlines() for name in ('train.de', 'train.en', 'valid.de', 'test.en')}
+    assert [len(lines[n]) for n in ('train.de', 'train.en', 'valid.de', 'test.en')] == [67, 67, 3, 15]
+    text = ' '.join(lines['train.en']).replace('@@ ', '')
+    assert text.startswith('this is a house . &quot; good &quot; , he said . yes !')
+    run_config(fairseq, out, 'iwslt14', 'de', 'en')
+
+
+def test_iwslt15(iwslt, tmp_path):
+    for path in iwslt.glob('IWSLT14*'):
+        path.unlink()
+    out = tmp_path / 'out'
+    tool('prepare_translation.py', 'iwslt15', iwslt, out, '--bpe-tokens', 30)
+    assert [len((out / f'{s}.de').read_text().splitlines()) for s in ('train', 'valid', 'test')] == [70, 3, 3]
+
+
+def test_multi30k(tmp_path, fairseq):
+    raw, out = tmp_path / 'raw', tmp_path / 'out'
+    raw.mkdir()
+    for side, lang in enumerate(('de', 'en')):
+        for name, times in (('train', 20), ('val', 1), ('test_2016_flickr', 2)):
+            with gzip.open(raw / f'{name}.{lang}.gz', 'wt', encoding='utf-8') as f:
+                f.write(''.join(pair[side] + '\n' for pair in SENTENCES * times))
+    tool('prepare_translation.py', 'multi30k', raw, out, '--bpe-tokens', 30)
+    assert [len((out / f'{s}.en').read_text().splitlines()) for s in ('train', 'valid', 'test')] == [60, 3, 6]
+    run_config(fairseq, out, 'multi30k', 'en', 'de')
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        tool('prepare_translation.py', 'multi30k', tmp_path, tmp_path / 'out')
+    assert 'train.de*: expected one such file, found 0' in error.value.stderr
+
+
+def run_config(fairseq, text, name, source, target):
+    """The commands of docs/translation.md with configs/fairseq/iwslt.yaml, on a smaller model and the CPU."""
+    prefixes = ' '.join(f'--{split}pref {text}/{split}' for split in ('train', 'valid', 'test'))
+    fairseq.run(f'fairseq-preprocess -s {source} -t {target} {prefixes} --destdir {text}/bin')
+    small = 'model.encoder.layers=1 model.decoder.layers=1 model.encoder.embed_dim=32 model.decoder.embed_dim=32'
+    log = fairseq.run(
+        f'fairseq-hydra-train --config-dir {CONFIGS} --config-name iwslt {USER_DIR} task.data={text}/bin '
+        f'task.source_lang={source} task.target_lang={target} checkpoint.save_dir={text}/run {small} '
+        'common.fp16=false common.cpu=true common.log_format=json optimization.max_epoch=2'
+    )
+    assert '"train_alpha": "0.7"' in log
+    assert '"valid_bleu"' in log
+    path = f'{text}/run/checkpoint_best.pt'
+    assert 'BLEU4 = ' in fairseq.run(
+        f'fairseq-generate {text}/bin --path {path} --cpu --beam 5 --remove-bpe --required-batch-size-multiple 1'
+    )
+
+
+def test_number_words(tmp_path, fairseq):
+    """Disjoint splits, a test set that does not depend on the training set, and a config that learns them."""
+    from selfkd_fairseq.number_words import write_corpus
+
+    write_corpus(tmp_path, {'train': 200, 'valid': 20, 'test': 50}, seed=3)
+    lines = {split: (tmp_path / f'{split}.de').read_text().splitlines() for split in ('train', 'valid', 'test')}
+    assert len(set(sum(lines.values(), []))) == 270
+    write_corpus(tmp_path / 'small', {'train': 20, 'valid': 20, 'test': 50}, seed=3)
+    assert (tmp_path / 'small' / 'test.en').read_text() == (tmp_path / 'test.en').read_text()
+    with pytest.raises(ValueError, match='there are 100 numbers'):
+        write_corpus(tmp_path, {'train': 101}, largest=99)
+
+    prefixes = ' '.join(f'--{split}pref {tmp_path}/{split}' for split in lines)
+    fairseq.run(f'fairseq-preprocess -s en -t de {prefixes} --destdir {tmp_path}/bin')
+    log = fairseq.run(
+        f'fairseq-hydra-train --config-dir {CONFIGS} --config-name number_words {USER_DIR} task.data={tmp_path}/bin '
+        f'checkpoint.save_dir={tmp_path}/run common.log_format=json optimization.max_epoch=12 '
+        'lr_scheduler.warmup_updates=1'
+    )
+    nll = [
+        float(line.split('"valid_nll_loss": "')[1].split('"')[0])
+        for line in log.splitlines()
+        if 'valid_nll_loss' in line
+    ]
+    assert nll[-1] < 0.75 * nll[0]

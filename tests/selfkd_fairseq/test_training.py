@@ -1,0 +1,337 @@
+"""The real fairseq-train with PS-KD, from the first epoch to the checkpoint that other programs read."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+PSKD = '--criterion pskd_label_smoothed_cross_entropy --label-smoothing 0.1 --pskd-alpha 0.8'
+VANILLA = '--criterion label_smoothed_cross_entropy --label-smoothing 0.1'
+PASTS = {
+    'snapshot': '',
+    'interval': '--pskd-snapshot-interval 5',
+    'ema': '--pskd-past ema --store-ema --ema-decay 0.9',
+    'bank': '--pskd-past bank --pskd-top-k 4',
+}
+NO_CLOCK = ('wps', 'ups', 'train_wall', 'wall')  # the entries of a log that differ from run to run
+
+
+def without_clock(entries):
+    return [{k: v for k, v in entry.items() if not k.endswith(NO_CLOCK)} for entry in entries]
+
+
+def test_the_command_of_the_readme(fairseq, tmp_path):
+    """A plain shell, the repository as it is cloned, the installed program."""
+    program = Path(sys.executable).with_name('fairseq-train')
+    options = '--arch lstm --max-tokens 500 --optimizer sgd --max-epoch 2 --cpu --log-format json'
+    result = subprocess.run(
+        f'{program} {fairseq.folder}/bin --user-dir plugins/selfkd_fairseq --criterion '
+        f'pskd_label_smoothed_cross_entropy --pskd-alpha 0.7 {options} --save-dir {tmp_path}',
+        shell=True,
+        cwd=REPO,
+        env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert '"train_alpha": "0.7"' in result.stdout + result.stderr
+
+
+def test_usage_shows_the_options(fairseq):
+    """fairseq's --help stops before it knows the criterion, for its own options too; its usage message does not."""
+    options = (
+        '--pskd-alpha',
+        '--pskd-past {snapshot,ema,bank}',
+        '--pskd-snapshot-interval',
+        '--pskd-top-k',
+        '--report-ece',
+    )
+    usage = ' '.join(fairseq.train('usage', PSKD, '--no-such-option', fails=True).split())
+    for option in (*options, '--label-smoothing'):
+        assert f'[{option}' in usage
+
+
+@pytest.mark.parametrize('name', ['cross_entropy', 'label_smoothed_cross_entropy'])
+def test_alpha_0_is_the_criterion_of_fairseq(fairseq, difference, name):
+    """Weights after two epochs with dropout, and every entry of the logs."""
+    smoothing = ' --label-smoothing 0.1 --report-accuracy' if name.startswith('label') else ''
+    vanilla = fairseq.train(f'v-{name}', f'--criterion {name} --max-epoch 2{smoothing}')
+    ours = fairseq.train(f'p-{name}', f'--criterion pskd_{name} --pskd-alpha 0 --max-epoch 2{smoothing}')
+    assert difference(fairseq.weights(f'v-{name}'), fairseq.weights(f'p-{name}')) == 0
+    for tag in ('train', 'train_inner', 'valid'):
+        assert without_clock(ours.stats(tag)) == without_clock(vanilla.stats(tag)) != []
+
+
+def test_logs(fairseq):
+    log = fairseq.train('logs', PSKD, '--max-epoch 4 --report-ece')
+    train = log.stats('train')
+    # The first epoch has no past; then alpha = 0.8 t / 4.
+    assert [entry['train_alpha'] for entry in train] == pytest.approx([0, 0.4, 0.6, 0.8])
+    assert train[0]['train_loss'] == train[0]['train_hard_loss']
+    for entry in train:
+        alpha = entry['train_alpha']
+        mixed = (1 - alpha) * entry['train_hard_loss'] + alpha * entry['train_soft_loss']
+        assert entry['train_loss'] == pytest.approx(mixed, abs=2e-3)  # logged with three decimals
+    for entry in log.stats('valid'):
+        assert not any('alpha' in key or 'hard' in key or 'gap' in key for key in entry)
+        assert entry['valid_ppl'] == pytest.approx(2 ** entry['valid_nll_loss'], rel=1e-2)
+        assert 0 < entry['valid_ece'] < 100
+
+
+def test_alpha_grows_with_updates_where_there_is_no_max_epoch(fairseq):
+    log = fairseq.train('updates', PSKD, '--max-update 12 --update-freq 2')
+    entries = log.stats('train_inner')
+    updates = [int(entry['num_updates']) for entry in entries]
+    assert updates == list(range(1, 13))
+    alphas = [entry['alpha'] for entry in entries]
+    first_epoch = alphas.count(0)
+    assert 0 < first_epoch < 6
+    # before the u-th update, u - 1 of 12 are done
+    assert alphas[first_epoch:] == pytest.approx([0.8 * (u - 1) / 12 for u in updates[first_epoch:]], abs=1e-4)
+
+
+def test_validation_is_that_of_the_vanilla_criterion(fairseq):
+    """The same checkpoint, validated by both criteria: same loss (smoothed), nll_loss and ppl."""
+    fairseq.train('validate', PSKD, '--max-epoch 2')
+    path = fairseq.folder / 'validate' / 'checkpoint_last.pt'
+    user_dir = REPO / 'plugins' / 'selfkd_fairseq'
+    command = f'fairseq-validate bin --task translation --path {path} --max-tokens 500 --cpu --log-format json'
+    ours = fairseq.run(f'{command} --user-dir {user_dir}')
+    state = torch.load(path)
+    state['cfg']['criterion'] = {'_name': 'label_smoothed_cross_entropy', 'label_smoothing': 0.1, 'sentence_avg': False}
+    torch.save(state, path)
+    vanilla = fairseq.run(command)
+
+    def result(text):
+        return json.loads(text[text.rindex('{"') :].splitlines()[0])
+
+    assert result(ours) == result(vanilla)
+    assert float(result(ours)['valid_loss']) > 0
+
+
+@pytest.mark.parametrize('past', PASTS)
+def test_resuming_is_exact(fairseq, difference, past):
+    """Stopped in the middle of epoch 2 and at its end, with dropout: the weights after epoch 3 are the same bit by bit.
+
+    The control shows that what the plugin adds to the checkpoint is what makes them so.
+    """
+    options = (PSKD, PASTS[past], '--max-epoch 3')
+    straight = fairseq.train(f'{past}-straight', *options)
+    epoch = int(straight.stats('train')[0]['train_num_updates'])
+    for name, updates in (('middle', epoch + 3), ('end', 2 * epoch)):
+        save = f'{past}-{name}'
+        fairseq.train(save, *options, f'--max-update {updates}')
+        state = fairseq.checkpoint(f'{save}/checkpoint_last.pt')
+        itr = state['extra_state']['train_iterator']
+        assert (itr['iterations_in_epoch'] > 0) == (name == 'middle')
+        saved = itr['selfkd']['past']
+        assert (saved is not None) == {'snapshot': name == 'middle', 'interval': True, 'ema': False, 'bank': True}[past]
+        plain_file = fairseq.folder / 'plain.pt'
+        torch.save(itr['selfkd'], plain_file)
+        if torch.__version__ >= '1.13':
+            torch.load(plain_file, weights_only=True)
+        fairseq.train(save, *options)
+        assert difference(fairseq.weights(f'{past}-straight'), fairseq.weights(save)) == 0
+        if saved is not None and not (past == 'interval' and updates % 5 == 0):  # a new one is due there
+            del itr['selfkd']
+            torch.save(state, fairseq.folder / save / 'without.pt')
+            log = fairseq.train(f'{save}-control', *options, f'--restore-file {save}/without.pt')
+            assert difference(fairseq.weights(f'{past}-straight'), fairseq.weights(f'{save}-control')) > 1e-5
+            assert past == 'interval' or 'PS-KD: the checkpoint holds no' in log
+
+
+def test_tied_weights_are_saved_once(fairseq):
+    args = (PSKD, '--share-all-embeddings --max-epoch 3')
+    fairseq.train('tied', *args, '--max-update 9', data='joined')
+    saved = fairseq.checkpoint('tied/checkpoint_last.pt')['extra_state']['train_iterator']['selfkd']['past']
+    embeddings = [t for name, t in saved.items() if 'embed_tokens' in name or 'output_projection' in name]
+    assert len(embeddings) == 3
+    assert len({t.storage().data_ptr() for t in embeddings}) == 1
+
+
+@pytest.mark.parametrize('past', ['snapshot', 'bank'])
+def test_resuming_after_sigkill(fairseq, difference, kill, past):
+    args = fairseq.train_args(f'killed-{past}', PSKD, PASTS[past], '--max-epoch 40 --save-interval-updates 3')
+    pid, log = fairseq.start(*args)
+    deadline = time.time() + 60
+    while 'checkpoint_3_' not in log.read_text() and time.time() < deadline:
+        time.sleep(0.01)
+    kill(pid)
+    assert fairseq.wait(pid) == -9
+    files = {p.name for p in (fairseq.folder / f'killed-{past}').iterdir()}
+    middle = sorted(name for name in files if name.startswith('checkpoint_2_'))[-1]
+    last = 'checkpoint_last.pt'
+    # fairseq copies to checkpoint_last.pt, so a kill may leave half of it: take the last that is surely whole.
+    restore = f'--restore-file {fairseq.folder}/killed-{past}/{middle}'
+    stop = '--max-update 30'
+    fairseq.train(f'resumed-{past}', PSKD, PASTS[past], '--max-epoch 40', stop, restore)
+    fairseq.train(f'never-{past}', PSKD, PASTS[past], '--max-epoch 40', stop)
+    assert difference(fairseq.weights(f'resumed-{past}', last), fairseq.weights(f'never-{past}', last)) == 0
+
+
+def test_resuming_with_another_total_says_what_happens_to_alpha(fairseq):
+    fairseq.train('total', PSKD, '--max-epoch 2')
+    log = fairseq.train('total', PSKD, '--max-epoch 4')
+    assert 'over --max-epoch 4; the checkpoint was made with --max-epoch 2' in log
+    assert [entry['train_alpha'] for entry in log.stats('train')] == pytest.approx([0.6, 0.8])
+
+
+@pytest.mark.parametrize(
+    ('model', 'data', 'options'),
+    [
+        ('transformer', 'bin', '--sentence-avg --update-freq 2'),
+        ('transformer', 'bin', '--pskd-past bank --update-freq 2 --ignore-prefix-size 1 --report-accuracy'),
+        ('transformer', 'bin', '--ignore-prefix-size 1 --amp'),
+        ('transformer', 'bin', '--pskd-past bank --num-workers 2'),
+        ('transformer', 'joined', '--share-all-embeddings --store-ema'),
+        ('lstm', 'bin', ''),
+        ('fconv', 'bin', '--clip-norm 0.1'),
+        ('lstm', 'bin', '--pskd-past bank --left-pad-target'),
+        ('lm', 'lm', '--task language_modeling --tokens-per-sample 16'),
+        ('lm', 'lm', '--task language_modeling --tokens-per-sample 16 --pskd-past bank --sample-break-mode eos'),
+    ],
+)
+def test_options_and_models(fairseq, model, data, options):
+    """Two epochs; the second one learns from the past, and that past is a model that has learnt something."""
+    log = fairseq.train('options', PSKD, options, '--max-epoch 3 --no-save --lr 0.01', model=model, data=data)
+    first, *_, last = log.stats('train')
+    assert first['train_soft_loss'] == 0 < last['train_soft_loss']
+    assert last['train_alpha'] == pytest.approx(0.8, abs=0.01)
+    assert last['train_nll_loss'] < first['train_nll_loss']
+
+
+def test_fairseq_hydra_train(fairseq):
+    (fairseq.folder / 'conf').mkdir(exist_ok=True)
+    (fairseq.folder / 'conf' / 'small.yaml').write_text(
+        f"""# @package _group_
+common: {{cpu: true, log_format: json, user_dir: {REPO}/plugins/selfkd_fairseq}}
+task: {{_name: translation, data: {fairseq.folder}/bin}}
+dataset: {{max_tokens: 500}}
+optimization: {{max_epoch: 2, lr: [0.01]}}
+checkpoint: {{save_dir: {fairseq.folder}/hydra}}
+criterion: {{_name: pskd_label_smoothed_cross_entropy, label_smoothing: 0.1, pskd_alpha: 0.6, pskd_past: bank}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: fixed}}
+model: {{_name: transformer, encoder: {{layers: 1}}, decoder: {{layers: 1}}, base_layers: 0}}
+"""
+    )
+    log = fairseq.run('fairseq-hydra-train --config-dir conf --config-name small')
+    assert '"train_alpha": "0.6"' in log
+    assert 'token bank takes' in log
+
+
+class TestCheckpoints:
+    """Programs that read a checkpoint of PS-KD without knowing of it."""
+
+    @pytest.fixture(scope='class')
+    def path(self, fairseq):
+        fairseq.train('deploy', PSKD, PASTS['bank'], '--max-epoch 2 --save-interval-updates 9')
+        return fairseq.folder / 'deploy' / 'checkpoint_last.pt'
+
+    def test_fairseq_generate(self, fairseq, path):
+        text = fairseq.run(f'fairseq-generate bin --path {path} --cpu --beam 2')
+        assert 'BLEU4 = ' in text
+        assert text.count('\nH-') == 40
+
+    def test_fairseq_interactive(self, fairseq, path):
+        text = fairseq.run(f'fairseq-interactive bin --path {path} --cpu --beam 2 --input {fairseq.folder}/test.de')
+        assert text.count('\nH-') == 40
+
+    def test_from_pretrained_and_strict_loading(self, fairseq, path):
+        code = (
+            'from fairseq.models.transformer import TransformerModel as M;'
+            f"m = M.from_pretrained('{path.parent}', 'checkpoint_last.pt', '{fairseq.folder}/bin');"
+            "print(m.translate('w1 w2 w3', beam=2)); import sys; assert 'selfkd' not in sys.modules"
+        )
+        env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+        subprocess.run([sys.executable, '-c', code], check=True, env=env, cwd=fairseq.folder)
+
+    def test_average_checkpoints(self, fairseq, path):
+        """What fairseq's scripts/average_checkpoints.py does: the mean of 'model', everything else from the first."""
+        states = [fairseq.checkpoint(f'deploy/checkpoint{epoch}.pt') for epoch in (1, 2)]
+        average = {k: sum(state['model'][k].float() for state in states) / 2 for k in states[0]['model']}
+        torch.save({**states[0], 'model': average}, path.with_name('average.pt'))
+        assert 'BLEU4 = ' in fairseq.run(f'fairseq-generate bin --path {path.with_name("average.pt")} --cpu')
+
+    def test_the_model_has_the_keys_of_the_vanilla_one(self, fairseq, path):
+        fairseq.train('keys', VANILLA, '--max-epoch 1')
+        assert fairseq.weights('keys').keys() == fairseq.weights('deploy').keys()
+
+
+class TestSeveralProcesses:
+    @pytest.mark.parametrize('past', ['snapshot', 'bank'])
+    def test_two_processes_are_one_with_update_freq_2(self, fairseq, difference, past):
+        options = (PSKD, PASTS[past], '--max-epoch 3 --dropout 0')
+        fairseq.train(f'one-{past}', *options, '--update-freq 2')
+        logs = fairseq.train_together(f'two-{past}', *options, '--ddp-backend legacy_ddp')
+        assert difference(fairseq.weights(f'one-{past}'), fairseq.weights(f'two-{past}')) < 1e-5
+        assert logs[0].stats('train')[-1]['train_alpha'] == pytest.approx(0.8)
+        if past == 'bank':
+            one, two = (
+                fairseq.checkpoint(f'{n}-bank/checkpoint1.pt')['extra_state']['train_iterator']['selfkd']['past']
+                for n in ('one', 'two')
+            )
+            assert two['seen'].all()  # each process saw half of the sentences itself
+            torch.testing.assert_close(two['values'], one['values'], atol=2e-3, rtol=0)
+
+    def test_resuming_in_mid_epoch(self, fairseq, difference):
+        """Also what the other process predicted since the epoch began has to be in the checkpoint."""
+        options = (PSKD, PASTS['bank'], '--max-epoch 3 --ddp-backend legacy_ddp --disable-validation')
+        first = fairseq.train_together('ddp-straight', *options)[0].stats('train')[0]
+        middle = int(first['train_num_updates']) + 2
+        fairseq.train_together('ddp-resumed', *options, f'--max-update {middle}')
+        fairseq.train_together('ddp-resumed', *options)
+        assert difference(fairseq.weights('ddp-straight'), fairseq.weights('ddp-resumed')) == 0
+
+    def test_pytorch_ddp(self, fairseq, difference):
+        options = (PSKD, '--max-epoch 2 --dropout 0')
+        # 0.12.2 has parameters for evaluation only, which take no part in training
+        fairseq.train_together('pytorch-ddp', *options, '--ddp-backend pytorch_ddp --find-unused-parameters')
+        fairseq.train_together('legacy-ddp', *options, '--ddp-backend legacy_ddp')
+        assert difference(fairseq.weights('pytorch-ddp'), fairseq.weights('legacy-ddp')) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ('--pskd-alpha 1.2 --max-epoch 2', '--pskd-alpha: must lie in [0, 1], got 1.2'),
+        ('', '--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update'),
+        (
+            '--max-epoch 2 --pskd-past ema',
+            '--pskd-past ema: uses the average that fairseq keeps, so it needs --store-ema',
+        ),
+        ('--max-epoch 2 --pskd-snapshot-interval -1', '--pskd-snapshot-interval: must be'),
+        ('--max-epoch 2 --pskd-past bank --pskd-top-k 0', '--pskd-top-k: must lie in'),
+        ('--max-epoch 2 --pskd-past bank --pskd-snapshot-interval 5', '--pskd-snapshot-interval: is for'),
+        ('--max-epoch 2 --adaptive-softmax-cutoff 10', '--adaptive-softmax-cutoff: an adaptive softmax has no'),
+    ],
+)
+def test_what_cannot_work_is_refused(fairseq, options, message):
+    log = fairseq.train('refused', '--criterion pskd_label_smoothed_cross_entropy', options, fails=True)
+    assert message in log
+
+
+def test_sharded_data_is_refused_for_the_bank(fairseq):
+    options = (PSKD, '--max-epoch 2 --no-save')
+    assert 'join the shards' in fairseq.train('shards', *options, PASTS['bank'], data='bin:bin', fails=True)
+    fairseq.train('shards', *options, data='bin:bin')
+
+
+def test_cskd(fairseq, difference):
+    options = '--label-smoothing 0.1 --max-epoch 2'
+    criterion = '--criterion cskd_label_smoothed_cross_entropy'
+    fairseq.train('cskd-vanilla', '--criterion label_smoothed_cross_entropy', options)
+    fairseq.train('cskd-0', criterion, options, '--cskd-weight 0')
+    assert difference(fairseq.weights('cskd-vanilla'), fairseq.weights('cskd-0')) == 0
+    log = fairseq.train('cskd', criterion, options, '--cskd-temperature 2')
+    assert log.stats('train')[-1]['train_kl_loss'] > 0
+    assert not any('kl_loss' in key for key in log.stats('valid')[-1])
+    assert '--cskd-temperature: must be above 0' in fairseq.train(
+        'cskd-bad', criterion, options, '--cskd-temperature 0', fails=True
+    )
