@@ -107,7 +107,8 @@ class Fairseq:
         return {k: v for k, v in weights.items() if not unused.search(k)}
 
     def close(self):
-        self.server.stdin.close()
+        # Not by closing its input alone: processes that other tests fork hold that open too (mmdet's evaluation leaves some).
+        self.server.terminate()
         self.server.wait()
 
 
