@@ -110,7 +110,7 @@ def main() -> None:
     for job in jobs:
         predictions = Predictions(*torch.load(Path(job['work_dir']) / 'predictions.pth'))
         panels[job['labels']][job['method']].append(predictions)
-    text = write_report(panels, str(args.out / 'report'))
+    text = write_report(panels, str(args.out / 'report'), columns=['error %', 'NLL', 'ECE %', 'AURC x1000'])
     print('\n' + text)
     if args.write:
         write_section(args.write, 'demo table', text)

@@ -1,6 +1,6 @@
 """Compares finished MMPretrain runs on their test sets: table, reliability diagram, risk-coverage plot.
 
-    python tools/report.py OUT NAME=WORK_DIR[,WORK_DIR...] [NAME=...]
+    python tools/report.py OUT NAME=WORK_DIR[,WORK_DIR...] [NAME=...] [--ood FOLDER]
 
     python tools/report.py work_dirs/report plain=work_dirs/plain_0,work_dirs/plain_1 'PS-KD=work_dirs/pskd_0'
 
@@ -15,6 +15,9 @@ from selfkd_mmpretrain.report import predict, write_report
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', help='folder for table.md, runs.json, reliability.png, risk_coverage.png')
+    parser.add_argument(
+        '--ood', metavar='FOLDER', help='images of another kind: adds AUROC, AUPR, FPR95 and ood_roc.png'
+    )
     parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
     args = parser.parse_args()
     groups = {}
@@ -22,7 +25,7 @@ def main() -> None:
         name, equals, folders = group.partition('=')
         if not equals:
             parser.error(f'{group!r}: must be NAME=WORK_DIR[,WORK_DIR...]')
-        groups[name] = [predict(folder) for folder in folders.split(',')]
+        groups[name] = [predict(folder, ood=args.ood) for folder in folders.split(',')]
     print(write_report({'': groups}, args.out))
     print(f'\nwrote {args.out}')
 

@@ -1,9 +1,10 @@
 """Tables and plots of finished MMPretrain runs: error, calibration, and ranking by confidence on the test set."""
 
+import copy
 import json
 import statistics
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from mmengine.config import Config
@@ -15,29 +16,45 @@ from torch import Tensor
 
 from selfkd import metrics
 
-__all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'predict', 'table']
+__all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table']
 
-MEASURES = {  # column title: (key, factor, decimals); as in PS-KD's tables
+MEASURES = {  # column title: (key, factor, decimals); as in the papers' tables
     'error %': ('error', 100, 2),
     'NLL': ('nll', 1, 3),
     'ECE %': ('ece', 100, 2),
     'AURC x1000': ('aurc', 1000, 2),
+    'E-AURC x1000': ('excess_aurc', 1000, 2),
+    'Brier': ('brier', 1, 3),
+    'R@1 %': ('recall_at_1', 100, 2),
+    'OOD AUROC': ('auroc', 1, 3),
+    'OOD AUPR': ('aupr', 1, 3),
+    'OOD FPR95 %': ('fpr95', 100, 1),
 }
 
 
 class Predictions(NamedTuple):
-    """A run's test-set predictions: probs ``[N, C]`` and class ids ``[N]``."""
+    """A run's test-set predictions.
+
+    Attributes:
+        probs: ``[N, C]``.
+        labels: class ids ``[N]``.
+        features: what the head's linear classifier reads, ``[N, D]``; None for heads without one.
+        ood_probs: of out-of-distribution images, ``[M, C]``, if there were any.
+    """
 
     probs: Tensor
     labels: Tensor
+    features: Optional[Tensor] = None
+    ood_probs: Optional[Tensor] = None
 
 
-def predict(work_dir: str, checkpoint: Optional[str] = None) -> Predictions:
+def predict(work_dir: str, checkpoint: Optional[str] = None, *, ood: Optional[str] = None) -> Predictions:
     """Runs a finished run's model over the test set of its own config.
 
     Args:
         work_dir: of the run; holds its config (one ``*.py``) and checkpoints.
         checkpoint: defaults to the run's last one.
+        ood: a folder with out-of-distribution images (at any depth), which go through the same test pipeline.
 
     Raises:
         FileNotFoundError: no config or checkpoint in ``work_dir``.
@@ -59,19 +76,39 @@ def predict(work_dir: str, checkpoint: Optional[str] = None) -> Predictions:
     model = MODELS.build(cfg.model)
     load_checkpoint(model, checkpoint or pointer.read_text().strip(), 'cpu', strict=True, logger='silent')
     model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-    samples = []
-    with torch.no_grad():
-        for batch in Runner.build_dataloader(cfg.test_dataloader):
-            samples += model.test_step(batch)
+    features = []
+    fc = getattr(model.head, 'fc', None)
+    handle = fc.register_forward_pre_hook(lambda module, args: features.append(args[0].cpu())) if fc else None
+    samples = _run(model, cfg.test_dataloader)
+    if handle:
+        handle.remove()
+    ood_probs = None
+    if ood is not None:
+        loader = copy.deepcopy(cfg.test_dataloader)
+        pipeline = loader.dataset.pipeline
+        if not any(str(step['type']).endswith('LoadImageFromFile') for step in pipeline):
+            raise ValueError(
+                f'{work_dir}: its test pipeline loads no image files, so it cannot read {ood}: use OODMetric'
+            )
+        loader.dataset = dict(type='CustomDataset', data_root=str(ood), with_label=False, pipeline=pipeline)
+        ood_probs = torch.stack([s.pred_score for s in _run(model, loader)]).cpu()
     return Predictions(
-        torch.stack([s.pred_score for s in samples]).cpu(), torch.cat([s.gt_label for s in samples]).cpu()
+        torch.stack([s.pred_score for s in samples]).cpu(),
+        torch.cat([s.gt_label for s in samples]).cpu(),
+        torch.cat(features) if features else None,
+        ood_probs,
     )
+
+
+@torch.no_grad()
+def _run(model, loader: dict) -> list:
+    return [sample for batch in Runner.build_dataloader(loader) for sample in model.test_step(batch)]
 
 
 def measure(predictions: Predictions) -> Dict[str, float]:
     """Every measure of one run, in natural units."""
-    probs, labels = predictions
-    return {
+    probs, labels = predictions.probs, predictions.labels
+    measures = {
         'error': (probs.argmax(1) != labels).double().mean().item(),
         'nll': metrics.nll(probs, labels),
         'ece': metrics.calibration_error(probs, labels),
@@ -79,14 +116,26 @@ def measure(predictions: Predictions) -> Dict[str, float]:
         'aurc': metrics.aurc(probs, labels),
         'excess_aurc': metrics.excess_aurc(probs, labels),
     }
+    if predictions.features is not None:
+        measures['recall_at_1'] = metrics.recall_at_1(predictions.features, labels)
+    if predictions.ood_probs is not None:
+        measures.update(metrics.ood_scores(probs, predictions.ood_probs))
+    return measures
 
 
-def table(groups: Dict[str, List[Dict[str, float]]]) -> str:
-    """A Markdown table: a row for each group of runs, mean and (from two runs on) standard deviation."""
-    rows = [['', 'runs', *MEASURES]]
+def table(groups: Dict[str, List[Dict[str, float]]], columns: Optional[Sequence[str]] = None) -> str:
+    """A Markdown table: a row for each group of runs, mean and (from two runs on) standard deviation.
+
+    Args:
+        groups: name -> what :func:`measure` gave for each of its runs.
+        columns: titles out of ``MEASURES``; by default those that all runs have.
+    """
+    everything = [run for runs in groups.values() for run in runs]
+    columns = columns or [title for title, (key, *_) in MEASURES.items() if all(key in run for run in everything)]
+    rows = [['', 'runs', *columns]]
     for name, runs in groups.items():
         cells = []
-        for key, factor, decimals in MEASURES.values():
+        for key, factor, decimals in (MEASURES[title] for title in columns):
             values = [run[key] * factor for run in runs]
             spread = f' ± {statistics.stdev(values):.{decimals}f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.{decimals}f}{spread}')
@@ -141,13 +190,30 @@ def plot_risk_coverage(panels: Dict[str, Dict[str, List[Predictions]]], path: st
     _plot(panels, path, draw, finish)
 
 
-def _plot(panels, path, draw, finish) -> None:
+def plot_roc(panels: Dict[str, Dict[str, List[Predictions]]], path: str) -> None:
+    """How well the confidence tells the test set from out-of-distribution images; runs pooled (arguments as above)."""
+
+    def draw(ax, name, probs, labels, ood_probs):
+        from sklearn.metrics import roc_curve
+
+        positive = torch.cat([torch.ones(len(probs)), torch.zeros(len(ood_probs))])
+        fpr, tpr, _ = roc_curve(positive, torch.cat([probs.amax(1), ood_probs.amax(1)]))
+        ax.plot(fpr, tpr, label=f'{name} (AUROC {metrics.ood_scores(probs, ood_probs)["auroc"]:.3f})')
+
+    def finish(ax):
+        ax.set(xlabel='other images accepted', ylabel='test images accepted', xlim=(0, 1), ylim=(0, 1.02))
+
+    _plot(panels, path, draw, finish, ood=True)
+
+
+def _plot(panels, path, draw, finish, ood: bool = False) -> None:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(5 * len(panels), 4.2), layout='constrained')
     for ax, (title, groups) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name, runs in groups.items():
-            draw(ax, name, torch.cat([run.probs for run in runs]), torch.cat([run.labels for run in runs]))
+            pooled = [torch.cat([run.probs for run in runs]), torch.cat([run.labels for run in runs])]
+            draw(ax, name, *pooled, *([torch.cat([run.ood_probs for run in runs])] if ood else []))
         finish(ax)
         ax.set_title(title)
         ax.grid(alpha=0.3)
@@ -156,17 +222,25 @@ def _plot(panels, path, draw, finish) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write_report(panels: Dict[str, Dict[str, List[Predictions]]], out: str) -> str:
-    """Writes ``table.md``, ``runs.json`` (every measure of every run) and both plots; returns the table(s)."""
+def write_report(
+    panels: Dict[str, Dict[str, List[Predictions]]], out: str, columns: Optional[Sequence[str]] = None
+) -> str:
+    """Writes ``table.md``, ``runs.json`` (every measure of every run) and the plots; returns the table(s).
+
+    ``ood_roc.png`` is among the plots where every run has out-of-distribution predictions.
+    """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     measured = {
         title: {name: [measure(run) for run in runs] for name, runs in groups.items()}
         for title, groups in panels.items()
     }
-    text = '\n\n'.join(f'{title}\n\n{table(groups)}' if title else table(groups) for title, groups in measured.items())
+    tables = {title: table(groups, columns) for title, groups in measured.items()}
+    text = '\n\n'.join(f'{title}\n\n{rows}' if title else rows for title, rows in tables.items())
     (folder / 'table.md').write_text(text + '\n')
     (folder / 'runs.json').write_text(json.dumps(measured, indent=2))
     plot_reliability(panels, str(folder / 'reliability.png'))
     plot_risk_coverage(panels, str(folder / 'risk_coverage.png'))
+    if all(run.ood_probs is not None for groups in panels.values() for runs in groups.values() for run in runs):
+        plot_roc(panels, str(folder / 'ood_roc.png'))
     return text

@@ -12,6 +12,7 @@ from selfkd.metrics import (
     aurc,
     brier,
     calibration_error,
+    confidence_of,
     excess_aurc,
     nll,
     ood_scores,
@@ -42,6 +43,21 @@ def loop_ece(probs, labels, bins):
 def test_calibration_error_equals_the_loop_over_bins(bins):
     probs, labels = draw()
     assert calibration_error(probs, labels, bins=bins) == pytest.approx(loop_ece(probs, labels, bins), abs=1e-12)
+
+
+@pytest.mark.parametrize('bins', [5, 10, 15])
+def test_measures_equal_torchmetrics(bins):
+    """Its bins are [lo, hi) where ours are (lo, hi]: no drawn confidence lies on an edge."""
+    functional = pytest.importorskip('torchmetrics.functional.classification')
+    probs, labels = draw()
+    ours = calibration_error(probs, labels, bins=bins)
+    theirs = functional.multiclass_calibration_error(probs, labels, num_classes=5, n_bins=bins, norm='l1')
+    assert ours == pytest.approx(theirs.item(), abs=1e-6)
+    confidence, correct = confidence_of(probs, labels)
+    auroc = functional.binary_auroc(confidence, correct.long())
+    assert auroc.item() == pytest.approx(
+        ood_scores(confidence[correct == 1][:, None], confidence[correct == 0][:, None])['auroc'], abs=1e-6
+    )
 
 
 def test_confidence_on_an_edge_belongs_to_the_lower_bin():

@@ -13,6 +13,7 @@ from mmpretrain.registry import MODELS
 from PIL import Image
 
 from selfkd.benchmark import compare, peak_bytes, write_section
+from selfkd.metrics import ood_scores, recall_at_1
 from selfkd_mmpretrain.report import measure, predict, table
 
 
@@ -54,6 +55,20 @@ def test_report_of_finished_runs(digits, tmp_path):
     assert out.splitlines()[:3] == (tmp_path / 'report/table.md').read_text().splitlines()[:3]
     for name in ('reliability.png', 'risk_coverage.png'):
         assert Image.open(tmp_path / 'report' / name).size[0] > 300
+    assert 'AUROC' not in out
+    assert '| R@1 %' in out
+    other = tmp_path / 'other/deep'
+    other.mkdir(parents=True)
+    for i in range(30):  # noise instead of digits
+        Image.fromarray(torch.randint(256, (8, 8), dtype=torch.uint8).numpy()).save(other / f'{i}.png')
+    run(ROOT / 'tools/report.py', tmp_path / 'ood', f'plain={tmp_path}/run0', '--ood', other.parent, cwd=tmp_path)
+    (with_ood,) = json.loads((tmp_path / 'ood/runs.json').read_text())['']['plain']
+    found = predict(str(tmp_path / 'run0'), ood=str(other.parent))
+    assert found.ood_probs.shape == (30, 10)
+    assert with_ood['auroc'] == pytest.approx(ood_scores(found.probs, found.ood_probs)['auroc'])
+    assert with_ood['recall_at_1'] == pytest.approx(recall_at_1(found.features, found.labels))
+    assert 'OOD FPR95' in (tmp_path / 'ood/table.md').read_text()
+    assert Image.open(tmp_path / 'ood/ood_roc.png').size[0] > 300
     assert 'found 0 configs' in run(ROOT / 'tools/report.py', tmp_path / 'r', f'x={tmp_path}', fails=True)
 
 
