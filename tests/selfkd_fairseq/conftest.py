@@ -107,7 +107,7 @@ class Fairseq:
         return {k: v for k, v in weights.items() if not unused.search(k)}
 
     def close(self):
-        # Not by closing its input alone: processes that other tests fork hold that open too (mmdet's evaluation leaves some).
+        # Not by closing its input: processes that other tests fork hold it too (mmdet's evaluation leaves some).
         self.server.terminate()
         self.server.wait()
 
