@@ -73,7 +73,7 @@ def train(job: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--epochs', type=int, default=30)
+    parser.add_argument('--epochs', type=int, default=24)
     parser.add_argument('--write', metavar='PAGE', help="Markdown page whose section 'demo table' is replaced")
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/demo')
     args = parser.parse_args()

@@ -255,3 +255,41 @@ def test_two_processes(digits, tmp_path):
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert (tmp_path / 'run/epoch_1.pth').exists()
+
+
+# All three
+
+COMPARATORS = {
+    'TF-KD': lambda digits, work_dir, **options: digits_config(digits, work_dir, TFKD, **options),
+    'BYOT': byot_config,
+    'DDGSD': lambda digits, work_dir, **options: digits_config(digits, work_dir, DDGSD, **options),
+}
+
+
+@pytest.mark.parametrize('name', COMPARATORS)
+def test_resume_is_exact(digits, tmp_path, name):
+    kept = {'default_hooks.checkpoint.max_keep_ckpts': 5}
+    straight = train(COMPARATORS[name](digits, tmp_path / 'straight', **kept))
+    resume = dict(kept, resume=True, load_from=str(tmp_path / 'straight/epoch_2.pth'))
+    resumed = train(COMPARATORS[name](digits, tmp_path / 'resumed', **resume))
+    assert_same_state(resumed.model.state_dict(), straight.model.state_dict())
+    assert_same_state(resumed.optim_wrapper.state_dict(), straight.optim_wrapper.state_dict())
+
+
+@pytest.mark.parametrize('name', COMPARATORS)
+def test_mixed_precision_and_accumulation(digits, tmp_path, name, monkeypatch):
+    """AmpOptimWrapper refuses to be built without an accelerator, though its autocast supports the CPU."""
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+    losses = []
+    for amp in (False, True):
+        cfg = COMPARATORS[name](digits, tmp_path / str(amp), **{'train_cfg.max_epochs': 1})
+        cfg.optim_wrapper.accumulative_counts = 2
+        if amp:
+            cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+        runner = train(cfg, recorder := Recorder())
+        assert recorder.steps[0]['logits'].dtype == (torch.bfloat16 if amp else torch.float32)
+        assert all(torch.isfinite(p).all() for p in runner.model.parameters())
+        losses.append({key: value for key, value in recorder.steps[0].items() if 'loss' in key})
+    assert losses[0].keys() == losses[1].keys()
+    for key, value in losses[0].items():  # the first step has the same weights
+        assert losses[1][key] == pytest.approx(value, rel=0.05, abs=0.02), key

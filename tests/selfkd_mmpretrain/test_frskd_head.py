@@ -223,20 +223,20 @@ def test_onnx_export_holds_the_vanilla_path_only(digits, tmp_path):
 
 
 @pytest.mark.parametrize('label_smooth', [False, True])
-@pytest.mark.parametrize('mixup', [False, True])
-def test_beside_pskd(digits, tmp_path, label_smooth, mixup):
-    """PS-KD changes the classifier's cross-entropy only; with Mixup its teacher is the snapshot."""
-    options = {'data_preprocessor.batch_augments': dict(augments=dict(type='Mixup', alpha=0.2))} if mixup else {}
+@pytest.mark.parametrize('mixing', [None, 'Mixup', 'CutMix'])
+def test_beside_pskd(digits, tmp_path, label_smooth, mixing):
+    """PS-KD changes the classifier's cross-entropy only; with Mixup or CutMix its teacher is the snapshot."""
+    options = {'data_preprocessor.batch_augments': dict(augments=dict(type=mixing, alpha=0.2))} if mixing else {}
     if label_smooth:
         options['model.head.loss'] = dict(type='LabelSmoothLoss', label_smooth_val=0.1)
-    hook = dict(PSKD, teacher='snapshot') if mixup else PSKD
+    hook = dict(PSKD, teacher='snapshot') if mixing else PSKD
     recorder = Recorder()
     runner = train(frskd_config(digits, tmp_path, hook, **options), recorder)
     last = recorder.steps[-1]
     assert last['loss_cls'] == pytest.approx(last['pskd_hard'] + last['pskd_soft'], rel=1e-5)
     assert last['pskd_hard'] == pytest.approx(0.2 * last['plain'].item(), rel=1e-5)
     assert last['pskd_soft'] > 0
-    if not mixup:  # the bank holds the classifier's predictions, not the self-teacher's
+    if not mixing:  # the bank holds the classifier's predictions, not the self-teacher's
         bank = find_hook(runner, 'PSKDHook').bank
         infos = map(runner.train_dataloader.dataset.get_data_info, range(40))
         rows = {info['img_path']: i for i, info in enumerate(infos)}
