@@ -99,7 +99,7 @@ def main() -> None:
                 job = dict(labels=labels, method=method, seed=seed, epochs=args.epochs)
                 jobs.append(dict(job, work_dir=str(work_dir), data=str(data), code=code))
 
-    print(f'Training {len(jobs)} small ResNets on 800 handwritten digits each (about 4 minutes on 2 cores)')
+    print(f'Training {len(jobs)} small ResNets on 800 handwritten digits each (4 to 7 minutes on 2 cores)')
     processes = min(2, os.cpu_count() or 1)
     with multiprocessing.get_context('spawn').Pool(processes) as pool:
         outcomes = list(tqdm(pool.imap_unordered(train, jobs), total=len(jobs), unit='run'))
