@@ -15,12 +15,14 @@ train_pipeline = test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Pac
 train_dataloader = dict(
     batch_size=50,
     num_workers=0,
+    persistent_workers=False,
     dataset=dict(type='CustomDataset', data_root='data/digits', data_prefix='train', pipeline=train_pipeline),
     sampler=dict(type='DefaultSampler', shuffle=True),
 )
 val_dataloader = dict(
     batch_size=256,
     num_workers=0,
+    persistent_workers=False,
     dataset=dict(type='CustomDataset', data_root='data/digits', data_prefix='test', pipeline=test_pipeline),
     sampler=dict(type='DefaultSampler', shuffle=False),
 )
