@@ -28,6 +28,7 @@ __all__ = [
     'overhaul_loss',
     'progressive_targets',
     'pskd_loss',
+    'quality_focal_loss',
     'sla_loss',
     'soft_cross_entropy',
     'tfkd_loss',
@@ -242,6 +243,37 @@ def pskd_loss(
         terms = [term * valid for term in terms]
     loss, *parts = (_reduce(term, reduction, valid) for term in terms)
     return (loss, PSKDParts(*parts)) if return_parts else loss
+
+
+def quality_focal_loss(logits: Tensor, target_probs: Tensor, *, gamma: float = 2.0, reduction: str = 'mean') -> Tensor:
+    r"""Quality focal loss for sigmoid classifiers, :math:`|t - p|^\gamma\, \mathrm{BCE}(p, t)` with p = sigmoid(z).
+
+    Li et al., "Generalized Focal Loss", NeurIPS 2020, eq. 3
+    https://arxiv.org/abs/2006.04388
+    The form in which a past prediction t enters one-stage detectors: it is least at p = t, which the focal loss with a
+    soft target is not.
+
+    Args:
+        logits: of independent sigmoids, any shape.
+        target_probs: t in [0, 1], same shape; a constant.
+        gamma: 0, which is binary cross-entropy, or at least 1.
+        reduction: ``'none'`` (the shape of ``logits``), ``'mean'`` or ``'sum'``.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 4.0]])
+        >>> quality_focal_loss(logits, torch.tensor([[0.5, 0.0]]), reduction='none')  # p = 0.5, 0.982
+        tensor([[0.0000, 3.8749]])
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction: must be one of {REDUCTIONS}, got {reduction!r}')
+    if gamma != 0 and not 1 <= gamma < math.inf:  # below 1 the gradient at p = t is not defined
+        raise ValueError(f'gamma: must be 0 or at least 1, got {gamma}')
+    if target_probs.shape != logits.shape:
+        raise ValueError(f'target_probs: must have shape {tuple(logits.shape)}, got {tuple(target_probs.shape)}')
+    logits = logits.to(_wide(logits.dtype))
+    target = target_probs.detach().to(logits.dtype)
+    distance = (target - logits.sigmoid()).abs()
+    return _reduce(distance**gamma * F.binary_cross_entropy_with_logits(logits, target, reduction='none'), reduction)
 
 
 def distillation_kl(

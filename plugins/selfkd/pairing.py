@@ -1,11 +1,11 @@
 """CS-KD's pairs: for each sample another one of its class."""
 
-from typing import Optional, Sequence, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
-__all__ = ['SameClassPairing']
+__all__ = ['SameClassPairing', 'same_class_partners']
 
 
 class SameClassPairing:
@@ -55,3 +55,28 @@ class SameClassPairing:
         label = self._labels[torch.as_tensor(indices, dtype=torch.long)]
         share = torch.rand(len(label), dtype=torch.float64, generator=generator)
         return self._members[self._start[label] + (share * self._count[label]).long()]
+
+
+def same_class_partners(labels: Tensor, ignore: Optional[int] = None) -> Tuple[Tensor, Tensor]:
+    """Pairs within a batch, for tokens or regions: each takes the next one of its class, the last of them the first.
+
+    Args:
+        labels: class ids ``[N]``.
+        ignore: this class (padding, background) has no partners.
+
+    Returns:
+        the samples that have a partner, and their partners, both ``[n]``, on the device of ``labels``.
+
+    Example:
+        >>> same_class_partners(torch.tensor([5, 6, 5, 1, 5, 1]), ignore=1)
+        (tensor([0, 2, 4]), tensor([2, 4, 0]))
+    """
+    order = labels.sort(stable=True).indices
+    _, counts = labels[order].unique_consecutive(return_counts=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    count = counts.repeat_interleave(counts)
+    place = torch.arange(len(labels), device=labels.device) - first
+    keep = count > 1
+    if ignore is not None:
+        keep &= labels[order].ne(ignore)
+    return order[keep], order[first + (place + 1) % count][keep]

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2003.13964
 import math
 from dataclasses import dataclass, field
 
-import torch
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
@@ -16,36 +15,13 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.logging import metrics
 
 from selfkd.losses import distillation_kl
+from selfkd.pairing import same_class_partners
 
 
 @dataclass
 class CSKDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
     cskd_weight: float = field(default=1.0, metadata={'help': 'weight of the class-wise KL; 0: none'})
     cskd_temperature: float = field(default=4.0, metadata={'help': 'temperature T of the class-wise KL'})
-
-
-def same_target_partners(target, ignore_index):
-    """For each position another one of the batch with the same target: the next, and for the last of them the first.
-
-    Args:
-        target: [N] token ids.
-        ignore_index: this token (padding) has no partners.
-
-    Returns:
-        positions that have a partner, and their partners, both [n].
-
-    Example:
-        >>> same_target_partners(torch.tensor([5, 6, 5, 1, 5, 1]), ignore_index=1)
-        (tensor([0, 2, 4]), tensor([2, 4, 0]))
-    """
-    order = target.sort(stable=True).indices
-    _, counts = target[order].unique_consecutive(return_counts=True)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    count = counts.repeat_interleave(counts)
-    place = torch.arange(len(target), device=target.device) - first
-    keep = (count > 1) & target[order].ne(ignore_index)
-    partner = order[first + (place + 1) % count]
-    return order[keep], partner[keep]
 
 
 @register_criterion('cskd_label_smoothed_cross_entropy', dataclass=CSKDLabelSmoothedCrossEntropyCriterionConfig)
@@ -76,7 +52,7 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
         if not reduce:
             raise ValueError('cskd_label_smoothed_cross_entropy: reduce=False is not supported in training')
         lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
-        anchors, partners = same_target_partners(target, self.padding_idx)
+        anchors, partners = same_class_partners(target, self.padding_idx)
         # log-probabilities serve as logits: they differ by a constant a row
         kl = distillation_kl(lprobs[anchors], lprobs[partners], self.temperature, reduction='sum')
         self.extra_log = {'kl_loss': kl.detach()}

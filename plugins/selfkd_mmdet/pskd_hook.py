@@ -106,15 +106,9 @@ class PSKDHook(PSKDHookBase):
         if not self.background:
             is_background = (label == heads[stage].num_classes)[:, None]
             past = torch.where(is_background, F.one_hot(label, past.shape[1]).to(past.dtype), past)
-        module = self.tapped
-        class_weight = None if module.class_weight is None else past.new_tensor(module.class_weight)
-        soft = weight_reduce_loss(  # reduced and weighted as the head's own loss is
-            soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none'),
-            arguments.get('weight'),
-            arguments.get('reduction_override') or module.reduction,
-            arguments.get('avg_factor'),
-        )
-        return self.mix(loss, module.loss_weight * soft, prefix)
+        class_weight = None if self.tapped.class_weight is None else past.new_tensor(self.tapped.class_weight)
+        soft = soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none')
+        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments), prefix)
 
 
 def _bbox_heads(model: nn.Module) -> List[nn.Module]:

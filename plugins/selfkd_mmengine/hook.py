@@ -6,7 +6,7 @@ parameter, buffer or checkpoint key of the model changes; validation and inferen
 
 import inspect
 import os
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
@@ -62,6 +62,15 @@ class SelfKDHook(Hook):
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         """The loss to train on, given the bound arguments and own value of the loss module ``self.tapped``."""
         raise NotImplementedError
+
+    def reduced(self, weight_reduce_loss: Callable, losses: Tensor, arguments: Dict[str, object]) -> Tensor:
+        """Losses per sample, weighted and reduced as the tapped module's own; the function is the toolkit's."""
+        return self.tapped.loss_weight * weight_reduce_loss(
+            losses,
+            arguments.get('weight'),
+            arguments.get('reduction_override') or self.tapped.reduction,
+            arguments.get('avg_factor'),
+        )
 
     def state_dict(self, runner: Runner, next_iter: int) -> dict:
         """Plain tensors and numbers to save; ``next_iter`` is the iteration that a resumed run starts with.

@@ -149,13 +149,8 @@ class PSKDHook(PSKDHookBase):
         self.logs['pskd_entropy'] = torch.special.entr(past).sum(1).mean()
         ce = self.tapped.ce if isinstance(self.tapped, LabelSmoothLoss) else self.tapped
         class_weight = None if ce.class_weight is None else past.new_tensor(ce.class_weight)
-        soft = weight_reduce_loss(  # reduced and weighted as the head's own loss is
-            soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none'),
-            arguments.get('weight'),
-            arguments.get('reduction_override') or self.tapped.reduction,
-            arguments.get('avg_factor'),
-        )
-        return self.mix(loss, self.tapped.loss_weight * soft)
+        soft = soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none')
+        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments))
 
     def _past_targets(self, logits: Tensor, label: Tensor) -> Optional[Tensor]:
         """Past predictions ``[B, C]``, the hard target for samples that have none; None if no sample has one."""

@@ -85,11 +85,9 @@ class PSKDHook(PSKDHookBase):
         past = resize(self._past_logits, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
         class_weight = None if module.class_weight is None else logits.new_tensor(module.class_weight).float()
         valid = label != self.ignore_index
-        pixels = soft_cross_entropy(logits, past.float().softmax(1), class_weight=class_weight, reduction='none')
-        soft = weight_reduce_loss(
-            pixels * valid, arguments.get('weight'), module.reduction, _avg_factor(module, class_weight, label, valid)
-        )
-        return self.mix(loss, module.loss_weight * soft)
+        soft = soft_cross_entropy(logits, past.float().softmax(1), class_weight=class_weight, reduction='none')
+        arguments['avg_factor'] = _avg_factor(module, class_weight, label, valid)
+        return self.mix(loss, self.reduced(weight_reduce_loss, soft * valid, arguments))
 
 
 def _losses(head: nn.Module) -> List[nn.Module]:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from selfkd.losses import attention_transfer, cskd_loss, distillation_kl, frskd_loss, hint_loss, overhaul_loss
+from selfkd.losses import (
+    attention_transfer,
+    cskd_loss,
+    distillation_kl,
+    frskd_loss,
+    hint_loss,
+    overhaul_loss,
+    quality_focal_loss,
+)
 
 
 def random_logits(seed, *shape):
@@ -72,9 +80,24 @@ def test_cskd_with_weight_zero_is_cross_entropy():
     torch.testing.assert_close(cskd_loss(z, y, partner, weight=0.0), F.cross_entropy(z, y))
 
 
+def test_quality_focal_loss_is_least_at_its_target_unlike_the_focal_loss():
+    p = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    target = torch.full_like(p, 0.3)
+    assert p[quality_focal_loss(p.logit(), target, reduction='none').argmin()].item() == pytest.approx(0.3, abs=1e-3)
+    focal = -target * (1 - p) ** 2 * p.log() - (1 - target) * p**2 * (1 - p).log()
+    assert p[focal.argmin()].item() > 0.4
+    bce = F.binary_cross_entropy(p, target)
+    torch.testing.assert_close(quality_focal_loss(p.logit(), target, gamma=0), bce)
+    with pytest.raises(ValueError, match='gamma: must be 0 or at least 1'):
+        quality_focal_loss(p, target, gamma=0.5)
+    with pytest.raises(ValueError, match='target_probs: must have shape'):
+        quality_focal_loss(p, target[:5])
+
+
 def test_gradients_are_those_of_finite_differences():
     z, other = random_logits(0, 3, 4).requires_grad_(), random_logits(1, 3, 4)
     assert gradcheck(lambda z: cskd_loss(z, torch.tensor([0, 1, 2]), other, temperature=2.0, weight=3.0), z)
+    assert gradcheck(lambda z: quality_focal_loss(z, other.sigmoid()), z)
     maps, target = random_logits(2, 2, 3, 2, 2).requires_grad_(), random_logits(3, 2, 5, 2, 2)
     assert gradcheck(lambda f: attention_transfer(f, target), maps)
     assert gradcheck(lambda f: hint_loss(f, target[:, :3]), maps)

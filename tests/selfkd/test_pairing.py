@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfkd.pairing import SameClassPairing
+from selfkd.pairing import SameClassPairing, same_class_partners
 
 
 def test_partners_have_the_anchors_class():
@@ -36,3 +36,15 @@ def test_draws_follow_from_the_generator():
 def test_labels_that_are_not_one_class_per_sample_are_refused(labels):
     with pytest.raises(ValueError, match='labels: must be one class id'):
         SameClassPairing(labels)
+
+
+def test_partners_within_a_batch_have_the_same_class():
+    labels = torch.randint(0, 8, (40,), generator=torch.Generator().manual_seed(0))
+    anchors, partners = same_class_partners(labels, ignore=1)
+    assert torch.equal(labels[anchors], labels[partners])
+    assert (anchors != partners).all()
+    assert 1 not in labels[anchors]
+    counts = labels.bincount()
+    assert len(anchors) == sum(n for label, n in enumerate(counts.tolist()) if n > 1 and label != 1)
+    assert anchors.unique().numel() == partners.unique().numel() == len(anchors)  # everyone teaches one
+    assert len(same_class_partners(torch.tensor([1, 2, 3]))[0]) == 0

@@ -10,7 +10,6 @@ from selfkd.bank import PredictionBank  # noqa: E402
 from selfkd.metrics import calibration_error, calibration_gaps, confidence_of  # noqa: E402
 from selfkd_fairseq.benchmark import make_trainer  # noqa: E402
 from selfkd_fairseq.criterions import check_config  # noqa: E402
-from selfkd_fairseq.cskd import same_target_partners  # noqa: E402
 
 SMALL = dict(vocabulary=50, dim=16, layers=1, tokens=300, sentences=40, dropout=0.0)
 EPSILON, ALPHA = 0.1, 0.7 * 2 / 10  # epoch 2 of 10
@@ -107,13 +106,3 @@ def test_calibration_gaps_of_batches_add_up():
     labels = torch.arange(60) % 5
     gaps = sum(calibration_gaps(*confidence_of(p, y)) for p, y in zip(probs.split(25), labels.split(25)))
     assert gaps.abs().sum().item() / 60 == pytest.approx(calibration_error(probs, labels))
-
-
-def test_partners_have_the_same_target():
-    target = torch.randint(0, 8, (40,), generator=torch.Generator().manual_seed(0))
-    anchors, partners = same_target_partners(target, ignore_index=1)
-    assert torch.equal(target[anchors], target[partners])
-    assert (anchors != partners).all()
-    assert 1 not in target[anchors]
-    counts = target.bincount()
-    assert len(anchors) == sum(n for word, n in enumerate(counts.tolist()) if n > 1 and word != 1)
