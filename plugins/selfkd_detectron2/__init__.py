@@ -1,0 +1,6 @@
+"""Self-knowledge distillation for Detectron2."""
+
+from .config import add_selfkd_config, selfkd_hooks
+from .hooks import CSKDHook, PSKDHook
+
+__all__ = ['CSKDHook', 'PSKDHook', 'add_selfkd_config', 'selfkd_hooks']

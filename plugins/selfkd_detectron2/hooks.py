@@ -1,0 +1,208 @@
+"""PS-KD and CS-KD as hooks of Detectron2's trainers."""
+
+from typing import Dict, List, Optional
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from selfkd.losses import distillation_kl
+from selfkd.pairing import same_class_partners
+from selfkd.schedule import linear_growth
+from selfkd.teacher import SnapshotTeacher
+
+from .detectors import Classified, make_tap
+
+__all__ = ['CSKDHook', 'PSKDHook']
+
+
+class SelfKDHook(HookBase):
+    """Taps the detector's classification while it trains. A subclass says what becomes of the losses."""
+
+    dense = False  # whether one-stage detectors are supported
+
+    def __init__(self):
+        self._handles = []
+        self._fired = False
+
+    def setup(self, model: nn.Module) -> None:
+        """Makes what the hook needs, before the tap is set: copies of the model would copy torch hooks, too."""
+
+    def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
+        """Changes the detector's losses in place."""
+        raise NotImplementedError
+
+    def before_train(self) -> None:
+        model = _unwrap(self.trainer.model)
+        self.tap = make_tap(model, type(self).__name__, self.dense)
+        self.setup(model)
+        self._handles = self.tap.attach(self._rewrite)
+
+    def _rewrite(self, images, calls, losses) -> None:
+        self._fired = True
+        self.rewrite(images, calls, losses)
+
+    def after_step(self) -> None:
+        if not self._fired:
+            raise RuntimeError(
+                f'{type(self).__name__}: the detector computed no classification loss that could be tapped, so the '
+                f'training is the plain one (does the trainer run another model than trainer.model?); remove this hook '
+                f'to train without it'
+            )
+
+    def after_train(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class PSKDHook(SelfKDHook):
+    """Progressive self-knowledge distillation of the classification of regions (or anchors).
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
+    https://arxiv.org/abs/2006.12000
+
+    A frozen past copy of the detector classifies the same regions that the student was given, and the target of the
+    classification loss becomes ``(1 - alpha_t) * label + alpha_t * past``; ``alpha_t`` grows with the share of the
+    iterations that were done when the present period began. Sampling, normalisation, box regression, masks and the RPN
+    are Detectron2's own. RetinaNet and FCOS keep their focal loss with the weight ``1 - alpha_t``; the past enters
+    as the quality focal loss with the weight ``alpha_t``, on the same anchors and with the same normaliser::
+
+        trainer = DefaultTrainer(cfg)
+        trainer.register_hooks([PSKDHook(alpha=0.8)])
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+
+    Args:
+        alpha: final share of the past prediction, in [0, 1].
+        interval: iterations between two refreshes of the past copy (a period). Defaults to one pass over the training
+            set, which Detectron2's own data loaders can tell.
+        background: also soften the target of background regions, whose class is one like the others. False leaves
+            their label hard. One-stage detectors have no such class.
+
+    Logged: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of the loss), with the prefix ``stage0/``,
+    ``stage1/``, ... for the stages of Cascade R-CNN.
+
+    Raises:
+        ValueError: a setting out of range; at the start of training, for detectors that it does not support.
+    """
+
+    dense = True
+
+    def __init__(self, alpha: float = 0.8, interval: Optional[int] = None, background: bool = True):
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f'PSKDHook: alpha (SELFKD.PSKD.ALPHA) must lie in [0, 1], got {alpha}')
+        if interval is not None and interval < 1:
+            raise ValueError(
+                f'PSKDHook: interval (SELFKD.PSKD.INTERVAL) must be a positive number of iterations, got {interval}'
+            )
+        self.alpha, self.interval, self.background = alpha, interval, background
+        self.current_alpha = 0.0
+        self.teacher: Optional[SnapshotTeacher] = None
+        self.teacher_ready = False
+        self._resumed: Optional[dict] = None
+
+    def setup(self, model: nn.Module) -> None:
+        if not self.background and not hasattr(model, 'roi_heads'):
+            raise ValueError(
+                f'PSKDHook: background=False (SELFKD.PSKD.BACKGROUND) is for regions; {type(model).__name__} has no '
+                f'background class: remove it'
+            )
+        self.period = self.interval or _epoch_length(self.trainer.data_loader)
+        self.teacher = SnapshotTeacher(model)
+        if self._resumed is not None:
+            self.teacher.load_state_dict(self._resumed)
+            self.teacher_ready, self._resumed = True, None
+
+    def before_step(self) -> None:
+        trainer = self.trainer
+        start = trainer.iter // self.period * self.period
+        self.current_alpha = linear_growth(self.alpha, start / trainer.max_iter)
+        trainer.storage.put_scalar('pskd_alpha', self.current_alpha)
+        if trainer.iter == start and start > 0:
+            self.teacher.update(_unwrap(trainer.model))
+            if comm.get_world_size() > 1:  # batch-norm statistics differ between ranks: all learn from rank 0's
+                for buffer in self.teacher.model.buffers():
+                    dist.broadcast(buffer, 0)
+            self.teacher_ready = True
+
+    def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
+        active = self.teacher_ready and self.current_alpha > 0
+        if active:
+            with torch.no_grad():
+                past = self.tap.past_logits(self.teacher.model, images)
+        storage = get_event_storage()
+        for i, call in enumerate(calls):
+            hard, soft = losses[call.name], 0.0
+            if active:
+                hard = (1 - self.current_alpha) * hard
+                soft = self.current_alpha * self.tap.past_loss(call, past[i], self.background)
+                losses[call.name] = hard + soft
+            storage.put_scalar(f'{call.scope}pskd_hard', float(hard))
+            storage.put_scalar(f'{call.scope}pskd_soft', float(soft))
+
+    def state_dict(self) -> dict:
+        # At the start of a period the teacher is about to become the saved weights themselves.
+        if not self.teacher_ready or (self.trainer.iter + 1) % self.period == 0:
+            return {}
+        return {'teacher': {name: value.cpu() for name, value in self.teacher.state_dict().items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._resumed = state['teacher']
+
+
+class CSKDHook(SelfKDHook):
+    """Class-wise self-knowledge distillation, carried over to regions; an extension of this project.
+
+    Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020
+    https://arxiv.org/abs/2003.13964
+
+    For each foreground region of the batch another one of its class is the teacher: ``loss_cskd`` is the sum of the
+    temperature KLs, normalised and weighted as the classification loss is (by the number of sampled regions). No
+    further forward pass.
+
+    Args:
+        weight: of the KL, at least 0.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: a setting out of range; at the start of training, for detectors that it does not support.
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 4.0):
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f'CSKDHook: weight (SELFKD.CSKD.WEIGHT) must be at least 0, got {weight}')
+        if not temperature > 0:
+            raise ValueError(f'CSKDHook: temperature (SELFKD.CSKD.TEMPERATURE) must be above 0, got {temperature}')
+        self.weight, self.temperature = weight, temperature
+
+    def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
+        for call in calls:
+            background = call.logits.shape[1] - 1
+            anchors, partners = same_class_partners(call.labels, background)
+            kl = distillation_kl(call.logits[anchors], call.logits[partners], self.temperature, reduction='sum')
+            losses[call.name.replace('loss_cls', 'loss_cskd')] = self.weight * call.weight * kl
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _epoch_length(data_loader) -> int:
+    """Iterations of one pass over the training data, for Detectron2's own data loaders."""
+    batch_size, dataset = getattr(data_loader, 'batch_size', None), data_loader
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    try:
+        return max(1, len(dataset) // (batch_size * comm.get_world_size()))
+    except TypeError:
+        raise ValueError(
+            f'PSKDHook: cannot tell from {type(data_loader).__name__} how many iterations a pass over the training set '
+            f'has: set interval (SELFKD.PSKD.INTERVAL)'
+        ) from None
