@@ -123,7 +123,7 @@ class PSKDHook(SelfKDHook):
         trainer = self.trainer
         start = trainer.iter // self.period * self.period
         self.current_alpha = linear_growth(self.alpha, start / trainer.max_iter)
-        trainer.storage.put_scalar('pskd_alpha', self.current_alpha)
+        trainer.storage.put_scalar('pskd_alpha', self.current_alpha, smoothing_hint=False)
         if trainer.iter == start and start > 0:
             self.teacher.update(_unwrap(trainer.model))
             if comm.get_world_size() > 1:  # batch-norm statistics differ between ranks: all learn from rank 0's

@@ -1,0 +1,139 @@
+"""Small real runs of Detectron2's trainers over the digits. What imports this is skipped where there is no Detectron2."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('detectron2', reason='Detectron2 is not installed (docs/detectron2.md)')
+
+import torch
+import train_detectron2
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.data.datasets.pascal_voc import load_voc_instances
+from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.meta_arch import FCOS
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.solver import build_optimizer
+from detectron2.structures import PolygonMasks
+
+from selfkd_detectron2 import selfkd_hooks
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / 'configs/detectron2/faster_rcnn_R_18_FPN_digits.yaml'
+TINY = """
+    MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 16 MODEL.RESNETS.STEM_OUT_CHANNELS 8
+    MODEL.RESNETS.WIDTH_PER_GROUP 4 MODEL.FPN.OUT_CHANNELS 16 MODEL.RPN.CONV_DIMS [16] MODEL.ROI_BOX_HEAD.FC_DIM 32
+    MODEL.RPN.POST_NMS_TOPK_TRAIN 20 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 2
+    SOLVER.MAX_ITER 6 SOLVER.STEPS () SOLVER.WARMUP_ITERS 1 SOLVER.CHECKPOINT_PERIOD 3 DATASETS.TEST ()
+"""
+MODELS = {
+    'faster': '',
+    'mask': 'MODEL.MASK_ON True MODEL.ROI_MASK_HEAD.CONV_DIM 8 MODEL.ROI_MASK_HEAD.NUM_CONV 1',
+    'cascade': 'MODEL.ROI_HEADS.NAME CascadeROIHeads MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True',
+    'c4': """MODEL.BACKBONE.NAME build_resnet_backbone MODEL.RESNETS.OUT_FEATURES ["res4"]
+        MODEL.RPN.IN_FEATURES ["res4"] MODEL.RPN.CONV_DIMS [-1] MODEL.ANCHOR_GENERATOR.SIZES [[16,32]]
+        MODEL.ROI_HEADS.IN_FEATURES ["res4"] MODEL.ROI_HEADS.NAME Res5ROIHeads""",
+    'retinanet': """MODEL.META_ARCHITECTURE RetinaNet MODEL.BACKBONE.NAME build_retinanet_resnet_fpn_backbone
+        MODEL.RESNETS.OUT_FEATURES ["res3","res4","res5"] MODEL.FPN.IN_FEATURES ["res3","res4","res5"]
+        MODEL.RETINANET.NUM_CLASSES 10 MODEL.RETINANET.NUM_CONVS 1""",
+}
+MODELS['fcos'] = MODELS['retinanet']
+PSKD = 'SELFKD.PSKD.ENABLED True SELFKD.PSKD.ALPHA 0.8 SELFKD.PSKD.INTERVAL 3 '
+CSKD = 'SELFKD.CSKD.ENABLED True '
+
+
+def config(voc, out, model='faster', options=''):
+    """A tiny detector, batches of 2 images of 64 x 64, 6 iterations. Options are those of the command line."""
+    cfg = train_detectron2.base_config()
+    cfg.merge_from_file(str(CONFIG))
+    cfg.merge_from_list(f'{TINY} {MODELS[model]} {options}'.split())
+    cfg.VOC.ROOT, cfg.OUTPUT_DIR = str(voc / 'VOC2007'), str(out)
+    train_detectron2.register_voc(cfg.VOC.ROOT, cfg.VOC.CLASSES)
+    return cfg
+
+
+def batches(cfg):
+    """Two batches of two real images; their masks are the boxes."""
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=[T.ResizeShortestEdge(64)])
+    samples = [mapper(x) for x in load_voc_instances(cfg.VOC.ROOT, 'trainval', cfg.VOC.CLASSES)]
+    for sample in samples:
+        boxes = sample['instances'].gt_boxes.tensor[:, [0, 1, 2, 1, 2, 3, 0, 3]].tolist()
+        sample['instances'].gt_masks = PolygonMasks([[box] for box in boxes])
+    return [samples[:2], samples[2:4]]
+
+
+class Cycle:
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return itertools.cycle(self.items)
+
+
+class Trainer(train_detectron2.Trainer):
+    """The script's trainer, over the same batches in the same order: Detectron2 restores neither order nor seeds."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return Cycle(batches(cfg))
+
+
+class FCOSTrainer(Trainer):
+    @classmethod
+    def build_model(cls, cfg):
+        backbone = build_backbone(cfg)
+        shapes = list(backbone.output_shape().values())
+        head = FCOSHead(input_shape=shapes, num_classes=10, conv_dims=[16])
+        mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+        return FCOS(backbone=backbone, head=head, num_classes=10, pixel_mean=mean, pixel_std=std)
+
+
+class Reseed(HookBase):
+    """Makes the random choice of regions a matter of the iteration alone."""
+
+    def before_step(self):
+        torch.manual_seed(self.trainer.iter)
+
+
+def train(cfg, *hooks, model='faster', resume=False):
+    kind = FCOSTrainer if model == 'fcos' else Trainer
+    torch.manual_seed(0)
+    trainer = kind(cfg)
+    trainer.register_hooks(list(hooks))
+    trainer.resume_or_load(resume=resume)
+    torch.manual_seed(1)
+    trainer.train()
+    return trainer
+
+
+def load(cfg, file, model='faster'):
+    """The vanilla detector with the weights of a checkpoint, loaded strictly."""
+    detector = FCOSTrainer.build_model(cfg) if model == 'fcos' else build_model(cfg)
+    detector.load_state_dict(torch.load(file)['model'], strict=True)
+    return detector.eval()
+
+
+def scalars(out):
+    """The logs of a run, by iteration."""
+    lines = [json.loads(line) for line in (Path(out) / 'metrics.json').read_text().splitlines()]
+    return {line['iteration']: line for line in lines}
+
+
+def two_processes(voc, out):
+    """What each of two processes trains, on another batch; what they end with is saved."""
+    cfg = config(voc, out, options=PSKD)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
+    rank = torch.distributed.get_rank()
+    trainer = SimpleTrainer(model, Cycle([batches(cfg)[rank]]), optimizer)
+    trainer.register_hooks(selfkd_hooks(cfg))
+    trainer.train(0, 6)
+    torch.save(
+        {'model': model.module.state_dict(), 'teacher': trainer._hooks[0].teacher.state_dict()}, out / f'{rank}.pth'
+    )
