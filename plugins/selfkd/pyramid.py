@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['SelfTeacherPyramid']
+__all__ = ['BiFPN', 'SelfTeacherPyramid']
 
 
-class SelfTeacherPyramid(nn.Module):
-    """The self-teacher network ("BiFPNc") of FRSKD. Used in training only.
+class BiFPN(nn.Module):
+    """FRSKD's two-way feature pyramid ("BiFPNc"): each pass fuses the levels top-down, then bottom-up.
 
     Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021,
     section 3.1
@@ -19,6 +19,59 @@ class SelfTeacherPyramid(nn.Module):
     It computes what the straightforward arrangement of its layers computes (selfkd_mmpretrain.benchmark has one to
     compare with), with less work: convolutions and batch norms run before nearest upsampling, not after it, and the
     two lateral convolutions of a level are one.
+
+    Args:
+        in_channels: channels of the feature maps, fine to coarse; two levels or more.
+        channels: channels of the refined maps, as many.
+        depth: separable 3x3 convolutions per fusion.
+        repeats: passes top-down and bottom-up.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: Sequence[int], *, depth: int = 2, repeats: int = 1):
+        super().__init__()
+        if len(in_channels) < 2 or min(in_channels) < 1:
+            raise ValueError(f'in_channels: must name the channels of at least 2 levels, got {list(in_channels)}')
+        if len(channels) != len(in_channels) or min(channels) < 1:
+            raise ValueError(f'channels: must name one width for each of {list(in_channels)}, got {list(channels)}')
+        for name, value in (('depth', depth), ('repeats', repeats)):
+            if value < 1:
+                raise ValueError(f'{name}: must be at least 1, got {value}')
+        self.in_channels, self.channels = list(in_channels), list(channels)
+        self.layers = nn.ModuleList(
+            _Pass(self.in_channels if i == 0 else self.channels, self.channels, depth, first=i == 0)
+            for i in range(repeats)
+        )
+
+    def forward(self, feats: Sequence[Tensor], *, preact: bool = False) -> List[Tensor]:
+        """Refines the feature maps.
+
+        Args:
+            feats: F_i, ``[N, in_channels[i], H_i, W_i]``, fine to coarse, before or after their ReLU. Sizes usually
+                halve from level to level; any sizes that do not grow work.
+            preact: return the refined maps before their last ReLU (the overhaul loss wants them).
+
+        Returns:
+            refined maps T_i, ``[N, channels[i], H_i, W_i]``.
+
+        Raises:
+            ValueError: another number of maps or channels than promised, or maps that are not fine to coarse.
+        """
+        self._check(feats)
+        for i, layer in enumerate(self.layers):
+            feats = layer(feats, preact and i + 1 == len(self.layers))
+        return feats
+
+    def _check(self, feats: Sequence[Tensor]) -> None:
+        channels = [f.shape[1] for f in feats]
+        if channels != self.in_channels:
+            raise ValueError(f'feats: channels must be in_channels={self.in_channels}, fine to coarse, got {channels}')
+        sizes = [tuple(f.shape[2:]) for f in feats]
+        if any(len(s) != 2 for s in sizes) or any(a < b for s, t in zip(sizes, sizes[1:]) for a, b in zip(s, t)):
+            raise ValueError(f'feats: must be maps [N, C, H, W], fine to coarse, got sizes {sizes}')
+
+
+class SelfTeacherPyramid(BiFPN):
+    """The self-teacher network of FRSKD for classifiers, a :class:`BiFPN` with a classifier. Used in training only.
 
     Args:
         in_channels: channels c_i of the feature maps, fine to coarse; two levels or more.
@@ -35,60 +88,19 @@ class SelfTeacherPyramid(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        num_classes: int,
-        *,
-        width: int = 2,
-        depth: int = 2,
-        repeats: int = 1,
+        self, in_channels: Sequence[int], num_classes: int, *, width: int = 2, depth: int = 2, repeats: int = 1
     ):
-        super().__init__()
-        if len(in_channels) < 2 or min(in_channels) < 1:
-            raise ValueError(f'in_channels: must name the channels of at least 2 levels, got {list(in_channels)}')
-        for name, value in (
-            ('num_classes', num_classes),
-            ('width', width),
-            ('depth', depth),
-            ('repeats', repeats),
-        ):
+        for name, value in (('num_classes', num_classes), ('width', width)):
             if value < 1:
                 raise ValueError(f'{name}: must be at least 1, got {value}')
-        self.in_channels = list(in_channels)
-        self.channels = [width * c for c in in_channels]
-        self.layers = nn.ModuleList(
-            _Pass(self.in_channels if i == 0 else self.channels, self.channels, depth, first=i == 0)
-            for i in range(repeats)
-        )
+        super().__init__(in_channels, [width * c for c in in_channels], depth=depth, repeats=repeats)
         self.fc = nn.Linear(self.channels[-1], num_classes)
 
     def forward(self, feats: Sequence[Tensor], *, preact: bool = False) -> Tuple[List[Tensor], Tensor]:
-        """Refines the feature maps and classifies from the coarsest.
-
-        Args:
-            feats: F_i, ``[N, c_i, H_i, W_i]``, fine to coarse, before or after their ReLU. Sizes usually halve from
-                level to level; any sizes that do not grow work.
-            preact: return the refined maps before their last ReLU (the overhaul loss wants them).
-
-        Returns:
-            refined maps T_i ``[N, width * c_i, H_i, W_i]`` and logits ``[N, C]``.
-
-        Raises:
-            ValueError: another number of maps or channels than promised, or maps that are not fine to coarse.
-        """
-        self._check(feats)
-        for i, layer in enumerate(self.layers):
-            feats = layer(feats, preact and i + 1 == len(self.layers))
+        """As :meth:`BiFPN.forward`; returns the refined maps and the logits ``[N, C]`` of the coarsest."""
+        feats = super().forward(feats, preact=preact)
         coarsest = F.relu(feats[-1]) if preact else feats[-1]
         return feats, self.fc(coarsest.mean((2, 3)))
-
-    def _check(self, feats: Sequence[Tensor]) -> None:
-        channels = [f.shape[1] for f in feats]
-        if channels != self.in_channels:
-            raise ValueError(f'feats: channels must be in_channels={self.in_channels}, fine to coarse, got {channels}')
-        sizes = [tuple(f.shape[2:]) for f in feats]
-        if any(len(s) != 2 for s in sizes) or any(a < b for s, t in zip(sizes, sizes[1:]) for a, b in zip(s, t)):
-            raise ValueError(f'feats: must be maps [N, C, H, W], fine to coarse, got sizes {sizes}')
 
 
 class _Pass(nn.Module):
