@@ -3,10 +3,10 @@
     python tools/train_detectron2.py --config-file CONFIG.yaml [--num-gpus N] [--resume] [--eval-only] [KEY VALUE ...]
     python tools/train_detectron2.py --config-file CONFIG.py ... [key=value ...]     (LazyConfig)
 
-The first form takes the settings under SELFKD (docs/detectron2.md); on a machine without a GPU set MODEL.DEVICE cpu, and
---num-gpus counts processes. With VOC.ROOT (a folder with JPEGImages, Annotations, ImageSets) and VOC.CLASSES the
+The first form takes the settings under SELFKD (docs/detectron2.md); on a machine without a GPU set MODEL.DEVICE cpu.
+With VOC.ROOT (a folder with JPEGImages, Annotations, ImageSets) and VOC.CLASSES the
 data sets `custom_voc_trainval` and `custom_voc_test` are that folder's; Detectron2's own lie in the folder of the
-environment variable DETECTRON2_DATASETS. A LazyConfig lists its hooks as `selfkd`.
+environment variable DETECTRON2_DATASETS. A LazyConfig lists its hooks as `train.selfkd`.
 """
 
 from pathlib import Path
@@ -111,7 +111,7 @@ def train_lazy(args) -> None:
             hooks.PeriodicWriter(default_writers(cfg.train.output_dir, cfg.train.max_iter), cfg.train.log_period)
             if comm.is_main_process()
             else None,
-            *(instantiate(hook) for hook in cfg.get('selfkd', [])),
+            *(instantiate(hook) for hook in cfg.train.get('selfkd', [])),
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)

@@ -98,10 +98,13 @@ def test_region_loss_recomputed_from_the_checkpoint_at_the_start_of_the_period(v
     assert ('loss_mask' in spy.losses[0]) == (model == 'mask')
 
 
-@pytest.mark.parametrize('model', ['retinanet', 'fcos'])
-def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, model):
+@pytest.mark.parametrize('case', ['retinanet', 'retinanet, autocast', 'fcos'])
+def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, case):
+    """Mixed precision: as a CPU can, which has it for one-stage detectors only, and forwards only."""
+    model, autocast = case.split(',')[0], 'autocast' in case
     cfg = config(voc, tmp_path, model, PSKD)
-    train(cfg, spy := Spy(), model=model)
+    train(cfg, spy := Spy(), model=model, kind=d2_runs.AutocastTrainer if autocast else d2_runs.Trainer)
+    assert spy.calls[0][1][1][0].dtype == (torch.bfloat16 if autocast else torch.float32)
     teacher = load(cfg, tmp_path / 'model_0000002.pth', model)
     normalizer, ignored = {'retinanet': 100, 'fcos': 300}[model], 0
     for step, (_, logits, label, *_) in spy.calls:
@@ -115,7 +118,7 @@ def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, model):
         alpha = 0.8 * 3 / 6 if step >= 3 else 0.0
         each = (1 - alpha) * focal
         if alpha:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
                 images = teacher.preprocess_image(batches(cfg)[step % 2])
                 features = teacher.backbone(images.tensor)
                 maps = teacher.head([features[f] for f in teacher.head_in_features])[0]
