@@ -44,6 +44,7 @@ MODELS = {
 MODELS['fcos'] = MODELS['retinanet']
 PSKD = 'SELFKD.PSKD.ENABLED True SELFKD.PSKD.ALPHA 0.8 SELFKD.PSKD.INTERVAL 3 '
 CSKD = 'SELFKD.CSKD.ENABLED True '
+FRSKD = 'MODEL.ROI_HEADS.NAME FRSKDROIHeads '
 
 
 def config(voc, out, model='faster', options=''):
@@ -141,17 +142,17 @@ def scalars(out):
     return logs
 
 
-def two_processes(voc, out):
+def two_processes(voc, out, options):
     """What each of two processes trains, on another batch; what they end with is saved."""
-    cfg = config(voc, out, options=PSKD)
+    cfg = config(voc, out, options=options)
     torch.manual_seed(0)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
     model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
     rank = torch.distributed.get_rank()
     trainer = SimpleTrainer(model, Cycle([batches(cfg)[rank]]), optimizer)
-    trainer.register_hooks(selfkd_hooks(cfg))
+    hooks = selfkd_hooks(cfg)
+    trainer.register_hooks(hooks)
     trainer.train(0, 6)
-    torch.save(
-        {'model': model.module.state_dict(), 'teacher': trainer._hooks[0].teacher.state_dict()}, out / f'{rank}.pth'
-    )
+    teacher = hooks[0].teacher.state_dict() if hooks else {}
+    torch.save({'model': model.module.state_dict(), 'teacher': teacher}, out / f'{rank}.pth')

@@ -26,6 +26,13 @@ def add_selfkd_config(cfg: CfgNode) -> None:
     cfg.SELFKD.CSKD.WEIGHT = 1.0  # of the KL
     cfg.SELFKD.CSKD.TEMPERATURE = 4.0
 
+    cfg.SELFKD.FRSKD = CfgNode()  # on with MODEL.ROI_HEADS.NAME FRSKDROIHeads
+    cfg.SELFKD.FRSKD.ALPHA = 2.0  # weight of the KL from the self-teacher's prediction
+    cfg.SELFKD.FRSKD.BETA = 100.0  # weight of the attention transfer; 0 for soft labels only
+    cfg.SELFKD.FRSKD.TEMPERATURE = 4.0
+    cfg.SELFKD.FRSKD.DEPTH = 1  # separable convolutions per fusion in the self-teacher
+    cfg.SELFKD.FRSKD.REPEATS = 1  # passes of the self-teacher
+
 
 def selfkd_hooks(cfg: CfgNode) -> List[HookBase]:
     """The hooks that ``cfg.SELFKD`` asks for; none by default. Register them before a checkpoint is resumed.
@@ -39,7 +46,7 @@ def selfkd_hooks(cfg: CfgNode) -> List[HookBase]:
         hooks.append(PSKDHook(pskd.ALPHA, pskd.INTERVAL, pskd.BACKGROUND))
     if cskd.ENABLED:
         hooks.append(CSKDHook(cskd.WEIGHT, cskd.TEMPERATURE))
-    if hooks:
+    if hooks or cfg.MODEL.ROI_HEADS.NAME == 'FRSKDROIHeads':
         _check_classes(cfg)
     return hooks
 

@@ -9,7 +9,7 @@ import make_toy_data
 import pytest
 import torch
 import torch.nn.functional as F
-from d2_runs import CSKD, PSKD, Reseed, batches, config, load, scalars, train
+from d2_runs import CSKD, FRSKD, PSKD, Reseed, batches, config, load, scalars, train
 from detectron2.engine import HookBase, launch
 from detectron2.modeling import build_model
 
@@ -116,7 +116,7 @@ def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, case):
         cross_entropy = F.binary_cross_entropy(p, hard, reduction='none')
         focal = torch.where(hard == 1, 0.25 * (1 - p) ** 2, 0.75 * p**2) * cross_entropy
         alpha = 0.8 * 3 / 6 if step >= 3 else 0.0
-        each = (1 - alpha) * focal
+        each, soft = (1 - alpha) * focal, 0.0
         if alpha:
             with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
                 images = teacher.preprocess_image(batches(cfg)[step % 2])
@@ -125,10 +125,12 @@ def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, case):
             anchors = 1 if model == 'fcos' else 3
             past = [m.unflatten(1, (anchors, 10)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
             past = torch.cat(past, 1).double().sigmoid()
-            each = each + alpha * (past - p) ** 2 * F.binary_cross_entropy(p, past, reduction='none')
+            soft = alpha * (past - p) ** 2 * F.binary_cross_entropy(p, past, reduction='none')
+            each, soft = each + soft, soft[label >= 0].sum().item() / normalizer
         name = {'retinanet': 'loss_cls', 'fcos': 'loss_fcos_cls'}[model]
         expected = each[label >= 0].sum().item() / normalizer
         assert spy.losses[step][name] == pytest.approx(expected, rel=1e-4)
+        assert spy.losses[step]['pskd_soft'] == pytest.approx(soft, rel=1e-3)
     assert spy.losses[-1]['pskd_soft'] > 0
     assert (ignored > 0) == (model == 'retinanet')
 
@@ -220,13 +222,16 @@ def test_resume_is_exact(voc, tmp_path, start):
     assert_same_state(resumed['trainer']['_trainer']['optimizer'], straight['trainer']['_trainer']['optimizer'])
 
 
-def test_two_processes_have_one_teacher(voc, tmp_path):
-    launch(d2_runs.two_processes, 2, dist_url='auto', args=(voc, tmp_path))
+@pytest.mark.parametrize('options', [PSKD + CSKD, FRSKD])
+def test_two_processes_train_one_detector(voc, tmp_path, options):
+    launch(d2_runs.two_processes, 2, dist_url='auto', args=(voc, tmp_path, options))
     first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
-    assert_same_state(first['teacher'], second['teacher'])
+    assert_same_state(first['teacher'], second['teacher'])  # of rank 0's batch-norm statistics
+    for name, value in first['model'].items():
+        if 'running' not in name:
+            assert torch.equal(value, second['model'][name])
     name = 'backbone.bottom_up.stem.conv1.norm.running_mean'
     assert not torch.equal(first['model'][name], second['model'][name])
-    assert torch.equal(first['model']['backbone.fpn_lateral2.weight'], second['model']['backbone.fpn_lateral2.weight'])
 
 
 def test_default_interval_is_a_pass_over_the_training_set(voc, tmp_path):
