@@ -1,5 +1,8 @@
 """tools/train_detectron2.py from its command line: a YAML config, and a LazyConfig."""
 
+import subprocess
+import sys
+
 import d2_runs  # first: it skips where there is no Detectron2
 import make_toy_data
 import pytest
@@ -69,3 +72,11 @@ def test_lazy_config_trains(voc, tmp_path):
     run('--config-file', str(tmp_path / 'fcos.py'), f'train.output_dir={tmp_path}', f'dataloader.train.voc={voc}')
     assert d2_runs.scalars(tmp_path)[4]['pskd_alpha'] == pytest.approx(0.8 * 4 / 5)
     assert 'pskd_soft' in d2_runs.scalars(tmp_path)[4]
+
+
+def test_plugin_imports_no_other_toolkit():
+    """Detectron2 itself is imported first: only what the plugin adds counts."""
+    code = 'import sys, detectron2.engine; before = set(sys.modules); import selfkd_detectron2; '
+    code += 'print(sorted({m.split(".")[0] for m in set(sys.modules) - before} & {"mmengine", "mmdet", "fairseq"}))'
+    outcome = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert outcome.stdout.strip() == '[]'
