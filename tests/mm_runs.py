@@ -1,6 +1,9 @@
 """Small real runs of mmengine's Runner over the digits, for the OpenMMLab plugins' tests."""
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -51,6 +54,19 @@ def train(cfg, *hooks) -> Runner:
         runner.register_hook(hook)
     runner.train()
     return runner
+
+
+def train_in_processes(cfg: Config, folder, processes: int = 2) -> str:
+    """Trains through tools/train.py into ``folder/run``, which modules in ``folder`` may extend; returns its output."""
+    cfg.dump(folder / 'config.py')
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / 'tools/train.py', folder / 'config.py']
+    command += ['--work-dir', folder / 'run', *(['--launcher', 'pytorch'] if processes > 1 else [])]
+    path = [ROOT / 'plugins', ROOT / 'tests', folder, os.environ.get('PYTHONPATH', '')]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))}
+    outcome = subprocess.run(map(str, command), env=environment, capture_output=True, text=True, cwd=folder)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return outcome.stdout + outcome.stderr
 
 
 def find_hook(runner, kind):

@@ -29,7 +29,7 @@ val_dataloader = dict(
 val_evaluator = dict(type='Accuracy', topk=(1,))
 test_dataloader, test_evaluator = val_dataloader, val_evaluator
 
-epochs = 24
+epochs = 20
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4))
 param_scheduler = dict(type='MultiStepLR', by_epoch=True, milestones=[epochs // 2, epochs * 3 // 4], gamma=0.1)
 train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=epochs)

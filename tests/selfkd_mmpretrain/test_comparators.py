@@ -1,14 +1,11 @@
 """The comparators of the papers' tables in real MMPretrain training runs: TF-KD, BYOT, DDGSD."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, Recorder, assert_same_state, by_iterations, digits_config, train
+from mm_runs import Recorder, assert_same_state, by_iterations, digits_config, train, train_in_processes
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmpretrain.registry import MODELS
@@ -240,20 +237,7 @@ def test_ddgsd_in_an_iteration_based_loop(digits, tmp_path):
 def test_two_processes(digits, tmp_path):
     """BYOT and DDGSD together under DDP: every parameter gets a gradient, and the ranks' weights stay one."""
     cfg = byot_config(digits, tmp_path / 'run', DDGSD, **{'train_cfg.max_epochs': 1})
-    cfg.dump(tmp_path / 'config.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command += [
-        str(ROOT / 'tools/train.py'),
-        str(tmp_path / 'config.py'),
-        '--work-dir',
-        str(tmp_path / 'run'),
-    ]
-    command += ['--launcher', 'pytorch']
-    path = os.pathsep.join([str(ROOT / 'plugins'), os.environ.get('PYTHONPATH', '')])
-    outcome = subprocess.run(
-        command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    train_in_processes(cfg, tmp_path)
     assert (tmp_path / 'run/epoch_1.pth').exists()
 
 

@@ -1,14 +1,19 @@
 """CS-KD in real MMPretrain training runs."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, Recorder, assert_same_state, by_iterations, digits_config, find_hook, train
+from mm_runs import (
+    Recorder,
+    assert_same_state,
+    by_iterations,
+    digits_config,
+    find_hook,
+    train,
+    train_in_processes,
+)
 from mmengine.config import ConfigDict
 from mmengine.dataset import BaseDataset, ConcatDataset, DefaultSampler
 from mmengine.hooks import Hook
@@ -282,22 +287,7 @@ class Dump(Hook):
 """
     )
     cfg = digits_config(digits, tmp_path / 'run', dict(type='dump.Dump'), CSKD)
-    cfg.dump(tmp_path / 'config.py')
-    path = os.pathsep.join(
-        [str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path), os.environ.get('PYTHONPATH', '')]
-    )
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command += [
-        str(ROOT / 'tools/train.py'),
-        str(tmp_path / 'config.py'),
-        '--work-dir',
-        str(tmp_path / 'run'),
-    ]
-    command += ['--launcher', 'pytorch']
-    outcome = subprocess.run(
-        command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    train_in_processes(cfg, tmp_path)
     (pairs, weights), (others, other_weights) = (torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2))
     assert len(pairs) == len(others) == 3 * 20
     assert all(a == b for _, a, _, b in pairs + others)

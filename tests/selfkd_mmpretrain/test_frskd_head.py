@@ -1,14 +1,13 @@
 """FRSKD in real MMPretrain training runs."""
 
 import copy
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, Recorder, assert_same_state, digits_config, find_hook, train
+from mm_runs import ROOT, Recorder, assert_same_state, digits_config, find_hook, train, train_in_processes
 from mmengine.config import ConfigDict
 from mmpretrain.registry import MODELS
 
@@ -273,15 +272,7 @@ def test_mixed_precision_and_accumulation(digits, tmp_path, monkeypatch):
 
 def test_two_processes_find_a_gradient_for_every_parameter(digits, tmp_path):
     cfg = frskd_config(digits, tmp_path / 'run', **{'train_cfg.max_epochs': 1})
-    cfg.dump(tmp_path / 'config.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command += [str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py'), '--work-dir', str(tmp_path / 'run')]
-    command += ['--launcher', 'pytorch']
-    path = os.pathsep.join([str(ROOT / 'plugins'), os.environ.get('PYTHONPATH', '')])
-    outcome = subprocess.run(
-        command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    train_in_processes(cfg, tmp_path)
     assert (tmp_path / 'run/epoch_1.pth').exists()
 
 

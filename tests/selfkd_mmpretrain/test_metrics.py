@@ -1,13 +1,9 @@
 """The measures as MMPretrain metrics: against scikit-learn and the core, in real evaluation loops."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from mm_runs import ROOT, digits_config
+from mm_runs import digits_config, train_in_processes
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
@@ -126,18 +122,9 @@ def test_two_processes_measure_what_one_does(digits, tmp_path):
     cfg.train_cfg.max_epochs, cfg.train_cfg.val_interval, cfg.optim_wrapper.optimizer.lr = 1, 1, 0.0
     cfg.train_dataloader.dataset.indices, cfg.log_level = 8, 'INFO'
     cfg.model.backbone.norm_eval = True  # nothing changes in training: both runs measure the initial model
-    cfg.dump(tmp_path / 'config.py')
     values = []
     for processes in (1, 2):
-        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'] if processes == 2 else []
-        command = [sys.executable, *launcher, str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py')]
-        command += ['--work-dir', str(tmp_path / f'run{processes}')]
-        command += ['--launcher', 'pytorch'] if processes == 2 else []
-        path = os.pathsep.join([str(ROOT / 'plugins'), os.environ.get('PYTHONPATH', '')])
-        outcome = subprocess.run(
-            command, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True, cwd=tmp_path
-        )
-        assert outcome.returncode == 0, outcome.stderr[-3000:]
-        lines = [line for line in (outcome.stdout + outcome.stderr).splitlines() if 'calibration/ece' in line]
+        output = train_in_processes(cfg, tmp_path, processes)
+        lines = [line for line in output.splitlines() if 'calibration/ece' in line]
         values.append(lines[-1].split('accuracy/top1')[1].split('data_time')[0])
     assert values[0] == values[1]

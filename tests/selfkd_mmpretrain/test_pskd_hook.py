@@ -9,7 +9,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, Recorder, assert_same_state, by_iterations, digits_config, find_hook, train
+from mm_runs import (
+    ROOT,
+    Recorder,
+    assert_same_state,
+    by_iterations,
+    digits_config,
+    find_hook,
+    train,
+    train_in_processes,
+)
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import MODELS
@@ -290,8 +299,7 @@ class DumpBank(Recorder):
     cfg = digits_config(digits, tmp_path / 'run', dict(type='dump_bank.DumpBank'), PSKD)
     cfg.train_dataloader.batch_size = 6
     cfg.train_dataloader.dataset.indices = 39  # 20 samples on each rank, so one of them twice
-    cfg.dump(tmp_path / 'config.py')
-    run_distributed(tmp_path, tmp_path / 'config.py')
+    train_in_processes(cfg, tmp_path)
     ranks = [torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2)]
     assert_same_state(ranks[0]['bank'], ranks[1]['bank'])
     for name, value in ranks[0]['weights'].items():  # batch-norm statistics are each rank's own in mmengine
@@ -308,18 +316,6 @@ class DumpBank(Recorder):
     # and the losses of every step used the predictions that either rank made in the epoch before
     for step in ranks[0]['steps'][4:]:
         assert step['pskd_entropy'] > 0
-
-
-def run_distributed(tmp_path, config, *arguments):
-    environment = {
-        **os.environ,
-        'PYTHONPATH': os.pathsep.join([str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)]),
-    }
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command += [str(ROOT / 'tools/train.py'), str(config), '--launcher', 'pytorch', *arguments]
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
-    return outcome.stdout
 
 
 # Ways to switch it on

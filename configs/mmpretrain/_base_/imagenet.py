@@ -1,31 +1,7 @@
 # ImageNet (ILSVRC 2012) at 224 x 224. docs/data.md says how to prepare it.
-data_preprocessor = dict(num_classes=1000, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='RandomResizedCrop', scale=224),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    dict(type='PackInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='ResizeEdge', scale=256, edge='short'),
-    dict(type='CenterCrop', crop_size=224),
-    dict(type='PackInputs'),
-]
+_base_ = 'images_224.py'
+data_preprocessor = dict(num_classes=1000)
 data = dict(type='ImageNet', data_root='data/imagenet')
-
-train_dataloader = dict(
-    batch_size=256,
-    num_workers=4,
-    persistent_workers=True,
-    dataset=dict(**data, split='train', pipeline=train_pipeline),
-    sampler=dict(type='DefaultSampler', shuffle=True),
-)
-val_dataloader = dict(
-    batch_size=100,
-    num_workers=4,
-    persistent_workers=True,
-    dataset=dict(**data, split='val', pipeline=test_pipeline),
-    sampler=dict(type='DefaultSampler', shuffle=False),
-)
+train_dataloader = dict(batch_size=256, dataset=dict(**data, split='train'))
+val_dataloader = dict(dataset=dict(**data, split='val'))
 test_dataloader = val_dataloader
