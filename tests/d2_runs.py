@@ -142,17 +142,18 @@ def scalars(out):
     return logs
 
 
-def two_processes(voc, out, options):
-    """What each of two processes trains, on another batch; what they end with is saved."""
-    cfg = config(voc, out, options=options)
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    optimizer = build_optimizer(cfg, model)
-    model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
+def two_processes(voc, out, methods):
+    """What each of two processes trains, on another batch; what it ends with is saved."""
     rank = torch.distributed.get_rank()
-    trainer = SimpleTrainer(model, Cycle([batches(cfg)[rank]]), optimizer)
-    hooks = selfkd_hooks(cfg)
-    trainer.register_hooks(hooks)
-    trainer.train(0, 6)
-    teacher = hooks[0].teacher.state_dict() if hooks else {}
-    torch.save({'model': model.module.state_dict(), 'teacher': teacher}, out / f'{rank}.pth')
+    for name, options in methods.items():
+        cfg = config(voc, out, options=options)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        optimizer = build_optimizer(cfg, model)
+        model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
+        trainer = SimpleTrainer(model, Cycle([batches(cfg)[rank]]), optimizer)
+        hooks = selfkd_hooks(cfg)
+        trainer.register_hooks(hooks)
+        trainer.train(0, 6)
+        teacher = hooks[0].teacher.state_dict() if hooks else {}
+        torch.save({'model': model.module.state_dict(), 'teacher': teacher}, out / f'{name}{rank}.pth')

@@ -59,6 +59,7 @@ model.backbone.out_channels = model.backbone.top_block.in_channels = 16
 model.backbone.bottom_up.stages.depth = 18
 model.backbone.bottom_up.stages.pop('stride_in_1x1')
 optimizer = model_zoo.get_config('common/optim.py').SGD
+optimizer.lr = 1e-4
 lr_multiplier = model_zoo.get_config('common/coco_schedule.py').lr_multiplier_1x
 train = model_zoo.get_config('common/train.py').train
 train.update(max_iter=5, device='cpu', init_checkpoint='', output_dir='', log_period=1)
