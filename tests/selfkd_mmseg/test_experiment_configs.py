@@ -56,7 +56,8 @@ def test_two_steps(devkit, tmp_path, path):
     step = runner.model.train_step
     runner.model.train_step = lambda *args, **kwargs: outputs.append(step(*args, **kwargs)) or outputs[-1]
     runner.train()
-    assert len(outputs) == 2 and all(torch.isfinite(out['loss']) for out in outputs)
+    assert len(outputs) == 2
+    assert all(torch.isfinite(out['loss']) for out in outputs)
     expected = {'frskd': 'self_teacher.loss_kd', 'pskd': 'pskd_alpha'}.get(path.stem.split('_')[-1])
     assert expected is None or expected in outputs[1]
     assert (tmp_path / 'iter_2.pth').exists()
@@ -77,9 +78,11 @@ def test_the_papers_model_and_schedule():
         shapes = [(1, width, size, size) for size in (64, 32, 16, 8, 4, 2)]
         assert [m.shape for m in maps] == [m.shape for m in refined] == shapes
         assert logits.shape == (1, 21, 64, 64)
-        assert len(model.neck[1].layers) == 3 and len(model.self_teacher.pyramid.layers) == 2
+        assert len(model.neck[1].layers) == 3
+        assert len(model.self_teacher.pyramid.layers) == 2
         for head in (model.decode_head, model.self_teacher.head):
-            assert head.conv.conv.weight.shape == (256, width, 3, 3) and head.conv_seg.weight.shape == (21, 256, 3, 3)
+            assert head.conv.conv.weight.shape == (256, width, 3, 3)
+            assert head.conv_seg.weight.shape == (21, 256, 3, 3)
         teacher = model.self_teacher
         assert (teacher.alpha, teacher.beta, teacher.warmup) == (1, 50, 2 / 3)
         wrapper, passes = cfg.optim_wrapper, (422 + 2913) / cfg.train_dataloader.batch_size

@@ -9,22 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mm_runs import ROOT, assert_same_state, train
-from mmengine.config import Config, ConfigDict
+from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
-from mmengine.runner import Runner, load_checkpoint
+from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from seg_runs import config
-
-MAPS = [8, 16, 32, 64]  # of the narrow ResNet-18
+from seg_runs import BASES, MAPS, config, tiny
 
 
 def frskd_config(voc, work_dir, *hooks, teacher=(), **options):
     """The tiny FCN, auxiliary head included, with a self-teacher."""
     cfg = config(voc, work_dir, *hooks, **options)
     cfg.model.type = 'selfkd_mmseg.FRSKDEncoderDecoder'
-    cfg.model.self_teacher = ConfigDict({'in_channels': MAPS, 'width': 8, 'channels': 8, 'warmup': 0.5, **dict(teacher)})
+    cfg.model.self_teacher = ConfigDict(
+        {'in_channels': MAPS, 'width': 8, 'channels': 8, 'warmup': 0.5, **dict(teacher)}
+    )
     return cfg
 
 
@@ -53,9 +53,15 @@ CASES = {
             ]
         },
     ),
-    'some maps': ({'in_channels': MAPS[1:3], 'in_index': [1, 2], 'repeats': 1, 'loss_decode': CE}, {})
-    if (CE := dict(type='CrossEntropyLoss', loss_weight=0.4))
-    else None,
+    'some maps': (
+        {
+            'in_channels': MAPS[1:3],
+            'in_index': [1, 2],
+            'repeats': 1,
+            'loss_decode': dict(type='CrossEntropyLoss', loss_weight=0.4),
+        },
+        {},
+    ),
 }
 
 
@@ -77,7 +83,8 @@ def test_losses_recomputed(voc, tmp_path, case):
             for z in (model.decode_head(feats), model.self_teacher.head(maps))
         )
         valid = label != 255
-        assert valid.any() and not valid.all()
+        assert valid.any()
+        assert not valid.all()
         count = valid.sum() if case == 'avg_non_ignore' else valid.numel()
         p, log_q = self_teacher.softmax(1), student.log_softmax(1)
         kl = (p * (p.log() - log_q)).sum(1)[valid].sum() / count
@@ -98,7 +105,8 @@ def test_losses_recomputed(voc, tmp_path, case):
             assert logged[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), (i, name)
         assert logged['loss'] == pytest.approx(sum(v for k, v in logged.items() if '.loss' in k), rel=1e-5)
     assert 'aux.loss_ce' in logged  # the config's own auxiliary head
-    assert logged['self_teacher.loss_kd'] > 0 and logged['self_teacher.loss_feature'] > 0
+    assert logged['self_teacher.loss_kd'] > 0
+    assert logged['self_teacher.loss_feature'] > 0
 
 
 def step(cfg, label, size=48, seed=0):
@@ -143,7 +151,8 @@ def test_gradients_stop_where_they_should(voc, tmp_path):
     samples = [SegDataSample(gt_sem_seg=PixelData(data=each[None])) for each in label]
     feats = model.backbone(torch.randn(2, 3, 48, 48))
     model.self_teacher.loss(feats, samples, logits, False)['loss_kd'].backward()
-    assert not logits.grad[0, :, :24].any() and logits.grad[0, :, 24:].all(0).all() is not False
+    assert not logits.grad[0, :, :24].any()
+    assert (logits.grad[0, :, 24:].abs().sum(0) > 0).all()
     assert (logits.grad[1].abs().sum(0) > 0).all()
 
 
@@ -151,7 +160,8 @@ def test_gradients_stop_where_they_should(voc, tmp_path):
 def test_all_ignored(voc, tmp_path, avg_non_ignore):
     options = {'model.decode_head.loss_decode.avg_non_ignore': avg_non_ignore}
     losses, model = step(frskd_config(voc, tmp_path, **options), torch.full((2, 48, 48), 255))
-    assert losses['self_teacher.loss_kd'] == 0 and torch.isfinite(losses['self_teacher.loss_feature'])
+    assert losses['self_teacher.loss_kd'] == 0
+    assert torch.isfinite(losses['self_teacher.loss_feature'])
     sum(v for k, v in losses.items() if '.loss' in k).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.backbone.parameters())
 
@@ -221,7 +231,8 @@ def test_mixed_precision_and_accumulation(voc, tmp_path, monkeypatch):
             runner.model.self_teacher.loss = loss
 
     runner = train(cfg, watch := Watch(), Types())
-    assert set(types[::3]) == {torch.bfloat16} and set(types[1::3] + types[2::3]) == {torch.float32}
+    assert set(types[::3]) == {torch.bfloat16}
+    assert set(types[1::3] + types[2::3]) == {torch.float32}
     assert all(torch.isfinite(p).all() for p in runner.model.parameters())
     weights = [model.decode_head.conv_seg.weight for model, _, _ in watch.steps]
     assert [torch.equal(a, b) for a, b in zip(weights, weights[1:])] == [True, False, True]
@@ -259,62 +270,24 @@ def test_beside_pskd(voc, tmp_path):
     train(frskd_config(voc, tmp_path, hook), watch := Watch())
     logged = watch.steps[-1][2]
     assert logged['decode.loss_ce'] == pytest.approx(logged['pskd_hard'] + logged['pskd_soft'], rel=1e-5)
-    assert logged['pskd_soft'] > 0 and logged['self_teacher.loss_kd'] > 0
-
-
-BASES = {
-    'fcn_r50-d8': MAPS,
-    'pspnet_r50-d8': MAPS,
-    'deeplabv3plus_r50-d8': MAPS,
-    'upernet_r50': MAPS,
-    'fpn_r50': [16] * 4,
-    'segformer_mit-b0': [8, 16, 40, 64],
-}
-
-
-def tiny(base):
-    """A model of MMSegmentation's own ``_base_/models``, as it is but for its size."""
-    path = Config._get_cfg_path(f'mmseg::_base_/models/{base}.py', '')[0]
-    model = Config.fromfile(path).model
-    model.pretrained = None
-    heads = [model.decode_head, *([model.auxiliary_head] if 'auxiliary_head' in model else [])]
-    if 'segformer' in base:
-        model.backbone.update(embed_dims=8, num_layers=[1] * 4)
-        model.decode_head.update(in_channels=BASES[base], channels=16)
-    else:
-        model.backbone.update(depth=18, base_channels=8, stem_channels=8, norm_cfg=dict(type='BN'))
-        for head in heads:
-            narrow = [c // 32 for c in head.in_channels] if isinstance(head.in_channels, list) else head.in_channels // 32
-            head.update(in_channels=narrow, channels=16)
-        if 'c1_in_channels' in model.decode_head:
-            model.decode_head.update(c1_in_channels=8, c1_channels=4)
-        if 'neck' in model:
-            model.neck.update(in_channels=MAPS, out_channels=16)
-            model.decode_head.in_channels = BASES[base]
-    for head in heads:
-        head.update(norm_cfg=dict(type='BN'), num_classes=11)
-    model.data_preprocessor.update(size=(48, 48))
-    return model
+    assert logged['pskd_soft'] > 0
+    assert logged['self_teacher.loss_kd'] > 0
 
 
 @pytest.mark.parametrize('base', BASES)
 def test_heads(voc, tmp_path, base):
     """FRSKD and PS-KD together over MMSegmentation's own models: two steps in a Runner."""
-    cfg = config(voc, tmp_path, dict(type='selfkd_mmseg.PSKDHook', interval=1), **{'train_cfg.max_iters': 2})
-    cfg.model = tiny(base)
-    cfg.merge_from_dict(
-        {
-            'model.type': 'selfkd_mmseg.FRSKDEncoderDecoder',
-            'model.self_teacher': dict(in_channels=BASES[base], warmup=0.5),
-        }
-    )
+    options = {'train_cfg.max_iters': 2, 'model.type': 'selfkd_mmseg.FRSKDEncoderDecoder'}
+    options['model.self_teacher'] = dict(in_channels=BASES[base], warmup=0.5)
+    cfg = config(voc, tmp_path, dict(type='selfkd_mmseg.PSKDHook', interval=1), base=base, **options)
     runner = train(cfg, watch := Watch())
     logged = watch.steps[-1][2]
-    assert logged['pskd_soft'] > 0 and logged['self_teacher.loss_kd'] > 0 and logged['self_teacher.loss_feature'] > 0
+    assert logged['pskd_soft'] > 0
+    assert logged['self_teacher.loss_kd'] > 0
+    assert logged['self_teacher.loss_feature'] > 0
     assert ('aux.loss_ce' in logged) == ('auxiliary_head' in cfg.model)
-    vanilla = tiny(base)
     state = {k: v for k, v in runner.model.state_dict().items() if not k.startswith('self_teacher.')}
-    MODELS.build(vanilla).load_state_dict(state, strict=True)
+    MODELS.build(tiny(base)).load_state_dict(state, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +328,9 @@ def test_models_that_cannot_work_are_refused(voc, tmp_path):
     with pytest.raises(ValueError, match='not a cascade of several'):
         Runner.from_cfg(cfg)
     cfg = frskd_config(voc, tmp_path)
-    cfg.model.decode_head = ConfigDict(type='DAHead', in_channels=64, in_index=3, channels=8, pam_channels=8, num_classes=11)
+    cfg.model.decode_head = ConfigDict(
+        type='DAHead', in_channels=64, in_index=3, channels=8, pam_channels=8, num_classes=11
+    )
     with pytest.raises(ValueError, match='DAHead is not supported: it needs a decode head that computes its loss as'):
         Runner.from_cfg(cfg)
 
@@ -366,12 +341,8 @@ def test_a_head_whose_logits_are_not_known_is_an_error(voc, tmp_path, calls):
     runner = Runner.from_cfg(frskd_config(voc, tmp_path))
     head = runner.model.decode_head
     by_feat = head.loss_by_feat
-    head.loss_by_feat = lambda *args: [by_feat(*args) for _ in range(calls)][0] if calls else {'loss_ce': args[0].mean()}
+    head.loss_by_feat = lambda *args: (
+        [by_feat(*args) for _ in range(calls)][0] if calls else {'loss_ce': args[0].mean()}
+    )
     with pytest.raises(RuntimeError, match=f'FCNHead called its loss {calls} times in a training step'):
         runner.train()
-
-
-def test_weights_load_into_a_checkpoint_free_model(voc, tmp_path):
-    train(frskd_config(voc, tmp_path, **{'train_cfg.max_iters': 1}))
-    ours = MODELS.build(frskd_config(voc, tmp_path).model)
-    load_checkpoint(ours, str(tmp_path / 'iter_1.pth'), strict=True)
