@@ -66,8 +66,7 @@ def make_step(model: dict, work_dir: str, hook: Optional[dict] = None):
         runner.call_hook(point)
     runner.model.train()
     loop, batches = runner.train_loop, iter(runner.train_dataloader)
-    # Other runners have been made since: this one's iteration counts.
-    loop._iter = 8 * 10**5
+    loop._iter = 8 * 10**5  # PS-KD has a past copy, and alpha has grown
 
     def step():
         loop.run_iter(next(batches))
@@ -76,7 +75,7 @@ def make_step(model: dict, work_dir: str, hook: Optional[dict] = None):
 
 
 def step_suite() -> List[Cost]:
-    """A whole training step of FRSKD's model (EfficientNet-b0, FPN, three BiFPN layers), batch 8, 128 x 128 pixels."""
+    """Segmentation: a whole step of FRSKD's model (EfficientNet-b0, FPN, three BiFPN layers), batch 8, 128 x 128 pixels."""
     pskd = dict(type='selfkd_mmseg.PSKDHook', interval=4)
     frskd = {**MODEL, **FRSKD}
     warming = copy.deepcopy(frskd)

@@ -45,5 +45,7 @@ class PixelCalibrationMetric(BaseMetric):
                 self.results.append((gaps.cpu(), len(confidence)))
 
     def compute_metrics(self, results: List[tuple]) -> Dict[str, float]:
+        if not results:
+            raise ValueError('PixelCalibrationMetric: every pixel of the test set is ignored')
         gaps, pixels = zip(*results)
         return {'ece': 100 * (torch.stack(gaps).sum(0).abs().sum() / sum(pixels)).item()}

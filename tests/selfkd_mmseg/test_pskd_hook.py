@@ -138,6 +138,22 @@ def test_accumulation_and_ema(voc, tmp_path):
     assert [s['outputs']['pskd_alpha'] for s in pixels.steps] == pytest.approx([0] * 3 + [2.4 / 7] * 3 + [4.8 / 7])
 
 
+def test_mixed_precision(voc, tmp_path, monkeypatch):
+    """bfloat16 forward passes of both, targets and softmax in float32; the weights stay finite."""
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+    cfg = config(voc, tmp_path, PSKD)
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+    runner = train(cfg, pixels := Pixels())
+    last = pixels.steps[-1]
+    assert last['logits'].dtype == torch.bfloat16
+    hard = F.cross_entropy(last['logits'].float(), last['label'], ignore_index=255, reduction='sum')
+    alpha = 0.8 * 6 / 7
+    expected = (1 - alpha) * hard / last['label'].numel()
+    assert last['outputs']['pskd_hard'] == pytest.approx(expected.item(), rel=1e-2)
+    assert last['outputs']['pskd_soft'] > 0
+    assert all(torch.isfinite(p).all() for p in runner.model.parameters())
+
+
 def test_two_processes_have_one_teacher(voc, tmp_path):
     (tmp_path / 'dump_teacher.py').write_text(
         """
