@@ -75,7 +75,7 @@ def make_step(model: dict, work_dir: str, hook: Optional[dict] = None):
 
 
 def step_suite() -> List[Cost]:
-    """Segmentation: a whole step of FRSKD's model (EfficientNet-b0, FPN, three BiFPN layers), batch 8, 128 x 128 pixels."""
+    """Segmentation: a step of FRSKD's model (EfficientNet-b0, FPN, three BiFPN layers), batch 8, 128 x 128 pixels."""
     pskd = dict(type='selfkd_mmseg.PSKDHook', interval=4)
     frskd = {**MODEL, **FRSKD}
     warming = copy.deepcopy(frskd)
