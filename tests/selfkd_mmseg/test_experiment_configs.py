@@ -92,3 +92,29 @@ def test_the_papers_model_and_schedule():
         assert cfg.train_cfg.max_iters == pytest.approx(60 * passes, rel=1e-3)
         assert cfg.param_scheduler[0].milestones == [pytest.approx(40 * passes, rel=1e-3)]
         assert cfg.param_scheduler[0].gamma == 0.1
+
+
+@pytest.mark.parametrize('method', ['baseline', 'pskd', 'frskd'])
+def test_toy_configs(voc, tmp_path, method):
+    """Two steps and a validation, on masks of one class that are those of ten classes otherwise."""
+    import make_toy_data
+    import numpy as np
+    from PIL import Image
+
+    make_toy_data.voc(tmp_path / 'data', train_size=8, test_size=2, one_class=True)
+    root = tmp_path / 'data/VOC2007'
+    for path in (voc / 'SegmentationClass').glob('*.png'):
+        digits, one = np.asarray(Image.open(path)), np.asarray(Image.open(root / 'SegmentationClass' / path.name))
+        assert (one == np.where(digits == 255, 255, digits > 0)).all()
+    cfg = Config.fromfile(ROOT / f'configs/mmseg/{method}/fpn_r18_digits.py')
+    for part in ('train', 'val', 'test'):
+        assert cfg[f'{part}_dataloader'].dataset.data_root == 'data/VOCdigits/VOC2007'
+        cfg[f'{part}_dataloader'].dataset.data_root = str(root)
+    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    cfg.update(work_dir=str(tmp_path), experiment_name=f'toy{next(counter)}', log_level='ERROR')
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    names = {name.split('/')[-1] for name in runner.message_hub.log_scalars}
+    assert {'decode.loss_ce', 'mIoU', 'ece'} <= names
+    assert ('pskd_alpha' in names) == (method == 'pskd')
+    assert ('self_teacher.loss_kd' in names) == (method == 'frskd')
