@@ -134,6 +134,28 @@ def test_student_and_its_losses_are_the_vanilla_models(voc, tmp_path):
         assert torch.equal(value, losses[name]), name
 
 
+def test_the_self_teacher_has_the_decode_heads_settings_unless_given_others(voc, tmp_path):
+    options = {
+        'ignore_index': 3,
+        'align_corners': True,
+        'num_classes': 7,
+        'sampler': dict(type='OHEMPixelSampler', thresh=0.7),
+        'loss_decode': dict(type='CrossEntropyLoss', loss_name='loss_own', loss_weight=0.5),
+    }
+    options = {f'model.decode_head.{name}': value for name, value in options.items()}
+    model = MODELS.build(frskd_config(voc, tmp_path, teacher={'align_corners': False}, **options).model)
+    head = model.self_teacher.head
+    assert (head.ignore_index, head.num_classes, head.loss_decode.loss_name, head.loss_decode.loss_weight) == (
+        3,
+        7,
+        'loss_own',
+        0.5,
+    )
+    assert head.sampler.thresh == 0.7
+    assert head.align_corners is False
+    assert model.decode_head.align_corners is True
+
+
 def test_gradients_stop_where_they_should(voc, tmp_path):
     """What teaches is a constant; ignored pixels teach nothing; the self-teacher's own loss reaches the backbone."""
     label = torch.randint(0, 11, (2, 48, 48))
