@@ -181,12 +181,9 @@ class SelfTeacher(BaseModule):
 
     def select(self, feats: Sequence[Tensor]) -> List[Tensor]:
         """The student's maps that it refines; refuses others than promised."""
-        if self.in_index is not None and max(self.in_index) < len(feats):
-            chosen = [feats[i] for i in self.in_index]
-        else:
-            chosen = list(feats)
-        channels = [f.shape[1] for f in chosen]
-        if channels != self.in_channels:
+        there = self.in_index is None or max(self.in_index) < len(feats)
+        chosen = [feats[i] for i in self.in_index] if self.in_index is not None and there else list(feats)
+        if not there or [f.shape[1] for f in chosen] != self.in_channels:
             raise ValueError(
                 f'self_teacher: in_channels is {self.in_channels}, but the feature maps that reach the decode head '
                 f'have {[f.shape[1] for f in feats]} channels: set in_channels to these, or choose some by in_index too'

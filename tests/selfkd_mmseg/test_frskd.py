@@ -321,7 +321,7 @@ def test_heads(voc, tmp_path, base):
             r'in_channels is \[8, 16, 32, 32\], but the feature maps .* have \[8, 16, 32, 64\] channels',
         ),
         ({'in_channels': [8, 16]}, {}, r'have \[8, 16, 32, 64\] channels: set in_channels to these'),
-        ({'in_channels': [8, 16], 'in_index': [0, 4]}, {}, r'have \[8, 16, 32, 64\] channels'),
+        ({'in_index': [0, 1, 2, 4]}, {}, r'have \[8, 16, 32, 64\] channels'),
         ({'in_channels': 64}, {}, 'in_channels must list those of 2 feature maps or more, got 64'),
         ({'in_index': [0, 1]}, {}, r'in_index must name 4 feature maps, got \[0, 1\]'),
         ({'warmup': 1.0}, {}, r'warmup in \[0, 1\), got 1.0, 50.0, 1.0'),
