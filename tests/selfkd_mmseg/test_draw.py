@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from mm_runs import ROOT, train
 from PIL import Image
 from seg_runs import MAPS, config
 
-from selfkd_mmseg.draw import colors, load, predict
+from selfkd_mmseg.draw import colors, draw_attention, load, predict
 
 
 def test_pictures_of_predictions_and_attention(voc, tmp_path):
@@ -22,20 +23,17 @@ def test_pictures_of_predictions_and_attention(voc, tmp_path):
     for cfg in (plain, frskd):
         cfg.dump(f'{cfg.work_dir}/config.py')
         models.append(f'{cfg.work_dir}/config.py,{cfg.work_dir}/iter_1.pth')
-    tool, out = str(ROOT / 'tools/draw_segmentation.py'), tmp_path / 'out.png'
-
-    def run(*arguments):
-        return subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True)
-
-    outcome = run('predictions', str(out), f'plain={models[0]}', f'FRSKD={models[1]}', '--images', '0', '1')
+    out = tmp_path / 'out.png'
+    command = [sys.executable, str(ROOT / 'tools/draw_segmentation.py'), 'predictions', str(out)]
+    command += [f'plain={models[0]}', f'FRSKD={models[1]}', '--images', '0', '1']
+    outcome = subprocess.run(command, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     width, height = Image.open(out).size
     assert width > 1.5 * height > 300  # four columns, two rows
-    outcome = run('attention', str(out), models[1], '--images', '1')
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    draw_attention(*models[1].split(','), [1], str(out))
     assert Image.open(out).size[0] > width  # a column for each of four maps
-    assert 'the model has no self-teacher' in run('attention', str(out), models[0]).stderr
-    assert 'must be NAME=CONFIG,CHECKPOINT' in run('predictions', str(out), models[0]).stderr
+    with pytest.raises(ValueError, match='the model has no self-teacher'):
+        draw_attention(*models[0].split(','), [1], str(out))
 
     model, dataset = load(*models[0].split(','))
     image, sample = predict(model, dataset, 1)
