@@ -2,6 +2,7 @@
 
     python tools/make_toy_data.py digits data/digits --label-noise 0.2
     python tools/make_toy_data.py voc data/VOCdevkit
+    python tools/make_toy_data.py voc data/VOCdigits --one-class
     python tools/make_toy_data.py number-words data/number_words --train-size 4000
 
 digits: scikit-learn's scans of handwritten digits (UCI, 8 x 8 grey), as an image folder
@@ -10,8 +11,8 @@ the training images lies in the folder of another class, drawn at random; the te
 
 voc: the same scans pasted onto crops of scikit-learn's two sample photographs, in the layout of PASCAL VOC: OUT/VOC2007
 with JPEGImages, Annotations (boxes, with difficult flags), SegmentationClass (class ids as VOC's: 0 background, 1 to 10
-the digits, 255 the outlines) and ImageSets/{Main,Segmentation}/{trainval,test}.txt. Scans and crops of trainval and
-test do not overlap.
+the digits, 255 the outlines; with --one-class every digit is 1) and ImageSets/{Main,Segmentation}/{trainval,test}.txt.
+Scans and crops of trainval and test do not overlap.
 
 number-words: numbers below a milliard in English and German words, tokenised, OUT/{train,valid,test}.{en,de}:
 as many training pairs as asked for, 500 pairs each to validate and to test, no number in two of them.
@@ -50,7 +51,7 @@ def digits(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int =
 DIGIT_NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 
 
-def voc(out: Path, seed: int = 0, train_size: int = 300, test_size: int = 150) -> None:
+def voc(out: Path, seed: int = 0, train_size: int = 300, test_size: int = 150, one_class: bool = False) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits, load_sample_images
 
@@ -75,6 +76,8 @@ def voc(out: Path, seed: int = 0, train_size: int = 300, test_size: int = 150) -
             number += 1
             names.append(f'{number:06d}')
             image, mask, objects = _scene(rng, data, scans, backgrounds)
+            if one_class:
+                mask[(mask > 0) & (mask < 255)] = 1
             Image.fromarray(image).save(root / 'JPEGImages' / f'{names[-1]}.jpg', quality=95)
             segmentation = Image.fromarray(mask, mode='P')
             segmentation.putpalette(palette.flatten().tolist())
@@ -154,6 +157,7 @@ def main() -> None:
     sub.add_argument('--seed', type=int, default=0)
     sub.add_argument('--train-size', type=int, default=300)
     sub.add_argument('--test-size', type=int, default=150)
+    sub.add_argument('--one-class', action='store_true', help='masks tell digits from background only')
     sub = kinds.add_parser('number-words', help='a parallel corpus, English and German')
     sub.add_argument('out', type=Path)
     sub.add_argument('--train-size', type=int, default=4000, help='number of training pairs')

@@ -25,9 +25,20 @@ class BiFPN(nn.Module):
         channels: channels of the refined maps, as many.
         depth: separable 3x3 convolutions per fusion.
         repeats: passes top-down and bottom-up.
+        learn_finest_only: for a pyramid whose loss looks at the finest refined map alone: no gradient reaches the last
+            way up. Its weights stay as initialised (and do not ask for a gradient, which would stop DDP), its
+            maps are constants, and it costs no backward pass.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: Sequence[int], *, depth: int = 2, repeats: int = 1):
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: Sequence[int],
+        *,
+        depth: int = 2,
+        repeats: int = 1,
+        learn_finest_only: bool = False,
+    ):
         super().__init__()
         if len(in_channels) < 2 or min(in_channels) < 1:
             raise ValueError(f'in_channels: must name the channels of at least 2 levels, got {list(in_channels)}')
@@ -41,6 +52,8 @@ class BiFPN(nn.Module):
             _Pass(self.in_channels if i == 0 else self.channels, self.channels, depth, first=i == 0)
             for i in range(repeats)
         )
+        if learn_finest_only:
+            self.layers[-1].freeze_way_up()
 
     def forward(self, feats: Sequence[Tensor], *, preact: bool = False) -> List[Tensor]:
         """Refines the feature maps.
@@ -111,7 +124,7 @@ class _Pass(nn.Module):
         coarser = range(1, len(channels))
         # The inputs of the two ways at a level, L_i and M_i, read the same map: one convolution makes both. A
         # later pass takes its L_i as it comes.
-        self.first, self.channels = first, list(channels)
+        self.first, self.channels, self.learn_way_up = first, list(channels), True
         self.laterals = nn.ModuleList(
             _conv1x1(c_in, c * ((i > 0) + first)) if first or i > 0 else nn.Identity()
             for i, (c_in, c) in enumerate(zip(in_channels, channels))
@@ -125,12 +138,20 @@ class _Pass(nn.Module):
             nn.Parameter(torch.ones(3 if i + 1 < len(channels) else 2)) for i in coarser
         )
 
+    def freeze_way_up(self) -> None:
+        self.learn_way_up = False
+        for part in (self.from_finer, self.bottom_up, self.bottom_up_weights):
+            part.requires_grad_(False)
+        if not self.first:  # the laterals make M_i alone
+            self.laterals.requires_grad_(False)
+
     def forward(self, feats: Sequence[Tensor], preact: bool) -> List[Tensor]:
         last = len(feats) - 1
         first_way, second_way = [], [None]  # L_i and M_i
         for i, feat in enumerate(feats):
             feat = F.relu(feat)
-            lateral = self.laterals[i](feat)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (self.first or self.learn_way_up)):
+                lateral = self.laterals[i](feat)
             if i > 0:
                 lateral, other = lateral.split(self.channels[i], dim=1) if self.first else (feat, lateral)
                 second_way.append(other)
@@ -143,11 +164,12 @@ class _Pass(nn.Module):
             refined.insert(0, F.relu(finest))
 
         out, activated = [finest], [refined[0]]  # O_i, relu(O_i)
-        for i in range(1, last + 1):
-            fine = self.from_finer[i - 1](_pool(activated[-1], feats[i].shape[2:]))
-            maps = (second_way[i], fine) if i == last else (second_way[i], refined[i], fine)
-            out.append(self.bottom_up[i - 1](_weighted_sum(self.bottom_up_weights[i - 1], *maps)))
-            activated.append(F.relu(out[-1]))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learn_way_up):
+            for i in range(1, last + 1):
+                fine = self.from_finer[i - 1](_pool(activated[-1], feats[i].shape[2:]))
+                maps = (second_way[i], fine) if i == last else (second_way[i], refined[i], fine)
+                out.append(self.bottom_up[i - 1](_weighted_sum(self.bottom_up_weights[i - 1], *maps)))
+                activated.append(F.relu(out[-1]))
         return out if preact else activated
 
 

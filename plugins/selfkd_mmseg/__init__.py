@@ -1,5 +1,7 @@
 """Self-knowledge distillation for MMSegmentation."""
 
+from .frskd import ConvHead, FRSKDEncoderDecoder, SelfTeacher
+from .metrics import PixelCalibrationMetric
 from .pskd_hook import PSKDHook
 
-__all__ = ['PSKDHook']
+__all__ = ['ConvHead', 'FRSKDEncoderDecoder', 'PSKDHook', 'PixelCalibrationMetric', 'SelfTeacher']

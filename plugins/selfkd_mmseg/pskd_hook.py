@@ -4,7 +4,6 @@ from typing import Dict, List, Optional
 
 import torch
 from mmengine.runner import Runner
-from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.losses.utils import weight_reduce_loss
 from mmseg.models.segmentors import EncoderDecoder
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 
 from selfkd.losses import soft_cross_entropy
 from selfkd_mmengine import PSKDHookBase
+
+from .decode_head import losses_of, plain_loss
 
 __all__ = ['PSKDHook']
 
@@ -46,27 +47,23 @@ class PSKDHook(PSKDHookBase):
         super().__init__(alpha, snapshot=True, interval=interval)
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
-        return [loss for loss in _losses(model.decode_head) if isinstance(loss, CrossEntropyLoss)]
+        return [loss for loss in losses_of(model.decode_head) if isinstance(loss, CrossEntropyLoss)]
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
         head = getattr(model, 'decode_head', None)
-        # Heads with a loss_by_feat of their own call their losses on several outputs, or on masks.
-        plain = getattr(type(head), 'loss_by_feat', None) is BaseDecodeHead.loss_by_feat
-        if not isinstance(model, EncoderDecoder) or not plain:
+        if not isinstance(model, EncoderDecoder) or not plain_loss(head):
             raise ValueError(
                 f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: it needs an '
-                'EncoderDecoder '
-                'whose decode head computes its loss as BaseDecodeHead does (FCN, PSP, DeepLabV3+, UPerNet, '
-                'SegFormer, ...)'
+                'EncoderDecoder whose decode head computes its loss as BaseDecodeHead does (FCN, PSP, DeepLabV3+, '
+                'UPerNet, SegFormer, ...)'
             )
         tapped = self.loss_modules(model)
         if len(tapped) != 1 or tapped[0].use_sigmoid or tapped[0].use_mask:
-            names = [type(loss).__name__ for loss in _losses(head)]
+            names = [type(loss).__name__ for loss in losses_of(head)]
             raise ValueError(
                 f'PSKDHook: {type(head).__name__} trains with {names}, but a past prediction is a softmax over '
-                'classes: '
-                f'decode_head.loss_decode must hold one CrossEntropyLoss with use_sigmoid=False'
+                'classes: decode_head.loss_decode must hold one CrossEntropyLoss with use_sigmoid=False'
             )
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
@@ -88,10 +85,6 @@ class PSKDHook(PSKDHookBase):
         soft = soft_cross_entropy(logits, past.float().softmax(1), class_weight=class_weight, reduction='none')
         arguments['avg_factor'] = _avg_factor(module, class_weight, label, valid)
         return self.mix(loss, self.reduced(weight_reduce_loss, soft * valid, arguments))
-
-
-def _losses(head: nn.Module) -> List[nn.Module]:
-    return list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
 
 
 def _avg_factor(module: CrossEntropyLoss, class_weight: Optional[Tensor], label: Tensor, valid: Tensor):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from selfkd.pyramid import SelfTeacherPyramid
+from selfkd.pyramid import BiFPN, SelfTeacherPyramid
 from selfkd_mmpretrain.benchmark import PlainPyramid
 
 
@@ -86,6 +86,29 @@ def test_every_parameter_gets_a_gradient():
     _, logits = pyramid([torch.randn(2, c, s, s) for c, s in ((4, 8), (8, 4), (8, 2))])
     logits.sum().backward()
     assert all(p.grad is not None for p in pyramid.parameters())
+
+
+@pytest.mark.parametrize('repeats', [1, 2])
+def test_a_pyramid_that_learns_from_its_finest_map_only(repeats):
+    """The same maps and gradients; the last way up, which no gradient reaches, does not ask for one."""
+    torch.manual_seed(0)
+    whole = BiFPN([4, 8, 8], [6, 6, 6], depth=1, repeats=repeats)
+    finest = BiFPN([4, 8, 8], [6, 6, 6], depth=1, repeats=repeats, learn_finest_only=True)
+    finest.load_state_dict(whole.state_dict())
+    feats = [torch.randn(2, c, s, s) for c, s in ((4, 8), (8, 4), (8, 2))]
+    results = []
+    for pyramid in (whole, finest):
+        inputs = [f.clone().requires_grad_() for f in feats]
+        maps = pyramid(inputs)
+        maps[0].sin().sum().backward()
+        results.append((maps, [f.grad for f in inputs]))
+    for (a, b), grads in zip(zip(*(maps for maps, _ in results)), zip(*(grads for _, grads in results))):
+        assert torch.equal(a, b)
+        assert torch.equal(*grads)
+    assert [m.requires_grad for m in results[1][0]] == [True, False, False]
+    for (name, p), q in zip(finest.named_parameters(), whole.parameters()):
+        assert p.requires_grad == (q.grad is not None), name
+        assert p.grad is None if q.grad is None else torch.equal(p.grad, q.grad), name
 
 
 def test_autocast():

@@ -4,61 +4,17 @@ import os
 import subprocess
 import sys
 
-import make_toy_data
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, assert_same_state, counter, train
-from mmengine.config import Config, ConfigDict
+from mm_runs import ROOT, assert_same_state, train
+from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
 from mmseg.registry import MODELS
+from seg_runs import config
 
 PSKD = dict(type='selfkd_mmseg.PSKDHook', alpha=0.8, interval=3)
-
-
-@pytest.fixture(scope='module')
-def voc(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('VOCdevkit')
-    make_toy_data.voc(folder, train_size=8, test_size=2)
-    return folder / 'VOC2007'
-
-
-def config(voc, work_dir, *hooks, **options) -> Config:
-    """FCN with a narrow ResNet-18, crops of 48 x 48 in batches of 2, 7 iterations, a checkpoint after each."""
-    cfg = Config.fromfile(ROOT / 'configs/mmseg/baseline/fcn_r18_digits.py')
-    cfg.merge_from_dict(
-        {
-            'train_dataloader.dataset.data_root': str(voc),
-            'val_dataloader.dataset.data_root': str(voc),
-            'test_dataloader.dataset.data_root': str(voc),
-            'train_dataloader.batch_size': 2,
-            'train_cfg.max_iters': 7,
-            'train_cfg.val_interval': 100,
-            'default_hooks.checkpoint.interval': 1,
-            'default_hooks.checkpoint.max_keep_ckpts': 10,
-            'model.backbone.base_channels': 8,
-            'model.backbone.stem_channels': 8,
-            'model.data_preprocessor.size': (48, 48),
-            'model.decode_head.in_channels': 64,
-            'model.decode_head.dropout_ratio': 0.0,  # draws random numbers, which mmengine does not restore
-            'model.auxiliary_head.in_channels': 32,
-            'model.auxiliary_head.dropout_ratio': 0.0,
-            'work_dir': str(work_dir),
-            'experiment_name': f'seg{next(counter)}',
-            'log_level': 'ERROR',
-        }
-    )
-    cfg.train_dataloader.dataset.pipeline[2] = dict(type='CenterCrop48')
-    cfg.merge_from_dict(options)
-    cfg.custom_hooks = [ConfigDict(hook) for hook in hooks]
-    return cfg
-
-
-@pytest.fixture(autouse=True, scope='module')
-def center_crop():
-    """A crop that is not drawn at random, so that runs can be compared."""
-    import seg_transforms  # noqa: F401
 
 
 class Pixels(Hook):
@@ -182,10 +138,26 @@ def test_accumulation_and_ema(voc, tmp_path):
     assert [s['outputs']['pskd_alpha'] for s in pixels.steps] == pytest.approx([0] * 3 + [2.4 / 7] * 3 + [4.8 / 7])
 
 
+def test_mixed_precision(voc, tmp_path, monkeypatch):
+    """bfloat16 forward passes of both, targets and softmax in float32; the weights stay finite."""
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+    cfg = config(voc, tmp_path, PSKD)
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+    runner = train(cfg, pixels := Pixels())
+    last = pixels.steps[-1]
+    assert last['logits'].dtype == torch.bfloat16
+    hard = F.cross_entropy(last['logits'].float(), last['label'], ignore_index=255, reduction='sum')
+    alpha = 0.8 * 6 / 7
+    expected = (1 - alpha) * hard / last['label'].numel()
+    assert last['outputs']['pskd_hard'] == pytest.approx(expected.item(), rel=1e-2)
+    assert last['outputs']['pskd_soft'] > 0
+    assert all(torch.isfinite(p).all() for p in runner.model.parameters())
+
+
 def test_two_processes_have_one_teacher(voc, tmp_path):
     (tmp_path / 'dump_teacher.py').write_text(
         """
-import os, torch, seg_transforms
+import os, torch
 from mmengine.hooks import Hook
 class DumpTeacher(Hook):
     def after_train(self, runner):
@@ -194,7 +166,7 @@ class DumpTeacher(Hook):
 """
     )
     cfg = config(voc, tmp_path / 'run', PSKD, dict(type='dump_teacher.DumpTeacher'))
-    cfg.custom_imports = dict(imports=['seg_transforms'])
+    cfg.custom_imports = dict(imports=['seg_runs'])
     cfg.dump(tmp_path / 'config.py')
     paths = [str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}

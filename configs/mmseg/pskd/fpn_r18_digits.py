@@ -1,0 +1,1 @@
+_base_ = ['../baseline/fpn_r18_digits.py', '../../_base_/pskd_mmseg.py']

@@ -1,0 +1,93 @@
+"""What a training step costs with PS-KD and FRSKD, against the plain step, in real mmengine runners."""
+
+import copy
+import tempfile
+from typing import List, Optional
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS
+
+from selfkd.benchmark import Cost, compare
+
+__all__ = ['RandomScenes', 'make_step', 'step_suite']
+
+MODEL = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(type='SegDataPreProcessor', size=(128, 128)),
+    backbone=dict(type='mmpretrain.EfficientNet', arch='b0', out_indices=(2, 3, 4, 5)),
+    neck=[
+        dict(type='FPN', in_channels=[24, 40, 112, 320], out_channels=64, num_outs=6),
+        dict(type='selfkd.pyramid.BiFPN', in_channels=[64] * 6, channels=[64] * 6, depth=1, repeats=3),
+    ],
+    decode_head=dict(type='selfkd_mmseg.ConvHead', in_channels=64, in_index=0, channels=256, num_classes=21),
+)
+FRSKD = dict(type='selfkd_mmseg.FRSKDEncoderDecoder', self_teacher=dict(in_channels=[64] * 6))
+
+
+@DATASETS.register_module()
+class RandomScenes(BaseSegDataset):
+    """Random 128 x 128 images with masks of 21 classes."""
+
+    def load_data_list(self):
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (32, 128, 128, 3), dtype=np.uint8)
+        masks = rng.integers(0, 21, (32, 8, 8)).repeat(16, 1).repeat(16, 2)
+        return [dict(img=image, gt_seg_map=mask, seg_fields=[]) for image, mask in zip(images, masks)]
+
+
+def make_step(model: dict, work_dir: str, hook: Optional[dict] = None):
+    """One training step of a run in which the past copy exists, or the distillation terms act."""
+    cfg = Config(
+        dict(
+            default_scope='mmseg',
+            custom_imports=dict(imports=['mmpretrain.models']),
+            model=model,
+            train_dataloader=dict(
+                batch_size=8,
+                dataset=dict(type='RandomScenes', pipeline=[dict(type='PackSegInputs', meta_keys=())]),
+                sampler=dict(type='InfiniteSampler'),
+            ),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
+            train_cfg=dict(by_epoch=False, max_iters=10**6),
+            custom_hooks=[hook] if hook else [],
+            work_dir=work_dir,
+            experiment_name=f'benchmark-{work_dir}',
+            log_level='ERROR',
+        )
+    )
+    runner = Runner.from_cfg(cfg)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.optim_wrapper.initialize_count_status(runner.model, 0, 10**6)
+    for point in ('before_run', 'before_train', 'before_train_epoch'):
+        runner.call_hook(point)
+    runner.model.train()
+    loop, batches = runner.train_loop, iter(runner.train_dataloader)
+    loop._iter = 8 * 10**5  # PS-KD has a past copy, and alpha has grown
+
+    def step():
+        loop.run_iter(next(batches))
+
+    return step
+
+
+def step_suite() -> List[Cost]:
+    """Segmentation: a step of FRSKD's model (EfficientNet-b0, FPN, three BiFPN layers), batch 8, 128 x 128 pixels."""
+    pskd = dict(type='selfkd_mmseg.PSKDHook', interval=4)
+    frskd = {**MODEL, **FRSKD}
+    warming = copy.deepcopy(frskd)
+    frskd['self_teacher'] = dict(warmup=0.0, **FRSKD['self_teacher'])
+    warming['self_teacher'] = dict(warmup=1 - 1e-9, **FRSKD['self_teacher'])
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(
+            {
+                'plain': make_step(MODEL, f'{folder}/plain'),
+                'PS-KD': make_step(MODEL, f'{folder}/pskd', pskd),
+                'FRSKD': make_step(frskd, f'{folder}/frskd'),
+                'FRSKD, warm-up': make_step(warming, f'{folder}/warming'),
+            },
+            repeats=8,
+        )

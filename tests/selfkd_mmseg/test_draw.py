@@ -1,0 +1,45 @@
+"""The pictures of tools/draw_segmentation.py."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mm_runs import ROOT, train
+from PIL import Image
+from seg_runs import MAPS, config
+
+from selfkd_mmseg.draw import colors, draw_attention, load, predict
+
+
+def test_pictures_of_predictions_and_attention(voc, tmp_path):
+    options = {'train_cfg.max_iters': 1}
+    train(plain := config(voc, tmp_path / 'plain', **options))
+    options['model.type'] = 'selfkd_mmseg.FRSKDEncoderDecoder'
+    options['model.self_teacher'] = dict(in_channels=MAPS)
+    train(frskd := config(voc, tmp_path / 'frskd', **options))
+    models = []
+    for cfg in (plain, frskd):
+        cfg.dump(f'{cfg.work_dir}/config.py')
+        models.append(f'{cfg.work_dir}/config.py,{cfg.work_dir}/iter_1.pth')
+    out = tmp_path / 'out.png'
+    command = [sys.executable, str(ROOT / 'tools/draw_segmentation.py'), 'predictions', str(out)]
+    command += [f'plain={models[0]}', f'FRSKD={models[1]}', '--images', '0', '1']
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    width, height = Image.open(out).size
+    assert width > 1.5 * height > 300  # four columns, two rows
+    draw_attention(*models[1].split(','), [1], str(out))
+    assert Image.open(out).size[0] > width  # a column for each of four maps
+    with pytest.raises(ValueError, match='the model has no self-teacher'):
+        draw_attention(*models[0].split(','), [1], str(out))
+
+    model, dataset = load(*models[0].split(','))
+    image, sample = predict(model, dataset, 1)
+    assert image.shape == (128, 128, 3)
+    painted = colors(dataset, sample.gt_sem_seg.data[0])
+    label = np.asarray(Image.open(sample.seg_map_path))
+    assert (painted[label == 255] == 255).all()  # outlines are white
+    assert (painted[label == 0] == dataset.metainfo['palette'][0]).all()
+    assert torch.equal(sample.pred_sem_seg.data[0], sample.seg_logits.data.argmax(0))

@@ -1,0 +1,370 @@
+"""FRSKD in real MMSegmentation training runs."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mm_runs import ROOT, assert_same_state, train
+from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from seg_runs import BASES, MAPS, config, tiny
+
+
+def frskd_config(voc, work_dir, *hooks, teacher=(), **options):
+    """The tiny FCN, auxiliary head included, with a self-teacher."""
+    cfg = config(voc, work_dir, *hooks, **options)
+    cfg.model.type = 'selfkd_mmseg.FRSKDEncoderDecoder'
+    cfg.model.self_teacher = ConfigDict(
+        {'in_channels': MAPS, 'width': 8, 'channels': 8, 'warmup': 0.5, **dict(teacher)}
+    )
+    return cfg
+
+
+class Watch(Hook):
+    """Keeps of each step a copy of the model before it, its batch, and what was logged."""
+
+    def __init__(self):
+        self.steps = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.now = (copy.deepcopy(runner.model), copy.deepcopy(data_batch))
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.steps.append((*self.now, {k: float(v) for k, v in outputs.items() if v.numel() == 1}))
+
+
+CASES = {
+    'plain': ({}, {}),
+    'avg_non_ignore': ({}, {'model.decode_head.loss_decode.avg_non_ignore': True}),
+    'two losses, other weights': (
+        {'alpha': 2.0, 'beta': 5.0},
+        {
+            'model.decode_head.loss_decode': [
+                dict(type='DiceLoss', loss_name='loss_dice'),
+                dict(type='CrossEntropyLoss', loss_name='loss_ce'),
+            ]
+        },
+    ),
+    'some maps': (
+        {
+            'in_channels': MAPS[1:3],
+            'in_index': [1, 2],
+            'repeats': 1,
+            'loss_decode': dict(type='CrossEntropyLoss', loss_weight=0.4),
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_losses_recomputed(voc, tmp_path, case):
+    """Every term of every step, from a copy of the model before it and the batch that it saw; 8 steps, 4 of warm-up."""
+    teacher, options = CASES[case]
+    cfg = frskd_config(voc, tmp_path, teacher=teacher, **options, **{'train_cfg.max_iters': 8})
+    train(cfg, watch := Watch())
+    assert len(watch.steps) == 8
+    for i, (model, batch, logged) in enumerate(watch.steps):
+        data = model.train().data_preprocessor(batch, True)
+        label = torch.stack([s.gt_sem_seg.data[0] for s in data['data_samples']])
+        feats = model.backbone(data['inputs'])
+        chosen = [feats[k] for k in teacher.get('in_index', range(4))]
+        maps = model.self_teacher.pyramid(chosen)
+        student, self_teacher = (
+            F.interpolate(z, (48, 48), mode='bilinear', align_corners=False).double()
+            for z in (model.decode_head(feats), model.self_teacher.head(maps))
+        )
+        valid = label != 255
+        assert valid.any()
+        assert not valid.all()
+        count = valid.sum() if case == 'avg_non_ignore' else valid.numel()
+        p, log_q = self_teacher.softmax(1), student.log_softmax(1)
+        kl = (p * (p.log() - log_q)).sum(1)[valid].sum() / count
+        attention = 0
+        for f, m in zip(chosen, maps):
+            a, b = (F.normalize(x.double().pow(2).mean(1).flatten(1)) for x in (f, m))
+            attention += (a - b).pow(2).mean()
+        weight = 0 if i < 4 else torch.tensor(-5 * (1 - (i - 4) / 4) ** 2).exp().item()
+        expected = {
+            'decode.loss_ce': F.cross_entropy(student, label, ignore_index=255, reduction='sum') / count,
+            'self_teacher.loss_ce': F.cross_entropy(self_teacher, label, ignore_index=255, reduction='sum') / count,
+            'self_teacher.loss_kd': teacher.get('alpha', 1) * weight * kl,
+            'self_teacher.loss_feature': teacher.get('beta', 50) * weight * attention,
+        }
+        expected['self_teacher.loss_ce'] *= 0.4 if case == 'some maps' else 1
+        assert logged['self_teacher.ramp'] == pytest.approx(weight)
+        for name, value in expected.items():
+            assert logged[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), (i, name)
+        assert logged['loss'] == pytest.approx(sum(v for k, v in logged.items() if '.loss' in k), rel=1e-5)
+    assert 'aux.loss_ce' in logged  # the config's own auxiliary head
+    assert logged['self_teacher.loss_kd'] > 0
+    assert logged['self_teacher.loss_feature'] > 0
+
+
+def step(cfg, label, size=48, seed=0):
+    """The losses of one training step outside a Runner, and the model."""
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg.model).train()
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=each[None])) for each in label]
+    return model(torch.randn(len(label), 3, size, size), samples, mode='loss'), model
+
+
+def test_student_and_its_losses_are_the_vanilla_models(voc, tmp_path):
+    """Same names and numbers: bit-identical losses and logits, and only the self-teacher's keys more."""
+    cfg, label = frskd_config(voc, tmp_path), torch.randint(0, 11, (2, 48, 48))
+    losses, ours = step(cfg, label)
+    vanilla = MODELS.build(config(voc, tmp_path).model)
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith('self_teacher.')}
+    vanilla.load_state_dict(state, strict=True)
+    cfg = config(voc, tmp_path)
+    torch.manual_seed(0)
+    MODELS.build(frskd_config(voc, tmp_path).model)
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=each[None])) for each in label]
+    theirs = vanilla.train()(torch.randn(2, 3, 48, 48), samples, mode='loss')
+    assert theirs.keys() == {k for k in losses if not k.startswith('self_teacher.')}
+    for name, value in theirs.items():
+        assert torch.equal(value, losses[name]), name
+
+
+def test_the_self_teacher_has_the_decode_heads_settings_unless_given_others(voc, tmp_path):
+    options = {
+        'ignore_index': 3,
+        'align_corners': True,
+        'num_classes': 7,
+        'sampler': dict(type='OHEMPixelSampler', thresh=0.7),
+        'loss_decode': dict(type='CrossEntropyLoss', loss_name='loss_own', loss_weight=0.5),
+    }
+    options = {f'model.decode_head.{name}': value for name, value in options.items()}
+    model = MODELS.build(frskd_config(voc, tmp_path, teacher={'align_corners': False}, **options).model)
+    head = model.self_teacher.head
+    assert (head.ignore_index, head.num_classes, head.loss_decode.loss_name, head.loss_decode.loss_weight) == (
+        3,
+        7,
+        'loss_own',
+        0.5,
+    )
+    assert head.sampler.thresh == 0.7
+    assert head.align_corners is False
+    assert model.decode_head.align_corners is True
+
+
+def test_gradients_stop_where_they_should(voc, tmp_path):
+    """What teaches is a constant; ignored pixels teach nothing; the self-teacher's own loss reaches the backbone."""
+    label = torch.randint(0, 11, (2, 48, 48))
+    label[0, :24] = 255
+    losses, model = step(frskd_config(voc, tmp_path), label)
+    students, teachers = list(model.backbone.parameters()), list(model.self_teacher.parameters())
+    teachers = [p for p in teachers if p.requires_grad]
+    for name in ('loss_kd', 'loss_feature'):
+        loss = losses[f'self_teacher.{name}']
+        assert not any(g is not None for g in torch.autograd.grad(loss, teachers, retain_graph=True, allow_unused=True))
+        assert any(g.abs().sum() > 0 for g in torch.autograd.grad(loss, students, retain_graph=True))
+    grads = torch.autograd.grad(losses['self_teacher.loss_ce'], students + teachers, retain_graph=True)
+    assert all(g is not None for g in grads)
+    logits = torch.randn(2, 11, 48, 48, requires_grad=True)
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=each[None])) for each in label]
+    feats = model.backbone(torch.randn(2, 3, 48, 48))
+    model.self_teacher.loss(feats, samples, logits, False)['loss_kd'].backward()
+    assert not logits.grad[0, :, :24].any()
+    assert (logits.grad[0, :, 24:].abs().sum(0) > 0).all()
+    assert (logits.grad[1].abs().sum(0) > 0).all()
+
+
+@pytest.mark.parametrize('avg_non_ignore', [False, True])
+def test_all_ignored(voc, tmp_path, avg_non_ignore):
+    options = {'model.decode_head.loss_decode.avg_non_ignore': avg_non_ignore}
+    losses, model = step(frskd_config(voc, tmp_path, **options), torch.full((2, 48, 48), 255))
+    assert losses['self_teacher.loss_kd'] == 0
+    assert torch.isfinite(losses['self_teacher.loss_feature'])
+    sum(v for k, v in losses.items() if '.loss' in k).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize('mode', ['whole', 'slide'])
+def test_published_checkpoint_is_the_vanilla_model(voc, tmp_path, mode):
+    """Strict load with the config's auxiliary head, bit-identical predictions, no self-teacher at inference."""
+    options = {'model.test_cfg': dict(mode=mode, crop_size=(64, 64), stride=(32, 32)), 'train_cfg.max_iters': 2}
+    runner = train(frskd_config(voc, tmp_path, **options))
+    source, out = tmp_path / 'iter_2.pth', tmp_path / 'published.pth'
+    command = [sys.executable, str(ROOT / 'tools/publish_model.py'), str(source), str(out)]
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    cfg = config(voc, tmp_path, **options)
+    vanilla = MODELS.build(cfg.model).eval()
+    vanilla.load_state_dict(torch.load(out, weights_only=True)['state_dict'], strict=True)
+    batch = next(iter(runner.val_dataloader))
+    model = runner.model.eval()
+    model.self_teacher.forward = lambda *_: pytest.fail('the self-teacher ran at inference')
+    with torch.no_grad():
+        ours, theirs = model.test_step(batch)[0], vanilla.test_step(batch)[0]
+        x = torch.randn(1, 3, 64, 64)
+        assert torch.equal(model(x, mode='tensor'), vanilla(x, mode='tensor'))
+    torch.testing.assert_close(ours.seg_logits.data, theirs.seg_logits.data, rtol=0, atol=0)
+
+
+def test_training_goes_on_from_a_vanilla_checkpoint(voc, tmp_path):
+    train(config(voc, tmp_path / 'vanilla', **{'train_cfg.max_iters': 1}))
+    checkpoint = tmp_path / 'vanilla/iter_1.pth'
+    options = {'train_cfg.max_iters': 1, 'optim_wrapper.optimizer.lr': 0.0, 'load_from': str(checkpoint)}
+    started = train(frskd_config(voc, tmp_path / 'ours', **options)).model.state_dict()
+    for name, p in torch.load(checkpoint)['state_dict'].items():
+        if 'running' not in name and 'num_batches' not in name:
+            assert torch.equal(started[name], p), name
+
+
+@pytest.mark.parametrize('stop', [2, 5])
+def test_resume_in_and_after_warm_up_is_exact(voc, tmp_path, stop):
+    straight = frskd_config(voc, tmp_path / 'straight')
+    train(straight)
+    resumed = frskd_config(voc, tmp_path / 'resumed')
+    resumed.resume, resumed.load_from = True, str(tmp_path / f'straight/iter_{stop}.pth')
+    train(resumed)
+    results = [torch.load(tmp_path / name / 'iter_7.pth') for name in ('straight', 'resumed')]
+    for key in ('state_dict', 'optimizer'):
+        assert_same_state(results[0][key], results[1][key])
+
+
+def test_mixed_precision_and_accumulation(voc, tmp_path, monkeypatch):
+    """bfloat16 forward passes, KL and attention transfer in float32; weights change at every second step only."""
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+    cfg = frskd_config(voc, tmp_path, teacher={'warmup': 0.0}, **{'train_cfg.max_iters': 4})
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0, accumulative_counts=2)
+    types = []
+
+    class Types(Hook):
+        def before_train(self, runner):
+            runner.model.decode_head.register_forward_hook(lambda m, a, out: types.append(out.dtype))
+            runner.model.self_teacher.head.conv.register_forward_hook(lambda m, a, out: types.append(out.dtype))
+            forward = runner.model.self_teacher.loss
+
+            def loss(*args):
+                out = forward(*args)
+                types.extend([out['loss_kd'].dtype, out['loss_feature'].dtype])
+                return out
+
+            runner.model.self_teacher.loss = loss
+
+    runner = train(cfg, watch := Watch(), Types())
+    assert set(types[::3]) == {torch.bfloat16}
+    assert set(types[1::3] + types[2::3]) == {torch.float32}
+    assert all(torch.isfinite(p).all() for p in runner.model.parameters())
+    weights = [model.decode_head.conv_seg.weight for model, _, _ in watch.steps]
+    assert [torch.equal(a, b) for a, b in zip(weights, weights[1:])] == [True, False, True]
+
+
+def test_two_processes_train_the_same_weights(voc, tmp_path):
+    (tmp_path / 'dump_weights.py').write_text(
+        """
+import os, torch
+from mmengine.hooks import Hook
+class DumpWeights(Hook):
+    def after_train(self, runner):
+        weights = {k: v for k, v in runner.model.module.named_parameters()}
+        torch.save(weights, os.path.join(runner.work_dir, f'rank{runner.rank}.pth'))
+"""
+    )
+    cfg = frskd_config(voc, tmp_path / 'run', dict(type='dump_weights.DumpWeights'), **{'train_cfg.max_iters': 4})
+    cfg.custom_imports = dict(imports=['seg_runs'])
+    cfg.dump(tmp_path / 'config.py')
+    paths = [str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    command += [str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py'), '--launcher', 'pytorch']
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2)]
+    assert_same_state(*ranks)
+    started = torch.load(tmp_path / 'run/iter_1.pth')['state_dict']
+    assert not torch.equal(started['self_teacher.head.conv_seg.weight'], ranks[0]['self_teacher.head.conv_seg.weight'])
+
+
+def test_beside_pskd(voc, tmp_path):
+    """PS-KD changes the decode head's cross-entropy only; its past copy does not run the self-teacher."""
+    hook = dict(type='selfkd_mmseg.PSKDHook', alpha=0.8, interval=3)
+    train(frskd_config(voc, tmp_path, hook), watch := Watch())
+    logged = watch.steps[-1][2]
+    assert logged['decode.loss_ce'] == pytest.approx(logged['pskd_hard'] + logged['pskd_soft'], rel=1e-5)
+    assert logged['pskd_soft'] > 0
+    assert logged['self_teacher.loss_kd'] > 0
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_heads(voc, tmp_path, base):
+    """FRSKD and PS-KD together over MMSegmentation's own models: two steps in a Runner."""
+    options = {'train_cfg.max_iters': 2, 'model.type': 'selfkd_mmseg.FRSKDEncoderDecoder'}
+    options['model.self_teacher'] = dict(in_channels=BASES[base], warmup=0.5)
+    cfg = config(voc, tmp_path, dict(type='selfkd_mmseg.PSKDHook', interval=1), base=base, **options)
+    runner = train(cfg, watch := Watch())
+    logged = watch.steps[-1][2]
+    assert logged['pskd_soft'] > 0
+    assert logged['self_teacher.loss_kd'] > 0
+    assert logged['self_teacher.loss_feature'] > 0
+    assert ('aux.loss_ce' in logged) == ('auxiliary_head' in cfg.model)
+    state = {k: v for k, v in runner.model.state_dict().items() if not k.startswith('self_teacher.')}
+    MODELS.build(tiny(base)).load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize(
+    ('teacher', 'options', 'message'),
+    [
+        (
+            {'in_channels': [8, 16, 32, 32]},
+            {},
+            r'in_channels is \[8, 16, 32, 32\], but the feature maps .* have \[8, 16, 32, 64\] channels',
+        ),
+        ({'in_channels': [8, 16]}, {}, r'have \[8, 16, 32, 64\] channels: set in_channels to these'),
+        ({'in_index': [0, 1, 2, 4]}, {}, r'have \[8, 16, 32, 64\] channels'),
+        ({'in_channels': 64}, {}, 'in_channels must list those of 2 feature maps or more, got 64'),
+        ({'in_index': [0, 1]}, {}, r'in_index must name 4 feature maps, got \[0, 1\]'),
+        ({'warmup': 1.0}, {}, r'warmup in \[0, 1\), got 1.0, 50.0, 1.0'),
+        ({'num_classes': 12}, {}, 'self_teacher.num_classes is 12, but the decode head has 11 classes'),
+        (
+            {},
+            {'model.decode_head.loss_decode.use_sigmoid': True},
+            r"FCNHead trains 11 outputs with \['CrossEntropyLoss'\], .* use_sigmoid=False",
+        ),
+        (
+            {},
+            {'model.decode_head.num_classes': 2, 'model.decode_head.out_channels': 1},
+            'FCNHead trains 1 outputs .* decode_head.out_channels must be num_classes',
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(voc, tmp_path, teacher, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(frskd_config(voc, tmp_path, teacher=teacher, **options))
+
+
+def test_models_that_cannot_work_are_refused(voc, tmp_path):
+    cfg = frskd_config(voc, tmp_path)
+    cfg.model.decode_head = [cfg.model.decode_head, cfg.model.decode_head]
+    cfg.model.num_stages = 2
+    with pytest.raises(ValueError, match='not a cascade of several'):
+        Runner.from_cfg(cfg)
+    cfg = frskd_config(voc, tmp_path)
+    cfg.model.decode_head = ConfigDict(
+        type='DAHead', in_channels=64, in_index=3, channels=8, pam_channels=8, num_classes=11
+    )
+    with pytest.raises(ValueError, match='DAHead is not supported: it needs a decode head that computes its loss as'):
+        Runner.from_cfg(cfg)
+
+
+@pytest.mark.parametrize('calls', [0, 2])
+def test_a_head_whose_logits_are_not_known_is_an_error(voc, tmp_path, calls):
+    """Not a plain run."""
+    runner = Runner.from_cfg(frskd_config(voc, tmp_path))
+    head = runner.model.decode_head
+    by_feat = head.loss_by_feat
+    head.loss_by_feat = lambda *args: (
+        [by_feat(*args) for _ in range(calls)][0] if calls else {'loss_ce': args[0].mean()}
+    )
+    with pytest.raises(RuntimeError, match=f'FCNHead called its loss {calls} times in a training step'):
+        runner.train()
