@@ -135,7 +135,7 @@ def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, case):
     assert (ignored > 0) == (model == 'retinanet')
 
 
-@pytest.mark.parametrize('model', ['faster', 'cascade', 'c4'])
+@pytest.mark.parametrize('model', ['faster', 'mask', 'cascade', 'c4'])
 def test_cskd_recomputed_pair_by_pair(voc, tmp_path, model):
     options = f'{CSKD} SELFKD.CSKD.WEIGHT 0.5 SELFKD.CSKD.TEMPERATURE 2.0 SOLVER.MAX_ITER 2'
     train(config(voc, tmp_path, model, options), spy := Spy())
