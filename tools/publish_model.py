@@ -7,10 +7,10 @@ The result loads strictly into the plain model's config and gives the same predi
 
 import argparse
 
-from selfkd_mmengine.publish import publish_checkpoint
+from selfkd.publish import publish_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('checkpoint', help="a checkpoint of mmengine's runner (only files you trust: it is unpickled)")
+parser.add_argument('checkpoint', help='a checkpoint of mmengine or Detectron2 (only files you trust: it is unpickled)')
 parser.add_argument('out', help='the file to write')
 args = parser.parse_args()
 dropped = publish_checkpoint(args.checkpoint, args.out)

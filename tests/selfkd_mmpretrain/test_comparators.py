@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from mmpretrain.registry import MODELS
 
 from selfkd.losses import byot_loss, ddgsd_loss, tfkd_loss
-from selfkd_mmengine.publish import publish_checkpoint
+from selfkd.publish import publish_checkpoint
 from selfkd_mmpretrain.frskd_head import target_of
 
 TFKD = dict(type='selfkd_mmpretrain.TFKDHook', alpha=0.3, temperature=5.0, correct_prob=0.9)

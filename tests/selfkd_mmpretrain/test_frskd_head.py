@@ -12,7 +12,7 @@ from mmengine.config import ConfigDict
 from mmpretrain.registry import MODELS
 
 from selfkd.losses import attention_transfer, hint_loss, overhaul_loss
-from selfkd_mmengine.publish import strip_self_teacher
+from selfkd.publish import strip_self_teacher
 from selfkd_mmpretrain.frskd_head import target_of
 
 PSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
