@@ -1,5 +1,7 @@
 """Self-knowledge distillation for MMDetection."""
 
+from .cskd_hook import CSKDHook
+from .metrics import DetectionCalibration
 from .pskd_hook import PSKDHook
 
-__all__ = ['PSKDHook']
+__all__ = ['CSKDHook', 'DetectionCalibration', 'PSKDHook']
