@@ -7,7 +7,7 @@ from mmdet.models.losses import CrossEntropyLoss, FocalLoss
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from torch import nn
 
-__all__ = ['check_dense_head', 'check_region_heads', 'region_heads', 'stage_of']
+__all__ = ['check_dense_head', 'check_region_heads', 'check_region_loss', 'region_heads', 'stage_of']
 
 # Exactly these: subclasses choose positives by looking at predictions, or compute other losses.
 DENSE_HEADS = (RetinaHead, FCOSHead, ATSSHead)
@@ -37,12 +37,17 @@ def check_region_heads(hook: str, model: nn.Module) -> None:
             'two-stage detector with StandardRoIHead or CascadeRoIHead (Faster, Mask, Cascade R-CNN)'
         )
     for head in region_heads(model):
-        loss = head.loss_cls
-        if type(loss) is not CrossEntropyLoss or loss.use_sigmoid or loss.use_mask:
-            raise ValueError(
-                f'{hook}: {type(head).__name__} classifies regions with {type(loss).__name__}, but distillation is '
-                'between softmax predictions: use loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False)'
-            )
+        check_region_loss(hook, head)
+
+
+def check_region_loss(user: str, head: nn.Module) -> None:
+    """Refuses a box head whose classification is no softmax."""
+    loss = head.loss_cls
+    if type(loss) is not CrossEntropyLoss or loss.use_sigmoid or loss.use_mask:
+        raise ValueError(
+            f'{user}: {type(head).__name__} classifies regions with {type(loss).__name__}, but distillation is '
+            'between softmax predictions: use loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False)'
+        )
 
 
 def check_dense_head(hook: str, model: nn.Module) -> None:

@@ -19,8 +19,8 @@ class DetectionCalibration(BaseMetric):
 
     The expected calibration error of the scores over all detections of all classes with a score of at least
     ``score_thr``, where a detection is right if it is a true positive of VOC's matching: the best-scored one of its
-    class that overlaps an object with an IoU of at least ``iou_thr``. Detections of difficult objects count neither way.
-    NaN where there are none. This is D-ECE without box positions:
+    class that overlaps an object with an IoU of at least ``iou_thr``. Detections of difficult objects count
+    neither way. NaN where there are none. This is D-ECE without box positions:
 
     Küppers et al., "Multivariate Confidence Calibration for Object Detection", CVPR Workshops 2020
     https://arxiv.org/abs/2004.13546
