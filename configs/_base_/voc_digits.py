@@ -38,11 +38,11 @@ val_evaluator = [
 ]
 test_dataloader, test_evaluator = val_dataloader, val_evaluator
 
-epochs = 12
+epochs = 16
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=2e-3, weight_decay=1e-2), clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='CosineAnnealingLR', T_max=epochs, convert_to_iter_based=True),
+    dict(type='MultiStepLR', milestones=[epochs * 3 // 4, epochs - 1], gamma=0.1),
 ]
 train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=epochs)
 val_cfg, test_cfg = dict(), dict()

@@ -2,6 +2,7 @@
 
 from typing import List
 
+import torch
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules import SamplingResult
@@ -73,20 +74,22 @@ class FRSKDRoIHead(StandardRoIHead):
             )
         check_region_loss('FRSKDRoIHead', self.bbox_head)
         channels = [self.bbox_roi_extractor.out_channels] * levels
-        # All that is for training only is in here: what tools/publish_model.py drops.
-        self.self_teacher = nn.ModuleDict(
-            {
-                'pyramid': BiFPN(channels, channels, depth=depth, repeats=repeats),
-                'bbox_head': BBoxHead(
-                    with_avg_pool=True,
-                    with_reg=False,
-                    roi_feat_size=self.bbox_roi_extractor.roi_layers[0].output_size,
-                    in_channels=channels[0],
-                    num_classes=self.bbox_head.num_classes,
-                    loss_cls=kwargs['bbox_head']['loss_cls'],
-                ),
-            }
-        )
+        # All that is for training only is in here: what tools/publish_model.py drops. Its weights are drawn from a copy
+        # of the random state, so that the detector itself starts as it would without it.
+        with torch.random.fork_rng(devices=[]):
+            self.self_teacher = nn.ModuleDict(
+                {
+                    'pyramid': BiFPN(channels, channels, depth=depth, repeats=repeats),
+                    'bbox_head': BBoxHead(
+                        with_avg_pool=True,
+                        with_reg=False,
+                        roi_feat_size=self.bbox_roi_extractor.roi_layers[0].output_size,
+                        in_channels=channels[0],
+                        num_classes=self.bbox_head.num_classes,
+                        loss_cls=kwargs['bbox_head']['loss_cls'],
+                    ),
+                }
+            )
 
     def bbox_loss(self, x: List[Tensor], sampling_results: List[SamplingResult]) -> dict:
         """As ``StandardRoIHead``'s, with the self-teacher's losses beside."""

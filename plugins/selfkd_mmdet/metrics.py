@@ -64,16 +64,19 @@ class DetectionCalibration(BaseMetric):
                 }
                 for name in ('pred_instances', 'gt_instances', 'ignored_instances')
             )
+            pairs = []  # of score and true positive
             for label in np.unique(found['labels']):
                 mine = (found['labels'] == label) & (found['scores'] >= self.score_thr)
                 detections = np.column_stack([found['bboxes'][mine], found['scores'][mine]])
                 boxes, others = (part['bboxes'][part['labels'] == label] for part in (truth, ignored))
                 right, wrong = tpfp_default(detections, boxes, others, self.iou_thr)
                 counted = (right + wrong)[0] > 0
-                self.results += zip(detections[counted, 4].tolist(), right[0][counted].tolist())
+                pairs += zip(detections[counted, 4].tolist(), right[0][counted].tolist())
+            self.results.append(pairs)  # one entry per image: mmengine drops what is beyond their number
 
-    def compute_metrics(self, results: List[tuple]) -> Dict[str, float]:
-        if not results:
+    def compute_metrics(self, results: List[list]) -> Dict[str, float]:
+        pairs = [pair for image in results for pair in image]
+        if not pairs:
             return {'ece': float('nan'), 'detections': 0}
-        confidence, correct = torch.tensor(results, dtype=torch.float64).T
-        return {'ece': 100 * calibration_error_of(confidence, correct, bins=self.bins), 'detections': len(results)}
+        confidence, correct = torch.tensor(pairs, dtype=torch.float64).T
+        return {'ece': 100 * calibration_error_of(confidence, correct, bins=self.bins), 'detections': len(pairs)}
