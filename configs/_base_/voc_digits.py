@@ -38,8 +38,8 @@ val_evaluator = [
 ]
 test_dataloader, test_evaluator = val_dataloader, val_evaluator
 
-epochs = 16
-optim_wrapper = dict(optimizer=dict(type='AdamW', lr=2e-3, weight_decay=1e-2), clip_grad=dict(max_norm=10))
+epochs = 20
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-2), clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='MultiStepLR', milestones=[epochs * 3 // 4, epochs - 1], gamma=0.1),
