@@ -215,4 +215,4 @@ def bfloat16(monkeypatch, cfg) -> None:
     cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
     if 'roi_head' in cfg.model:
         cfg.model.rpn_head.type = 'Float32RPNHead'
-        cfg.model.roi_head.bbox_roi_extractor.type = 'Float32RoIExtractor'
+        cfg.model.roi_head.bbox_roi_extractor.type = 'Float32RoIExtractor'  # the self-teacher's, too

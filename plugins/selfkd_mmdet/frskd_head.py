@@ -17,6 +17,8 @@ from .heads import check_region_loss
 
 __all__ = ['FRSKDRoIHead']
 
+POINTS = 4
+
 
 @MODELS.register_module()
 class FRSKDRoIHead(StandardRoIHead):
@@ -26,8 +28,8 @@ class FRSKDRoIHead(StandardRoIHead):
     https://arxiv.org/abs/2103.08273
 
     In training a self-teacher refines the neck's maps with a two-way pyramid (:class:`selfkd.pyramid.BiFPN`, as many
-    channels as the neck), classifies the sampled regions from the refined maps (average pool and a linear layer, as in
-    the paper), learns their labels, and teaches: its prediction of each region by the temperature KL, its refined maps
+    channels as the neck), classifies the sampled regions from the refined maps (average over 4 x 4 points and a linear
+    layer), learns their labels, and teaches: its prediction of each region by the temperature KL, its refined maps
     by attention transfer to the neck's. Everything else is ``StandardRoIHead``'s, with the same parameter names, so the
     weights load into that head (``tools/publish_model.py`` drops the self-teacher). It is one option of a config::
 
@@ -80,10 +82,17 @@ class FRSKDRoIHead(StandardRoIHead):
             self.self_teacher = nn.ModuleDict(
                 {
                     'pyramid': BiFPN(channels, channels, depth=depth, repeats=repeats),
+                    # It averages over a region: POINTS x POINTS samples do, and cost a third of the usual ones.
+                    'roi_extractor': MODELS.build(
+                        {
+                            **kwargs['bbox_roi_extractor'],
+                            'roi_layer': dict(type='RoIAlign', output_size=POINTS, sampling_ratio=1),
+                        }
+                    ),
                     'bbox_head': BBoxHead(
                         with_avg_pool=True,
                         with_reg=False,
-                        roi_feat_size=self.bbox_roi_extractor.roi_layers[0].output_size,
+                        roi_feat_size=POINTS,
                         in_channels=channels[0],
                         num_classes=self.bbox_head.num_classes,
                         loss_cls=kwargs['bbox_head']['loss_cls'],
@@ -100,7 +109,7 @@ class FRSKDRoIHead(StandardRoIHead):
         feats = x[: self.bbox_roi_extractor.num_inputs]
         refined = self.self_teacher['pyramid'](feats)
         teacher = self.self_teacher['bbox_head']
-        logits, _ = teacher(self.bbox_roi_extractor(refined, rois))
+        logits, _ = teacher(self.self_teacher['roi_extractor'](refined, rois))
         own = teacher.loss_and_target(logits, None, rois, sampling_results, self.train_cfg)
         results['loss_bbox'].update(
             loss_teacher=own['loss_bbox']['loss_cls'],

@@ -58,7 +58,7 @@ def test_losses_recomputed(voc, tmp_path, case):
     for step in watch.steps:
         head, feats = step['head'], step['regions']
         maps = head.self_teacher['pyramid'](feats)
-        pooled = head.bbox_roi_extractor(maps, step['rois']).mean((2, 3))
+        pooled = head.self_teacher['roi_extractor'](maps, step['rois']).mean((2, 3))
         t, z, y = head.self_teacher['bbox_head'].fc_cls(pooled), step['logits'].requires_grad_(), step['label']
         p, q = F.softmax(t / 4, 1), F.softmax(z / 4, 1)
         expected = {

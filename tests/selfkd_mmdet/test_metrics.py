@@ -4,8 +4,10 @@ import pytest
 import torch
 from det_runs import config
 from mm_runs import train
+from PIL import Image
 
 from selfkd_mmdet import DetectionCalibration
+from selfkd_mmdet.report import detect, draw, table
 
 BOX, APART, DIFFICULT = [0.0, 0, 10, 10], [50.0, 50, 60, 60], [20.0, 20, 30, 30]
 
@@ -42,8 +44,17 @@ def test_hand_worked_error():
         DetectionCalibration(score_thr=1.0)
 
 
-def test_in_a_real_validation(voc, tmp_path):
-    runner = train(config(voc, tmp_path, **{'train_cfg.max_epochs': 1}))
+def test_in_a_real_validation_and_report(voc, tmp_path):
+    runner = train(config(voc, tmp_path / 'run', **{'train_cfg.max_epochs': 1, 'model.test_cfg.rcnn.score_thr': 0.0}))
     found = runner.val()
     assert {'pascal_voc/mAP', 'calibration/ece', 'calibration/detections'} <= found.keys()
     assert 0 <= found['calibration/ece'] <= 100
+    again = detect(str(tmp_path / 'run'))
+    assert again.metrics == pytest.approx(found)
+    assert len(again.samples) == 2
+    mean, spread = 100 * found['pascal_voc/mAP'], 0.0
+    assert f'| x | 2 | {mean:.1f} ± {spread:.1f} |' in table({'x': [again, again]})
+    draw({'x': [again]}, str(tmp_path / 'x.png'), score_thr=0.0)
+    assert Image.open(tmp_path / 'x.png').size[0] > 300
+    with pytest.raises(FileNotFoundError, match='found 0 configs'):
+        detect(str(tmp_path))
