@@ -1,5 +1,6 @@
 """FRSKD for MMDetection's two-stage detectors with a feature pyramid."""
 
+import copy
 from typing import List
 
 import torch
@@ -95,10 +96,10 @@ class FRSKDRoIHead(StandardRoIHead):
                         roi_feat_size=POINTS,
                         in_channels=channels[0],
                         num_classes=self.bbox_head.num_classes,
-                        loss_cls=kwargs['bbox_head']['loss_cls'],
                     ),
                 }
             )
+            self.self_teacher['bbox_head'].loss_cls = copy.deepcopy(self.bbox_head.loss_cls)
 
     def bbox_loss(self, x: List[Tensor], sampling_results: List[SamplingResult]) -> dict:
         """As ``StandardRoIHead``'s, with the self-teacher's losses beside."""

@@ -125,14 +125,20 @@ class PSKDHook(PSKDHookBase):
 
     def _region_losses(self, stage: int, arguments: Dict[str, object]) -> Tensor:
         logits, label = arguments['cls_score'], arguments['label']
-        roi_head = self.teacher.model.roi_head
-        stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
-        with torch.no_grad():
-            past = roi_head._bbox_forward(*stage_argument, self._past_feats, self._rois)['cls_score'].float().softmax(1)
+        if self.background:
+            past = self._classify(stage, self._rois)
+        else:
+            past = F.one_hot(label, logits.shape[1]).float()
+            foreground = label != region_heads(self.student)[stage].num_classes
+            if foreground.any():
+                past[foreground] = self._classify(stage, self._rois[foreground])
         if stage + 1 == len(region_heads(self.student)):
             self._past_feats = None  # not to be held through the backward pass
-        if not self.background:
-            is_background = (label == region_heads(self.student)[stage].num_classes)[:, None]
-            past = torch.where(is_background, F.one_hot(label, past.shape[1]).to(past.dtype), past)
         class_weight = None if self.tapped.class_weight is None else past.new_tensor(self.tapped.class_weight)
         return soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none')
+
+    @torch.no_grad()
+    def _classify(self, stage: int, rois: Tensor) -> Tensor:
+        roi_head = self.teacher.model.roi_head
+        stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
+        return roi_head._bbox_forward(*stage_argument, self._past_feats, rois)['cls_score'].float().softmax(1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
 from selfkd_mmengine import backbone as tool
@@ -30,6 +31,7 @@ def pretrained(folder, depth, **backbone):
         )
     )
     cfg.dump(folder / 'config.py')
+    init_default_scope('mmpretrain')  # other tests' runners leave theirs
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
@@ -46,11 +48,15 @@ def pretrained(folder, depth, **backbone):
 def test_mmdet_starts_from_it(tmp_path, depth):
     source, config = pretrained(tmp_path, depth)
     target = tmp_path / 'backbone.pth'
-    command = [sys.executable, str(ROOT / 'tools/convert_backbone.py'), source, str(target)]
-    outcome = subprocess.run([*command, '--to', 'mmdet', '--config', config], capture_output=True, text=True)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
-    assert f"checkpoint='{target}'" in outcome.stdout
-    assert 'largest relative difference of features' in outcome.stdout
+    if depth == 18:
+        command = [sys.executable, str(ROOT / 'tools/convert_backbone.py'), source, str(target)]
+        outcome = subprocess.run([*command, '--to', 'mmdet', '--config', config], capture_output=True, text=True)
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        assert f"checkpoint='{target}'" in outcome.stdout
+        assert 'largest relative difference of features' in outcome.stdout
+    else:
+        found = tool.convert_backbone(source, str(target), to='mmdet', config=config)
+        assert found.difference <= 1e-4
     weights = torch.load(target, weights_only=True)['state_dict']
     start = {k[9:]: v for k, v in torch.load(source)['state_dict'].items() if k.startswith('backbone.')}
     assert weights.keys() == start.keys()
