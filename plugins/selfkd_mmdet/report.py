@@ -79,6 +79,9 @@ def table(groups: Dict[str, List[Detections]]) -> str:
 def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, score_thr: float = 0.3) -> None:
     """Draws the truth and each group's first run on the test images with the most objects; a row per image.
 
+    Green is right (class, and IoU of at least 0.5 with an object of it), red is wrong. Of boxes that overlap by half
+    only the best-scored is drawn.
+
     Args:
         score_thr: detections below are left out.
     """
@@ -106,17 +109,20 @@ def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, sco
             else:
                 truth, found = runs[name].samples[index].gt_instances, runs[name].samples[index].pred_instances
                 found = found[found.scores >= score_thr]
+                found = found[found.scores.argsort(descending=True)]
                 labels = []
                 for box, label, score in zip(found.bboxes, found.labels, found.scores):
+                    if any(_iou(box, shown) >= 0.5 for shown, *_ in labels):
+                        continue
                     right = any(_iou(box, b) >= 0.5 and label == y for b, y in zip(truth.bboxes, truth.labels))
                     labels.append((box, label, f' {score:.2f}', 'lime' if right else 'orangered'))
-            for box, label, score, color in labels:
+            for box, label, score, color in reversed(labels):  # the best-scored on top
                 x1, y1, x2, y2 = box.tolist()
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.5))
                 text = axis.text(x1, y1 - 1, first.classes[label] + score, color='black', fontsize=7, va='bottom')
                 text.set_bbox(dict(facecolor=color, edgecolor='none', pad=1, alpha=0.8))
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
