@@ -13,6 +13,7 @@ SUITES = {
     'loss': 'selfkd.benchmark:loss_suite',
     'mmpretrain': 'selfkd_mmpretrain.benchmark:step_suite',
     'distillation': 'selfkd_mmpretrain.benchmark:distillation_suite',
+    'mmdet': 'selfkd_mmdet.benchmark:step_suite',
     'mmseg': 'selfkd_mmseg.benchmark:step_suite',
     'fairseq': 'selfkd_fairseq.benchmark:step_suite',
 }

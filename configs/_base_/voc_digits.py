@@ -32,14 +32,17 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(ann_file='VOC2007/ImageSets/Main/test.txt', test_mode=True, pipeline=test_pipeline, **dataset),
 )
-val_evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='area')
+val_evaluator = [
+    dict(type='VOCMetric', metric='mAP', eval_mode='area'),
+    dict(type='selfkd_mmdet.DetectionCalibration'),
+]
 test_dataloader, test_evaluator = val_dataloader, val_evaluator
 
-epochs = 12
-optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4), clip_grad=dict(max_norm=10))
+epochs = 20
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-2), clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='MultiStepLR', by_epoch=True, milestones=[epochs * 2 // 3, epochs * 11 // 12], gamma=0.1),
+    dict(type='MultiStepLR', milestones=[epochs * 3 // 4, epochs - 1], gamma=0.1),
 ]
 train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=epochs)
 val_cfg, test_cfg = dict(), dict()

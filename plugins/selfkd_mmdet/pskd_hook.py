@@ -1,42 +1,51 @@
-"""PS-KD for MMDetection's two-stage detectors."""
+"""PS-KD for MMDetection."""
 
 from typing import Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
-from mmdet.models.losses import CrossEntropyLoss
 from mmdet.models.losses.utils import weight_reduce_loss
-from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from selfkd.losses import soft_cross_entropy
+from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd_mmengine import PSKDHookBase
+
+from .heads import check_dense_head, check_region_heads, region_heads, stage_of
 
 __all__ = ['PSKDHook']
 
 
 @HOOKS.register_module()
 class PSKDHook(PSKDHookBase):
-    """Progressive self-knowledge distillation of the region classification of Faster, Mask and Cascade R-CNN.
+    """Progressive self-knowledge distillation of a detector's classification, two-stage and one-stage.
 
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
     https://arxiv.org/abs/2006.12000
 
-    A frozen past copy of the detector (of the end of the previous epoch) classifies the same regions that the student
-    was given, and the target of the classification loss becomes ``(1 - alpha_t) * label + alpha_t * past``. Sampling,
-    region weights, normalisation, box regression, masks and the RPN are the toolkit's own. Nothing else of the config
+    The teacher is a frozen past copy of the detector (of the end of the previous epoch). Nothing else of the config
     changes::
 
         custom_hooks = [dict(type='selfkd_mmdet.PSKDHook', alpha=0.8)]
+
+    Two-stage detectors (Faster, Mask, Cascade R-CNN): it classifies the same regions that the student was given, and
+    the target of the classification loss becomes ``(1 - alpha_t) * label + alpha_t * past``.
+
+    One-stage detectors with sigmoids (RetinaNet, FCOS, ATSS): it classifies the same anchors or points, and the loss
+    becomes ``(1 - alpha_t) * focal(label) + alpha_t * soft_weight * qfl(past)``, with the quality focal loss: unlike
+    the focal loss of a soft target it is least where student and past agree.
+
+    Sampling, assignment, weights, normalisation, box regression, masks and the RPN are the toolkit's own.
 
     Args:
         alpha: final share of the past prediction, in [0, 1].
         interval: in iteration-based loops: iterations between two refreshes of the past copy. Defaults to one pass over
             the training set.
-        background: also soften the target of background regions, whose class is one like the others. False leaves
-            their label hard.
+        background: two-stage: also soften the target of background regions, whose class is one like the others. False
+            leaves their label hard.
+        soft_weight: one-stage: weight of the teacher's term, at least 0.
 
     Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of ``loss_cls``), with the
     prefix ``s0.``, ``s1.``, ... for the stages of Cascade R-CNN.
@@ -47,70 +56,89 @@ class PSKDHook(PSKDHookBase):
 
     fires_every_step = False  # mmdet leaves out the loss of a batch without regions
 
-    def __init__(self, alpha: float = 0.8, interval: Optional[int] = None, background: bool = True):
+    def __init__(
+        self,
+        alpha: float = 0.8,
+        interval: Optional[int] = None,
+        background: bool = True,
+        soft_weight: float = 1.0,
+    ):
         super().__init__(alpha, snapshot=True, interval=interval)
-        self.background = background
+        if not soft_weight >= 0:
+            raise ValueError(f'PSKDHook: soft_weight must be at least 0, got {soft_weight}')
+        self.background, self.soft_weight = background, soft_weight
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
-        return [head.loss_cls for head in _bbox_heads(model)]
+        return [model.bbox_head.loss_cls] if self.many_calls else [head.loss_cls for head in region_heads(model)]
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
-        roi_head = getattr(model, 'roi_head', None)
-        if not isinstance(roi_head, (StandardRoIHead, CascadeRoIHead)) or not roi_head.with_bbox:
-            raise ValueError(
-                f'PSKDHook: {type(model).__name__} with the RoI head {type(roi_head).__name__} is not '
-                f'supported: it needs a '
-                f'two-stage detector with StandardRoIHead or CascadeRoIHead (Faster, Mask, Cascade R-CNN)'
-            )
-        for head in _bbox_heads(model):
-            loss = head.loss_cls
-            if type(loss) is not CrossEntropyLoss or loss.use_sigmoid or loss.use_mask:
-                raise ValueError(
-                    f'PSKDHook: {type(head).__name__} classifies regions with {type(loss).__name__}, but a past '
-                    f'prediction is '
-                    f'a softmax over classes: use loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False)'
-                )
-
-    def before_train(self, runner: Runner) -> None:
-        super().before_train(runner)
-        roi_head = self.student.roi_head
-        extractors = roi_head.bbox_roi_extractor
-        for extractor in extractors if isinstance(extractors, nn.ModuleList) else [extractors]:
-            self._handles.append(extractor.register_forward_pre_hook(self._see_regions))
+        one_stage = hasattr(model, 'bbox_head')
+        (check_dense_head if one_stage else check_region_heads)('PSKDHook', model)
+        if one_stage and not self.background:
+            raise ValueError('PSKDHook: background=False is for two-stage detectors: remove it')
+        if not one_stage and self.soft_weight != 1:
+            raise ValueError('PSKDHook: soft_weight is for one-stage detectors (their two terms differ): remove it')
+        self.many_calls = one_stage
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
         self.student = model
 
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        if not self.many_calls:
+            extractors = self.student.roi_head.bbox_roi_extractor
+            for extractor in extractors if isinstance(extractors, nn.ModuleList) else [extractors]:
+                self._handles.append(extractor.register_forward_pre_hook(self._see_regions))
+
     def before_forward(self, inputs: Tensor) -> None:
-        if self.teacher_ready:
-            with torch.no_grad():
-                self._past_feats = self.teacher.model.extract_feat(inputs)
+        if not self.teaches:
+            return
+        teacher = self.teacher.model
+        with torch.no_grad():
+            feats = teacher.extract_feat(inputs)
+            if self.many_calls:
+                # In the order in which the heads hand their logits over: level by level, or all levels at once.
+                scores, classes = teacher.bbox_head(feats)[0], teacher.bbox_head.cls_out_channels
+                self._past = torch.cat([score.permute(0, 2, 3, 1).reshape(-1, classes) for score in scores])
+            else:
+                self._past_feats = feats
+
+    @property
+    def teaches(self) -> bool:
+        return self.teacher_ready and self.current_alpha > 0
 
     def _see_regions(self, extractor: nn.Module, args) -> None:
         self._rois = args[1]  # of the stage whose loss comes next
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
-        logits, label = arguments['cls_score'], arguments['label']
-        heads = _bbox_heads(self.student)
-        stage = next(i for i, head in enumerate(heads) if head.loss_cls is self.tapped)
-        prefix = f's{stage}.' if len(heads) > 1 else ''
-        if not self.teacher_ready or self.current_alpha == 0:
-            self.logs.update({f'{prefix}pskd_hard': loss.detach(), f'{prefix}pskd_soft': torch.zeros(())})
-            return loss
-        roi_head = self.teacher.model.roi_head
-        stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
-        with torch.no_grad():
-            past = roi_head._bbox_forward(*stage_argument, self._past_feats, self._rois)['cls_score'].float().softmax(1)
-        if not self.background:
-            is_background = (label == heads[stage].num_classes)[:, None]
-            past = torch.where(is_background, F.one_hot(label, past.shape[1]).to(past.dtype), past)
-        class_weight = None if self.tapped.class_weight is None else past.new_tensor(self.tapped.class_weight)
-        soft = soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none')
+        stage, prefix = (0, '') if self.many_calls else stage_of(self.student, self.tapped)
+        if not self.teaches:
+            return self.mix(loss, prefix=prefix)
+        soft = self._dense_losses(arguments['pred']) if self.many_calls else self._region_losses(stage, arguments)
         return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments), prefix)
 
+    def _dense_losses(self, logits: Tensor) -> Tensor:
+        past, self._past = self._past[: len(logits)], self._past[len(logits) :]
+        return self.soft_weight * quality_focal_loss(logits, past.sigmoid(), reduction='none').sum(1)
 
-def _bbox_heads(model: nn.Module) -> List[nn.Module]:
-    heads = model.roi_head.bbox_head
-    return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+    def _region_losses(self, stage: int, arguments: Dict[str, object]) -> Tensor:
+        logits, label = arguments['cls_score'], arguments['label']
+        if self.background:
+            past = self._classify(stage, self._rois)
+        else:
+            past = F.one_hot(label, logits.shape[1]).float()
+            foreground = label != region_heads(self.student)[stage].num_classes
+            if foreground.any():
+                past[foreground] = self._classify(stage, self._rois[foreground])
+        if stage + 1 == len(region_heads(self.student)):
+            self._past_feats = None  # not to be held through the backward pass
+        class_weight = None if self.tapped.class_weight is None else past.new_tensor(self.tapped.class_weight)
+        return soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none')
+
+    @torch.no_grad()
+    def _classify(self, stage: int, rois: Tensor) -> Tensor:
+        roi_head = self.teacher.model.roi_head
+        stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
+        return roi_head._bbox_forward(*stage_argument, self._past_feats, rois)['cls_score'].float().softmax(1)

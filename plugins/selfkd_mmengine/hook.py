@@ -30,6 +30,8 @@ class SelfKDHook(Hook):
 
     # Whether every training step calls the loss module; where images may have nothing to classify, only the first must.
     fires_every_step = True
+    # Whether a step may call a loss module several times (one-stage detectors do, once for each level of the pyramid).
+    many_calls = False
     priority = 'NORMAL'  # before CheckpointHook (VERY_LOW), so that what it saves is of this step
 
     def __init__(self):
@@ -47,7 +49,7 @@ class SelfKDHook(Hook):
         raise NotImplementedError
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
-        """All such modules, for models with several stages; each is called once in a training step."""
+        """All such modules, for models with several stages; a training step calls each once (see ``many_calls``)."""
         return [self.loss_module(model)]
 
     def check(self, runner: Runner, model: nn.Module) -> None:
@@ -111,7 +113,7 @@ class SelfKDHook(Hook):
     def _tap(self, module, args, kwargs, output):
         if not self._computing_loss:
             return None
-        if module in self._taps:
+        if module in self._taps and not self.many_calls:
             raise RuntimeError(
                 f'{type(self).__name__}: {type(module).__name__} was called more than once in a training step: '
                 f'this head '

@@ -60,11 +60,17 @@ class PSKDHookBase(SelfKDHook):
                 dist.broadcast(buffer)
             self.teacher_ready = True
 
-    def mix(self, hard: Tensor, soft: Tensor, prefix: str = '') -> Tensor:
-        """(1 - alpha) hard + alpha soft, both parts logged (cross-entropy is linear in its target)."""
-        hard, soft = (1 - self.current_alpha) * hard, self.current_alpha * soft
-        self.logs.update({f'{prefix}pskd_hard': hard.detach(), f'{prefix}pskd_soft': soft.detach()})
-        return hard + soft
+    def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '') -> Tensor:
+        """(1 - alpha) hard + alpha soft (cross-entropy is linear in its target), or ``hard`` where there is no past.
+
+        Both parts are logged, summed over the calls of a step.
+        """
+        if soft is not None:
+            hard, soft = (1 - self.current_alpha) * hard, self.current_alpha * soft
+        for name, part in (('hard', hard), ('soft', soft)):
+            past = self.logs.get(f'{prefix}pskd_{name}', torch.zeros(()))
+            self.logs[f'{prefix}pskd_{name}'] = past if part is None else past + part.detach()
+        return hard if soft is None else hard + soft
 
     def state_dict(self, runner: Runner, next_iter: int) -> dict:
         # At the start of a period the teacher is about to become the saved weights themselves.

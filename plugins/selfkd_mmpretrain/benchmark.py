@@ -14,6 +14,7 @@ from torch import nn
 
 from selfkd.benchmark import Cost, compare
 from selfkd.pyramid import SelfTeacherPyramid
+from selfkd_mmengine.benchmark import step_of
 
 __all__ = ['PlainPyramid', 'distillation_suite', 'step_suite']
 
@@ -68,25 +69,7 @@ def make_step(hook: Optional[dict], work_dir: str, frskd: bool = False, straight
     runner = Runner.from_cfg(cfg)
     if straightforward:
         runner.model.head.self_teacher['pyramid'] = PlainPyramid(LEVELS, 100)
-    runner._train_loop = runner.build_train_loop(runner._train_loop)
-    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    runner.optim_wrapper.initialize_count_status(runner.model, 0, 10**6)
-    for point in ('before_run', 'before_train', 'before_train_epoch'):
-        runner.call_hook(point)
-    runner.model.train()
-    batches = list(runner.train_dataloader)
-    loop, position = runner.train_loop, 0
-
-    def step():
-        nonlocal position
-        index = position % len(batches)
-        loop._epoch = position // len(batches)
-        loop.run_iter(index, dict(batches[index]))  # CS-KD takes the partners out of the dict
-        position += 1
-
-    for _ in batches:
-        step()
-    return step
+    return step_of(runner)
 
 
 def step_suite() -> List[Cost]:

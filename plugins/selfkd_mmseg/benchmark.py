@@ -11,6 +11,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from selfkd.benchmark import Cost, compare
+from selfkd_mmengine.benchmark import step_of
 
 __all__ = ['RandomScenes', 'make_step', 'step_suite']
 
@@ -48,35 +49,21 @@ def make_step(model: dict, work_dir: str, hook: Optional[dict] = None):
             train_dataloader=dict(
                 batch_size=8,
                 dataset=dict(type='RandomScenes', pipeline=[dict(type='PackSegInputs', meta_keys=())]),
-                sampler=dict(type='InfiniteSampler'),
+                sampler=dict(type='DefaultSampler', shuffle=True),
             ),
             optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
-            train_cfg=dict(by_epoch=False, max_iters=10**6),
+            train_cfg=dict(by_epoch=True, max_epochs=10**4),
             custom_hooks=[hook] if hook else [],
             work_dir=work_dir,
             experiment_name=f'benchmark-{work_dir}',
             log_level='ERROR',
         )
     )
-    runner = Runner.from_cfg(cfg)
-    runner._train_loop = runner.build_train_loop(runner._train_loop)
-    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    runner.optim_wrapper.initialize_count_status(runner.model, 0, 10**6)
-    for point in ('before_run', 'before_train', 'before_train_epoch'):
-        runner.call_hook(point)
-    runner.model.train()
-    loop, batches = runner.train_loop, iter(runner.train_dataloader)
-    loop._iter = 8 * 10**5  # PS-KD has a past copy, and alpha has grown
-
-    def step():
-        loop.run_iter(next(batches))
-
-    return step
+    return step_of(Runner.from_cfg(cfg))
 
 
 def step_suite() -> List[Cost]:
     """Segmentation: a step of FRSKD's model (EfficientNet-b0, FPN, three BiFPN layers), batch 8, 128 x 128 pixels."""
-    pskd = dict(type='selfkd_mmseg.PSKDHook', interval=4)
     frskd = {**MODEL, **FRSKD}
     warming = copy.deepcopy(frskd)
     frskd['self_teacher'] = dict(warmup=0.0, **FRSKD['self_teacher'])
@@ -85,7 +72,7 @@ def step_suite() -> List[Cost]:
         return compare(
             {
                 'plain': make_step(MODEL, f'{folder}/plain'),
-                'PS-KD': make_step(MODEL, f'{folder}/pskd', pskd),
+                'PS-KD': make_step(MODEL, f'{folder}/pskd', dict(type='selfkd_mmseg.PSKDHook')),
                 'FRSKD': make_step(frskd, f'{folder}/frskd'),
                 'FRSKD, warm-up': make_step(warming, f'{folder}/warming'),
             },

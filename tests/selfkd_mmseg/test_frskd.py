@@ -1,14 +1,13 @@
 """FRSKD in real MMSegmentation training runs."""
 
 import copy
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, assert_same_state, train
+from mm_runs import ROOT, assert_same_state, train, train_in_processes
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -273,13 +272,7 @@ class DumpWeights(Hook):
     )
     cfg = frskd_config(voc, tmp_path / 'run', dict(type='dump_weights.DumpWeights'), **{'train_cfg.max_iters': 4})
     cfg.custom_imports = dict(imports=['seg_runs'])
-    cfg.dump(tmp_path / 'config.py')
-    paths = [str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)]
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command += [str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py'), '--launcher', 'pytorch']
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    train_in_processes(cfg, tmp_path)
     ranks = [torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2)]
     assert_same_state(*ranks)
     started = torch.load(tmp_path / 'run/iter_1.pth')['state_dict']

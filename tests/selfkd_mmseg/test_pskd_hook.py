@@ -1,13 +1,9 @@
 """PS-KD per pixel in real MMSegmentation training runs."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, assert_same_state, train
+from mm_runs import assert_same_state, train, train_in_processes
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
@@ -167,13 +163,7 @@ class DumpTeacher(Hook):
     )
     cfg = config(voc, tmp_path / 'run', PSKD, dict(type='dump_teacher.DumpTeacher'))
     cfg.custom_imports = dict(imports=['seg_runs'])
-    cfg.dump(tmp_path / 'config.py')
-    paths = [str(ROOT / 'plugins'), str(ROOT / 'tests'), str(tmp_path)]
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command += [str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py'), '--launcher', 'pytorch']
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    train_in_processes(cfg, tmp_path)
     assert_same_state(*(torch.load(tmp_path / f'run/rank{rank}.pth') for rank in range(2)))
 
 

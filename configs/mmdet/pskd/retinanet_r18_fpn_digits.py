@@ -1,0 +1,1 @@
+_base_ = ['../baseline/retinanet_r18_fpn_digits.py', '../../_base_/pskd_mmdet.py']

@@ -1,0 +1,184 @@
+"""A backbone trained in MMPretrain as the start of a detector in MMDetection or Detectron2: the paper's protocol."""
+
+import pickle
+import re
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.runner.checkpoint import load_state_dict
+from torch import Tensor, nn
+
+__all__ = ['Converted', 'convert_backbone', 'detectron2_name']
+
+TOLERANCE = 1e-4
+# Options of MMPretrain's ResNet that change no weight and no feature of the trained network.
+HARMLESS = {'type', 'depth', 'out_indices', 'frozen_stages', 'norm_eval', 'norm_cfg', 'with_cp', 'zero_init_residual'}
+HARMLESS |= {'drop_path_rate', 'init_cfg'}
+DETECTRON2_NAMES = (
+    (r'^(conv1|bn1)\.', r'stem.\1.'),
+    (r'^layer(\d)\.', lambda match: f'res{int(match[1]) + 1}.'),
+    (r'\.downsample\.0\.', '.shortcut.'),
+    (r'\.downsample\.1\.', '.shortcut.norm.'),
+    (r'\.bn(\d)\.', r'.conv\1.norm.'),
+)
+
+
+class Converted(NamedTuple):
+    """What :func:`convert_backbone` found.
+
+    Attributes:
+        depth: of the ResNet.
+        difference: largest difference between the features of the two toolkits on the image, relative to the largest
+            feature of their stage; None where Detectron2 is not installed.
+        usage: the lines that make a detector start from the file.
+    """
+
+    depth: int
+    difference: Optional[float]
+    usage: str
+
+
+def convert_backbone(
+    source: str, target: str, *, to: str, config: str, image: Optional[np.ndarray] = None
+) -> Converted:
+    """Writes the backbone of an MMPretrain checkpoint such that a detector starts from it, and compares the features.
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021, section 4.3, put a
+    ResNet-152 pre-trained with PS-KD under Faster R-CNN in this way
+    https://arxiv.org/abs/2006.12000
+
+    Args:
+        source: a checkpoint of MMPretrain. Load only files you trust: it is unpickled.
+        target: the file to write.
+        to: ``'mmdet'`` (for ``init_cfg``) or ``'detectron2'`` (for ``MODEL.WEIGHTS``; a ``.pkl``).
+        config: the MMPretrain config that the checkpoint was trained with.
+        image: RGB, uint8 ``[H, W, 3]``, on which features are compared.
+
+    Raises:
+        ValueError: another backbone than a ResNet of torchvision's layout, or a checkpoint that is not of it.
+        RuntimeError: features that differ by more than 1e-4.
+    """
+    if to not in ('mmdet', 'detectron2'):
+        raise ValueError(f"to: must be 'mmdet' or 'detectron2', got {to!r}")
+    if to == 'detectron2' and not target.endswith('.pkl'):
+        raise ValueError(f'target: Detectron2 reads such weights from a file that ends in .pkl, got {target}')
+    cfg = Config.fromfile(config)
+    backbone = _source_backbone(cfg.model.backbone, source)
+    weights = backbone.state_dict()
+    mean, std = _normalization(cfg)
+    if to == 'mmdet':
+        torch.save({'state_dict': weights}, target)
+        other, usage = _mmdet_backbone(backbone.depth, target), MMDET.format(depth=backbone.depth, target=target)
+    else:
+        arrays = {detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')}
+        with open(target, 'wb') as file:
+            pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
+        other = _detectron2_backbone(backbone.depth, target)
+        small = '\n    RES2_OUT_CHANNELS: 64' if backbone.depth < 50 else ''
+        usage = DETECTRON2.format(depth=backbone.depth, target=target, small=small, mean=mean, std=std)
+    difference = None
+    if other is not None:
+        difference = _difference(backbone, other, _input(image, mean, std))
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f'{target}: its features differ from those of {source} by {difference:.1e}: do not use it'
+            )
+    return Converted(backbone.depth, difference, usage)
+
+
+def detectron2_name(name: str) -> str:
+    """The name of a ResNet's parameter or buffer in Detectron2.
+
+    Example:
+        >>> detectron2_name('layer1.0.downsample.1.weight'), detectron2_name('bn1.running_mean')
+        ('res2.0.shortcut.norm.weight', 'stem.conv1.norm.running_mean')
+    """
+    for pattern, replacement in DETECTRON2_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name.replace('stem.bn1.', 'stem.conv1.norm.')
+
+
+MMDET = """model = dict(
+    backbone=dict(
+        type='ResNet', depth={depth}, style='pytorch', init_cfg=dict(type='Pretrained', checkpoint='{target}')))"""
+
+DETECTRON2 = """MODEL:
+  WEIGHTS: {target}
+  PIXEL_MEAN: {mean}
+  PIXEL_STD: {std}
+  RESNETS:
+    DEPTH: {depth}
+    STRIDE_IN_1X1: False{small}
+INPUT:
+  FORMAT: RGB"""
+
+
+def _source_backbone(options: dict, source: str) -> nn.Module:
+    from mmpretrain.models.backbones import ResNet
+
+    other = sorted(set(options) - HARMLESS)
+    if options.type.split('.')[-1] != 'ResNet' or other:
+        raise ValueError(
+            f'config: the backbone {options.type}' + (f' with {", ".join(other)}' if other else '') + ' is not '
+            'supported: only ResNet (depth 18 to 152) of the usual layout has the same form in all three toolkits'
+        )
+    state = torch.load(source, map_location='cpu')
+    state = state.get('state_dict', state)
+    state = {name[len('backbone.') :]: value for name, value in state.items() if name.startswith('backbone.')}
+    backbone = ResNet(depth=options.depth, out_indices=(0, 1, 2, 3))
+    try:
+        load_state_dict(backbone, state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f'source: {source} does not hold the backbone of the config: {error}') from error
+    return backbone
+
+
+def _mmdet_backbone(depth: int, target: str) -> nn.Module:
+    from mmdet.models.backbones import ResNet
+
+    backbone = ResNet(depth, style='pytorch', init_cfg=dict(type='Pretrained', checkpoint=target))
+    backbone.init_weights()
+    return backbone
+
+
+def _detectron2_backbone(depth: int, target: str) -> Optional[nn.Module]:
+    try:
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.config import get_cfg
+        from detectron2.modeling import build_resnet_backbone
+    except ImportError:
+        return None
+    from detectron2.layers import ShapeSpec
+
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = depth, False
+    cfg.MODEL.RESNETS.OUT_FEATURES = ['res2', 'res3', 'res4', 'res5']
+    if depth < 50:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    DetectionCheckpointer(backbone).load(target)
+    return backbone
+
+
+def _normalization(cfg: Config) -> Tuple[List[float], List[float]]:
+    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    return list(preprocessor.get('mean', [0.0] * 3)), list(preprocessor.get('std', [1.0] * 3))
+
+
+def _input(image: Optional[np.ndarray], mean: List[float], std: List[float]) -> Tensor:
+    if image is None:
+        from sklearn.datasets import load_sample_image
+
+        image = load_sample_image('china.jpg')[:224, :320]
+    pixels = torch.tensor(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    return ((pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])[None]
+
+
+def _difference(backbone: nn.Module, other: nn.Module, inputs: Tensor) -> float:
+    backbone.eval(), other.eval()
+    with torch.no_grad():
+        ours, theirs = backbone(inputs), other(inputs)
+    theirs: Dict[str, Tensor] = theirs if isinstance(theirs, dict) else dict(enumerate(theirs))
+    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(ours, theirs.values()))

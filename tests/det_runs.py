@@ -1,0 +1,218 @@
+"""Small real MMDetection runs over digits on photographs, for selfkd_mmdet's tests."""
+
+import torch
+from mm_runs import ROOT, counter
+from mmcv.transforms import BaseTransform
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads import SingleRoIExtractor
+from mmdet.registry import MODELS, TRANSFORMS
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.hub import get_config
+
+PSKD = dict(type='selfkd_mmdet.PSKDHook', alpha=0.8)
+CSKD = dict(type='selfkd_mmdet.CSKDHook', weight=0.5, temperature=3.0)
+FRSKD = {'model.roi_head.type': 'selfkd_mmdet.FRSKDRoIHead'}
+
+
+def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
+    """The toy config: 4 images of 64 x 64, batches of 2, 2 epochs; no region is sampled at random.
+
+    ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, c4, fcos, atss.
+    """
+    name = model if model in ('faster-rcnn', 'retinanet') else 'faster-rcnn'
+    cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
+    cfg.merge_from_dict(
+        {
+            'train_dataloader.dataset.data_root': f'{voc}/',
+            'val_dataloader.dataset.data_root': f'{voc}/',
+            'test_dataloader.dataset.data_root': f'{voc}/',
+            'train_dataloader.batch_size': 2,
+            'train_cfg.max_epochs': 2,
+            'train_cfg.val_begin': 100,
+            'default_hooks.checkpoint.max_keep_ckpts': 5,
+            'work_dir': str(work_dir),
+            'experiment_name': f'det{next(counter)}',
+            'log_level': 'ERROR',
+        }
+    )
+    if name == 'faster-rcnn':
+        cfg.model.train_cfg.rpn.sampler.num = 10**6
+        cfg.model.train_cfg.rcnn.sampler.num = 10**4
+        cfg.model.train_cfg.rpn_proposal.max_per_img = 20
+    cfg.train_dataloader.dataset.pipeline.insert(2, dict(type='Resize', scale=(64, 64)))
+    if model != name:
+        MODIFY[model](cfg)
+    cfg.merge_from_dict(options)
+    cfg.custom_hooks = [ConfigDict(hook) for hook in hooks]
+    return cfg
+
+
+def cascade(cfg) -> None:
+    model = cfg.model
+    model.type, head = 'CascadeRCNN', model.roi_head
+    head.type, head.num_stages, head.stage_loss_weights = 'CascadeRoIHead', 2, [1, 0.5]
+    head.bbox_head.reg_class_agnostic = True
+    head.bbox_head = [head.bbox_head, head.bbox_head]
+    model.train_cfg.rcnn = [model.train_cfg.rcnn] * 2
+
+
+def mask(cfg) -> None:
+    cfg.model.type = 'MaskRCNN'
+    cfg.model.roi_head.update(
+        mask_roi_extractor={
+            **cfg.model.roi_head.bbox_roi_extractor,
+            'roi_layer': dict(type='RoIAlign', output_size=14),
+        },
+        mask_head=dict(type='FCNMaskHead', num_convs=1, in_channels=32, conv_out_channels=8, num_classes=10),
+    )
+    cfg.model.train_cfg.rcnn.mask_size, cfg.model.test_cfg.rcnn.mask_thr_binary = 28, 0.5
+    cfg.train_dataloader.dataset.pipeline.insert(3, dict(type='BoxesAsMasks'))
+
+
+def c4(cfg) -> None:
+    """Regions from one map of the backbone, whose last stage is the head's; as mmdet's faster-rcnn_r50-caffe-c4."""
+    model = cfg.model
+    model.backbone.update(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,))
+    del model['neck']
+    model.rpn_head.update(in_channels=64, anchor_generator=dict(type='AnchorGenerator', scales=[2, 4], strides=[16]))
+    model.rpn_head.anchor_generator.ratios = [1.0]
+    model.roi_head.bbox_roi_extractor.update(out_channels=64, featmap_strides=[16])
+    model.roi_head.shared_head = dict(type='HalvingLayer')
+    model.roi_head.bbox_head = ConfigDict(
+        type='BBoxHead', with_avg_pool=True, roi_feat_size=4, in_channels=128, num_classes=10
+    )
+
+
+def dense(kind: str):
+    def modify(cfg):
+        full = get_config(f'mmdet::{kind}').model
+        cfg.model.type, cfg.model.bbox_head = full.type, full.bbox_head
+        cfg.model.bbox_head.update(num_classes=10, in_channels=32, feat_channels=8, stacked_convs=1)
+        cfg.model.bbox_head.norm_cfg = dict(type='GN', num_groups=2)
+        cfg.model.train_cfg, cfg.model.test_cfg = full.get('train_cfg'), full.test_cfg
+        for name in ('rpn_head', 'roi_head'):
+            del cfg.model[name]
+        cfg.model.neck.num_outs = 5
+
+    return modify
+
+
+MODIFY = {
+    'cascade': cascade,
+    'mask': mask,
+    'c4': c4,
+    'fcos': dense('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
+    'atss': dense('atss/atss_r50_fpn_1x_coco.py'),
+}
+
+
+@MODELS.register_module(force=True)  # pytest also imports this file by its path, looking for doctests
+class HalvingLayer(torch.nn.Module):
+    """The last stage of a C4 detector, one convolution of it."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(64, 128, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x).relu()
+
+
+@TRANSFORMS.register_module(force=True)
+class BoxesAsMasks(BaseTransform):
+    """Masks that fill the boxes."""
+
+    def transform(self, results):
+        height, width = results['img_shape']
+        masks = torch.zeros(len(results['gt_bboxes']), height, width, dtype=torch.uint8)
+        for m, (x1, y1, x2, y2) in zip(masks, results['gt_bboxes'].tensor.round().int().tolist()):
+            m[y1:y2, x1:x2] = 1
+        results['gt_masks'] = BitmapMasks(masks.numpy(), height, width)
+        return results
+
+
+class Regions(Hook):
+    """Keeps, for each training step: the inputs, regions, what went through the loss modules, and the logs.
+
+    ``calls`` holds logits, labels, weights and normalisation; logits.grad is that of the step.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self):
+        self.steps, self.training = [], False
+
+    def before_train(self, runner):
+        model = runner.model
+        model.register_forward_pre_hook(self._inputs, with_kwargs=True)
+        extractors = model.roi_head.bbox_roi_extractor
+        for extractor in extractors if isinstance(extractors, torch.nn.ModuleList) else [extractors]:
+            extractor.register_forward_pre_hook(self._rois)
+        for bbox_head in bbox_heads(model):
+            bbox_head.loss_cls.register_forward_hook(self._loss, with_kwargs=True)
+
+    def _inputs(self, model, args, kwargs):
+        self.training = kwargs['mode'] == 'loss'
+        if self.training:
+            self.steps.append(dict(inputs=kwargs['inputs'].clone(), rois=[], calls=[]))
+
+    def _rois(self, module, args):
+        if self.training:
+            self.steps[-1]['rois'].append(args[1].clone())
+
+    def _loss(self, module, args, kwargs, output):
+        logits, label, weight = args
+        logits.retain_grad()
+        self.steps[-1]['calls'].append((logits, label, weight, kwargs['avg_factor']))
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.steps[-1].update(epoch=runner.epoch, outputs={k: v.item() for k, v in outputs.items() if v.numel() == 1})
+
+
+def bbox_heads(model):
+    heads = model.roi_head.bbox_head
+    return list(heads) if isinstance(heads, torch.nn.ModuleList) else [heads]
+
+
+class StopAfter(Hook):
+    """Ends training after so many epochs or iterations, without changing the totals that the schedule depends on."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, count):
+        self.count = count
+
+    def after_train_epoch(self, runner):
+        runner.train_loop.stop_training |= runner.epoch + 1 == self.count
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.max_epochs == 1:  # iteration-based
+            runner.train_loop.stop_training |= runner.iter + 1 == self.count
+
+
+@MODELS.register_module(force=True)
+class Float32RoIExtractor(SingleRoIExtractor):
+    """Reads regions in float32, also under autocast."""
+
+    def forward(self, feats, rois, **kwargs):
+        return super().forward(tuple(feat.float() for feat in feats), rois.float(), **kwargs)
+
+
+@MODELS.register_module(force=True)
+class Float32RPNHead(RPNHead):
+    """Proposes in float32, also under autocast."""
+
+    def forward_single(self, x):
+        with torch.autocast('cpu', enabled=False):
+            return super().forward_single(x.float())
+
+
+def bfloat16(monkeypatch, cfg) -> None:
+    """Mixed precision on the CPU: mmengine's wrapper does not expect it, mmcv's RoIAlign and NMS do not compute it."""
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+    if 'roi_head' in cfg.model:
+        cfg.model.rpn_head.type = 'Float32RPNHead'
+        cfg.model.roi_head.bbox_roi_extractor.type = 'Float32RoIExtractor'  # the self-teacher's, too

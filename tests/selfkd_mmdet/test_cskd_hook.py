@@ -1,0 +1,57 @@
+"""CS-KD between regions in real MMDetection training runs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from det_runs import CSKD, PSKD, Regions, config
+from mm_runs import assert_same_state, train
+
+from selfkd_mmdet import CSKDHook
+
+
+def restated(logits, label, weight, avg_factor):
+    """The term class by class: each region learns from the next one of its class; T 3, lambda 0.5."""
+    total = torch.zeros(())
+    for digit in range(10):
+        regions = (label == digit).nonzero()[:, 0]
+        if len(regions) > 1:
+            z, past = logits[regions], logits[regions.roll(-1)].detach()
+            p, q = F.softmax(past / 3, 1), F.softmax(z / 3, 1)
+            total = total + 9 * ((p * (p / q).log()).sum(1) * weight[regions]).sum()
+    return 0.5 * total / avg_factor
+
+
+@pytest.mark.parametrize('case', ['faster-rcnn', 'positives count double', 'cascade', 'mask', 'c4'])
+def test_loss_and_gradient_recomputed(voc, tmp_path, case):
+    """The gradient shows that partners are constants."""
+    options = {'model.train_cfg.rcnn.pos_weight': 2.0} if 'double' in case else {}
+    model = case if case in ('cascade', 'mask', 'c4') else 'faster-rcnn'
+    train(config(voc, tmp_path, CSKD, model=model, **options), regions := Regions())
+    found = 0
+    for step in regions.steps:
+        for stage, (logits, label, weight, avg_factor) in enumerate(step['calls']):
+            z = logits.detach().clone().requires_grad_()
+            factor = [1, 0.5][stage] if case == 'cascade' else 1
+            term = factor * restated(z, label, weight, avg_factor)
+            name = f's{stage}.loss_cskd' if case == 'cascade' else 'loss_cskd'
+            assert step['outputs'][name] == pytest.approx(term.item(), rel=1e-3, abs=1e-7)
+            found += term.item() > 0
+            hard = factor * (F.cross_entropy(z, label, reduction='none') * weight).sum() / avg_factor
+            (hard + term).backward()
+            torch.testing.assert_close(logits.grad, z.grad, rtol=1e-3, atol=1e-6)
+        losses = [v for k, v in step['outputs'].items() if 'loss' in k and k != 'loss']
+        assert step['outputs']['loss'] == pytest.approx(sum(losses))
+    assert found
+
+
+def test_order_beside_pskd_does_not_matter(voc, tmp_path):
+    """Both act on the plain loss: their terms add up."""
+    runs = [train(config(voc, tmp_path / str(i), *hooks)) for i, hooks in enumerate([(PSKD, CSKD), (CSKD, PSKD)])]
+    assert_same_state(*(run.model.state_dict() for run in runs))
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match='temperature must be above 0, got 0'):
+        CSKDHook(temperature=0)
+    with pytest.raises(ValueError, match='weight must be at least 0, got -1'):
+        CSKDHook(weight=-1)

@@ -1,0 +1,111 @@
+"""A ResNet trained in MMPretrain as a detector's backbone."""
+
+import importlib.util
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmpretrain.registry import MODELS
+
+from conftest import ROOT
+from selfkd_mmengine import backbone as tool
+
+PREPROCESSOR = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+
+
+def pretrained(folder, depth, **backbone):
+    """Config and checkpoint of a classifier whose batch norms have seen something."""
+    cfg = Config(
+        dict(
+            model=dict(
+                type='ImageClassifier',
+                backbone=dict(type='ResNet', depth=depth, zero_init_residual=False, **backbone),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(type='LinearClsHead', num_classes=3, in_channels=512 if depth < 50 else 2048),
+            ),
+            data_preprocessor=PREPROCESSOR,
+        )
+    )
+    cfg.dump(folder / 'config.py')
+    init_default_scope('mmpretrain')  # other tests' runners leave theirs
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    with torch.no_grad():
+        model.train()(torch.randn(2, 3, 64, 64))
+        for name, value in model.named_parameters():
+            if '.bn' in name or 'downsample.1' in name:
+                value += 0.1 * torch.randn_like(value)
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, folder / 'epoch_1.pth')
+    return str(folder / 'epoch_1.pth'), str(folder / 'config.py')
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_mmdet_starts_from_it(tmp_path, depth):
+    source, config = pretrained(tmp_path, depth)
+    target = tmp_path / 'backbone.pth'
+    if depth == 18:
+        command = [sys.executable, str(ROOT / 'tools/convert_backbone.py'), source, str(target)]
+        outcome = subprocess.run([*command, '--to', 'mmdet', '--config', config], capture_output=True, text=True)
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        assert f"checkpoint='{target}'" in outcome.stdout
+        assert 'largest relative difference of features' in outcome.stdout
+    else:
+        found = tool.convert_backbone(source, str(target), to='mmdet', config=config)
+        assert found.difference <= 1e-4
+    weights = torch.load(target, weights_only=True)['state_dict']
+    start = {k[9:]: v for k, v in torch.load(source)['state_dict'].items() if k.startswith('backbone.')}
+    assert weights.keys() == start.keys()
+    assert all(torch.equal(weights[name], start[name]) for name in start)
+
+
+def test_detectron2_names(tmp_path):
+    """Against the names of Detectron2's own ResNet where it is installed, and their known form where it is not."""
+    source, config = pretrained(tmp_path, 50)
+    found = tool.convert_backbone(source, str(tmp_path / 'r50.pkl'), to='detectron2', config=config)
+    with open(tmp_path / 'r50.pkl', 'rb') as file:
+        data = pickle.load(file)
+    assert data['matching_heuristics'] is True
+    names = set(data['model'])
+    norm = {f'norm.{part}' for part in ('weight', 'bias', 'running_mean', 'running_var')}
+    expected = {f'stem.conv1.{part}' for part in {'weight'} | norm}
+    for stage, blocks in zip((2, 3, 4, 5), (3, 4, 6, 3)):
+        for block in range(blocks):
+            convolutions = ['conv1', 'conv2', 'conv3'] + ['shortcut'] * (block == 0)
+            expected |= {f'res{stage}.{block}.{conv}.{part}' for conv in convolutions for part in {'weight'} | norm}
+    assert names == expected
+    installed = importlib.util.find_spec('detectron2') is not None
+    assert (found.difference is not None) == installed
+    assert 'STRIDE_IN_1X1: False' in found.usage
+    assert 'FORMAT: RGB' in found.usage
+    assert 'PIXEL_MEAN: [123.675, 116.28, 103.53]' in found.usage
+
+
+def test_weights_that_do_not_arrive_are_noticed(tmp_path, monkeypatch):
+    source, config = pretrained(tmp_path, 18)
+    monkeypatch.setattr(torch, 'save', lambda state, path, save=torch.save: save({'state_dict': {}}, path))
+    with pytest.raises(RuntimeError, match='features differ from those'):
+        tool.convert_backbone(source, str(tmp_path / 'b.pth'), to='mmdet', config=config)
+
+
+def test_what_cannot_be_converted_is_refused_by_name(tmp_path):
+    source, config = pretrained(tmp_path, 18)
+    with pytest.raises(ValueError, match='Detectron2 reads such weights from a file that ends in .pkl'):
+        tool.convert_backbone(source, str(tmp_path / 'x.pth'), to='detectron2', config=config)
+    with pytest.raises(ValueError, match="to: must be 'mmdet' or 'detectron2', got 'other'"):
+        tool.convert_backbone(source, str(tmp_path / 'x.pth'), to='other', config=config)
+    other = Config.fromfile(config)
+    for change, message in (
+        (dict(type='ResNet_CIFAR'), 'the backbone ResNet_CIFAR is not supported'),
+        (dict(deep_stem=True), 'the backbone ResNet with deep_stem is not supported'),
+        (dict(depth=34), 'does not hold the backbone of the config'),
+    ):
+        changed = other.copy()
+        changed.model = {**other.model, 'backbone': {**other.model.backbone, **change}}
+        changed.dump(tmp_path / 'other.py')
+        with pytest.raises(ValueError, match=message):
+            tool.convert_backbone(source, str(tmp_path / 'x.pth'), to='mmdet', config=str(tmp_path / 'other.py'))
