@@ -305,8 +305,9 @@ def distillation_kl(
         )
     if not temperature > 0:
         raise ValueError(f'temperature: must be above 0, got {temperature}')
-    student = _log_softmax(student_logits / temperature)
-    teacher = _log_softmax(teacher_logits.detach() / temperature)
+    if temperature != 1:  # on large maps the division itself takes time
+        student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+    student, teacher = _log_softmax(student_logits), _log_softmax(teacher_logits.detach())
     losses = temperature**2 * F.kl_div(student, teacher, reduction='none', log_target=True).sum(1)
     if reduction == 'batchmean':
         return losses.sum() / max(len(losses), 1)
