@@ -1,9 +1,11 @@
 """PS-KD for MMDetection."""
 
+from importlib.util import find_spec
 from typing import Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
+from mmcv.ops import RoIAlign
 from mmdet.models.losses.utils import weight_reduce_loss
 from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.registry import HOOKS
@@ -84,6 +86,11 @@ class PSKDHook(PSKDHookBase):
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
         self.student = model
+        if next(model.parameters()).device.type == 'cpu' and find_spec('torchvision'):
+            # mmcv's own switch: on the CPU torchvision's function takes a third of the time for the same numbers.
+            for module in self.teacher.model.modules():
+                if isinstance(module, RoIAlign) and module.pool_mode == 'avg':
+                    module.use_torchvision = True
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
