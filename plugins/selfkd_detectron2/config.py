@@ -27,9 +27,9 @@ def add_selfkd_config(cfg: CfgNode) -> None:
     cfg.SELFKD.CSKD.TEMPERATURE = 4.0
 
     cfg.SELFKD.FRSKD = CfgNode()  # on with MODEL.ROI_HEADS.NAME FRSKDROIHeads
-    cfg.SELFKD.FRSKD.ALPHA = 2.0  # weight of the KL from the self-teacher's prediction
-    cfg.SELFKD.FRSKD.BETA = 100.0  # weight of the attention transfer; 0 for soft labels only
-    cfg.SELFKD.FRSKD.TEMPERATURE = 4.0
+    cfg.SELFKD.FRSKD.ALPHA = 0.5  # weight of the KL from the self-teacher's prediction
+    cfg.SELFKD.FRSKD.BETA = 1.0  # weight of the attention transfer; 0 for soft labels only
+    cfg.SELFKD.FRSKD.TEMPERATURE = 1.0
     cfg.SELFKD.FRSKD.DEPTH = 1  # separable convolutions per fusion in the self-teacher
     cfg.SELFKD.FRSKD.REPEATS = 1  # passes of the self-teacher
 

@@ -30,7 +30,8 @@ class FRSKDROIHeads(StandardROIHeads):
 
     Args:
         in_channels: channels of each level of the pyramid.
-        alpha: weight of the KL from the self-teacher's prediction.
+        alpha: weight of the KL from the self-teacher's prediction. Those of the paper's classifiers (2, 100, T 4) are
+            too large for a detector from scratch.
         beta: weight of the attention transfer; 0 for soft labels only.
         temperature: T.
         depth: separable convolutions per fusion in the self-teacher.
@@ -49,9 +50,9 @@ class FRSKDROIHeads(StandardROIHeads):
         self,
         *,
         in_channels: int,
-        alpha: float = 2.0,
-        beta: float = 100.0,
-        temperature: float = 4.0,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        temperature: float = 1.0,
         depth: int = 1,
         repeats: int = 1,
         **kwargs,

@@ -37,7 +37,8 @@ class FRSKDRoIHead(StandardRoIHead):
         model = dict(roi_head=dict(type='selfkd_mmdet.FRSKDRoIHead'))
 
     Args:
-        alpha: weight of the KL from the self-teacher's prediction.
+        alpha: weight of the KL from the self-teacher's prediction. Those of the paper's classifiers (2, 100, T 4) are
+            too large for a detector from scratch.
         beta: weight of the attention transfer; 0 for soft labels only.
         temperature: T.
         depth: separable convolutions per fusion in the self-teacher.
@@ -55,9 +56,9 @@ class FRSKDRoIHead(StandardRoIHead):
     def __init__(
         self,
         *args,
-        alpha: float = 2.0,
-        beta: float = 100.0,
-        temperature: float = 4.0,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        temperature: float = 1.0,
         depth: int = 1,
         repeats: int = 1,
         **kwargs,

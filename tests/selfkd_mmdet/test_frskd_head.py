@@ -51,7 +51,11 @@ class Watch(Hook):
 @pytest.mark.parametrize('case', ['faster-rcnn', 'mask', 'beta 0'])
 def test_losses_recomputed(voc, tmp_path, case):
     """Every term of every step in the paper's words; the self-teacher itself learns from the labels alone."""
-    options = {'model.roi_head.alpha': 1.5, 'model.roi_head.beta': 0.0 if case == 'beta 0' else 30.0}
+    options = {
+        'model.roi_head.temperature': 4.0,
+        'model.roi_head.alpha': 1.5,
+        'model.roi_head.beta': 0.0 if case == 'beta 0' else 30.0,
+    }
     options['train_cfg.max_epochs'] = 1
     model = 'mask' if case == 'mask' else 'faster-rcnn'
     train(config(voc, tmp_path, model=model, **FRSKD, **options), watch := Watch())
