@@ -9,6 +9,7 @@ Runs given under one name are averaged (seeds). Each work dir's own config says 
 
 import argparse
 
+from selfkd_mmengine.finished_runs import run_groups
 from selfkd_mmpretrain.report import predict, write_report
 
 
@@ -20,12 +21,11 @@ def main() -> None:
     )
     parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
     args = parser.parse_args()
-    groups = {}
-    for group in args.groups:
-        name, equals, folders = group.partition('=')
-        if not equals:
-            parser.error(f'{group!r}: must be NAME=WORK_DIR[,WORK_DIR...]')
-        groups[name] = [predict(folder, ood=args.ood) for folder in folders.split(',')]
+    try:
+        work_dirs = run_groups(args.groups)
+    except ValueError as error:
+        parser.error(str(error))
+    groups = {name: [predict(folder, ood=args.ood) for folder in folders] for name, folders in work_dirs.items()}
     print(write_report({'': groups}, args.out))
     print(f'\nwrote {args.out}')
 

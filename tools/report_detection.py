@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from selfkd_mmdet.report import detect, draw, table
+from selfkd_mmengine.finished_runs import run_groups
 
 
 def main() -> None:
@@ -17,12 +18,11 @@ def main() -> None:
     parser.add_argument('out', help='folder for table.md and detections.png')
     parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
     args = parser.parse_args()
-    groups = {}
-    for group in args.groups:
-        name, equals, folders = group.partition('=')
-        if not equals:
-            parser.error(f'{group!r}: must be NAME=WORK_DIR[,WORK_DIR...]')
-        groups[name] = [detect(folder) for folder in folders.split(',')]
+    try:
+        work_dirs = run_groups(args.groups)
+    except ValueError as error:
+        parser.error(str(error))
+    groups = {name: [detect(folder) for folder in folders] for name, folders in work_dirs.items()}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     text = table(groups)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence
 
 from mmdet.structures import DetDataSample
-from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+
+from selfkd_mmengine.finished_runs import finished_run
 
 __all__ = ['Detections', 'detect', 'draw', 'table']
 
@@ -38,16 +39,9 @@ def detect(work_dir: str) -> Detections:
     Raises:
         FileNotFoundError: no config or checkpoint in ``work_dir``.
     """
-    folder = Path(work_dir)
-    configs, pointer = sorted(folder.glob('*.py')), folder / 'last_checkpoint'
-    if len(configs) != 1 or not pointer.exists():
-        raise FileNotFoundError(
-            f'{work_dir}: a finished run has one config (*.py) and last_checkpoint; found {len(configs)} configs, '
-            f'last_checkpoint {"present" if pointer.exists() else "missing"}'
-        )
-    cfg = Config.fromfile(configs[0])
-    cfg.load_from, cfg.work_dir, cfg.log_level = pointer.read_text().strip(), str(folder / 'test'), 'ERROR'
-    cfg.resume = False
+    cfg, checkpoint = finished_run(work_dir)
+    cfg.load_from, cfg.resume = checkpoint, False
+    cfg.work_dir, cfg.log_level = str(Path(work_dir, 'test')), 'ERROR'
     runner = Runner.from_cfg(cfg)
     samples = []
     runner.register_hook(_Keep(samples))

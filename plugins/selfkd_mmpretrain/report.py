@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.utils import import_modules_from_strings
@@ -15,6 +14,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from selfkd import metrics
+from selfkd_mmengine.finished_runs import finished_run
 
 __all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table']
 
@@ -59,22 +59,14 @@ def predict(work_dir: str, checkpoint: Optional[str] = None, *, ood: Optional[st
     Raises:
         FileNotFoundError: no config or checkpoint in ``work_dir``.
     """
-    folder = Path(work_dir)
-    configs = sorted(folder.glob('*.py'))
-    pointer = folder / 'last_checkpoint'
-    if len(configs) != 1 or not (checkpoint or pointer.exists()):
-        raise FileNotFoundError(
-            f'{work_dir}: a finished MMPretrain run has one config (*.py) and last_checkpoint; found '
-            f'{len(configs)} configs, last_checkpoint {"present" if pointer.exists() else "missing"}'
-        )
-    cfg = Config.fromfile(configs[0])
+    cfg, checkpoint = finished_run(work_dir, checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     if cfg.get('custom_imports'):
         import_modules_from_strings(**cfg.custom_imports)
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
-    load_checkpoint(model, checkpoint or pointer.read_text().strip(), 'cpu', strict=True, logger='silent')
+    load_checkpoint(model, checkpoint, 'cpu', strict=True, logger='silent')
     model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
     features = []
     fc = getattr(model.head, 'fc', None)

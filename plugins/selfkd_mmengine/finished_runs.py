@@ -1,0 +1,39 @@
+"""Finding the runs that a report is about."""
+
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from mmengine.config import Config
+
+__all__ = ['finished_run', 'run_groups']
+
+
+def finished_run(work_dir: str, checkpoint: Optional[str] = None) -> Tuple[Config, str]:
+    """The config of a finished run (the one ``*.py`` in its folder) and its checkpoint, by default the last one.
+
+    Raises:
+        FileNotFoundError: no config, several, or no checkpoint in ``work_dir``.
+    """
+    configs, pointer = sorted(Path(work_dir).glob('*.py')), Path(work_dir, 'last_checkpoint')
+    if len(configs) != 1 or not (checkpoint or pointer.exists()):
+        raise FileNotFoundError(
+            f'{work_dir}: a finished run has one config (*.py) and last_checkpoint; found {len(configs)} configs, '
+            f'last_checkpoint {"present" if pointer.exists() else "missing"}'
+        )
+    return Config.fromfile(configs[0]), checkpoint or pointer.read_text().strip()
+
+
+def run_groups(arguments: Sequence[str]) -> Dict[str, List[str]]:
+    """Work dirs by name, from ``NAME=WORK_DIR[,WORK_DIR...]``.
+
+    Example:
+        >>> run_groups(['plain=a,b', 'PS-KD=c'])
+        {'plain': ['a', 'b'], 'PS-KD': ['c']}
+    """
+    groups = {}
+    for argument in arguments:
+        name, equals, folders = argument.partition('=')
+        if not equals:
+            raise ValueError(f'{argument!r}: must be NAME=WORK_DIR[,WORK_DIR...]')
+        groups[name] = folders.split(',')
+    return groups
