@@ -13,4 +13,4 @@ test:
 
 lint:
 	@bash tools/setup.sh test
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --check .

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from mm_runs import digits_config, train
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from PIL import Image
 
+from conftest import ROOT
 from selfkd.benchmark import compare, peak_bytes, write_section
 from selfkd.metrics import ood_scores, recall_at_1
 from selfkd_mmpretrain.report import measure, predict, table
