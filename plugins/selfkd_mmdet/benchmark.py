@@ -80,7 +80,7 @@ def step_suite() -> List[Cost]:
                 'CS-KD': make_step('faster-rcnn', f'{folder}/cskd', 'selfkd_mmdet.CSKDHook'),
                 'FRSKD': make_step('faster-rcnn', f'{folder}/frskd', type='selfkd_mmdet.FRSKDRoIHead'),
             },
-            repeats=16,
+            repeats=32,
         )
         one_stage = compare(
             {

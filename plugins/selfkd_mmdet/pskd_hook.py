@@ -1,5 +1,6 @@
 """PS-KD for MMDetection."""
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Dict, List, Optional
 
@@ -18,6 +19,23 @@ from selfkd_mmengine import PSKDHookBase
 from .heads import check_dense_head, check_region_heads, region_heads, stage_of
 
 __all__ = ['PSKDHook']
+
+
+class ThreadedRoIAlign(RoIAlign):
+    """The past copy's on CPUs: torchvision's function on all threads, bit for bit what mmcv computes.
+
+    It takes a third of the time of mmcv's on one thread, which is the most of what the past copy costs.
+    """
+
+    def forward(self, feats: Tensor, rois: Tensor) -> Tensor:
+        from torchvision.ops import roi_align
+
+        def align(part: Tensor) -> Tensor:
+            return roi_align(feats, part, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(align, rois.chunk(threads))))
 
 
 @HOOKS.register_module()
@@ -87,10 +105,9 @@ class PSKDHook(PSKDHookBase):
         super().setup(runner, model)
         self.student = model
         if next(model.parameters()).device.type == 'cpu' and find_spec('torchvision'):
-            # mmcv's own switch: on the CPU torchvision's function takes a third of the time for the same numbers.
             for module in self.teacher.model.modules():
                 if isinstance(module, RoIAlign) and module.pool_mode == 'avg':
-                    module.use_torchvision = True
+                    module.__class__ = ThreadedRoIAlign
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)

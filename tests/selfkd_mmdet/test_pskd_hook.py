@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from det_runs import CSKD, FRSKD, PSKD, Regions, StopAfter, bfloat16, config
 from mm_runs import assert_same_state, by_iterations, find_hook, train, train_in_processes
+from mmcv.ops import RoIAlign
 from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
 from mmengine.runner import load_checkpoint
 
 from selfkd_mmdet import CSKDHook, PSKDHook
+from selfkd_mmdet.pskd_hook import ThreadedRoIAlign
 
 
 @pytest.mark.parametrize('case', ['faster-rcnn', 'hard background', 'accumulation', 'cascade', 'mask', 'c4'])
@@ -240,3 +242,17 @@ def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):
         PSKDHook(soft_weight=-1)
     with pytest.raises(ValueError, match='CSKDHook: RetinaNet with the RoI head NoneType is not supported'):
         train(config(voc, tmp_path, CSKD, model='retinanet'))
+
+
+@pytest.mark.parametrize('regions', [0, 1, 5])
+def test_regions_are_read_on_several_threads_with_the_same_numbers(regions):
+    corner = torch.rand(regions, 2) * 20
+    rois = torch.cat([torch.zeros(regions, 1), corner, corner + 3 + torch.rand(regions, 2) * 40], 1)
+    maps, options = torch.rand(1, 4, 16, 16), dict(output_size=7, spatial_scale=0.5, sampling_ratio=0)
+    expected = RoIAlign(**options)(maps, rois)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(ThreadedRoIAlign(**options)(maps, rois), expected)
+    finally:
+        torch.set_num_threads(threads)
