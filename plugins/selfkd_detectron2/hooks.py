@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
 from selfkd.schedule import linear_growth
+from selfkd.settings import at_least_zero, positive, share
 from selfkd.teacher import SnapshotTeacher
 
 from .detectors import Classified, make_tap
@@ -95,8 +96,7 @@ class PSKDHook(SelfKDHook):
 
     def __init__(self, alpha: float = 0.8, interval: Optional[int] = None, background: bool = True):
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f'PSKDHook: alpha (SELFKD.PSKD.ALPHA) must lie in [0, 1], got {alpha}')
+        share('PSKDHook (SELFKD.PSKD)', alpha=alpha)
         if interval is not None and interval < 1:
             raise ValueError(
                 f'PSKDHook: interval (SELFKD.PSKD.INTERVAL) must be a positive number of iterations, got {interval}'
@@ -176,10 +176,8 @@ class CSKDHook(SelfKDHook):
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0):
         super().__init__()
-        if not weight >= 0:
-            raise ValueError(f'CSKDHook: weight (SELFKD.CSKD.WEIGHT) must be at least 0, got {weight}')
-        if not temperature > 0:
-            raise ValueError(f'CSKDHook: temperature (SELFKD.CSKD.TEMPERATURE) must be above 0, got {temperature}')
+        at_least_zero('CSKDHook (SELFKD.CSKD)', weight=weight)
+        positive('CSKDHook (SELFKD.CSKD)', temperature=temperature)
         self.weight, self.temperature = weight, temperature
 
     def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:

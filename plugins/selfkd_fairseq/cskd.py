@@ -16,6 +16,7 @@ from fairseq.logging import metrics
 
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
+from selfkd.settings import at_least_zero, positive
 
 
 @dataclass
@@ -33,10 +34,8 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
 
     def __init__(self, cfg, task):
         super().__init__(task, cfg.sentence_avg, cfg.label_smoothing, cfg.ignore_prefix_size, cfg.report_accuracy)
-        if cfg.cskd_weight < 0:
-            raise ValueError(f'--cskd-weight: must be at least 0, got {cfg.cskd_weight}')
-        if not cfg.cskd_temperature > 0:
-            raise ValueError(f'--cskd-temperature: must be above 0, got {cfg.cskd_temperature}')
+        at_least_zero('cskd_label_smoothed_cross_entropy', **{'--cskd-weight': cfg.cskd_weight})
+        positive('cskd_label_smoothed_cross_entropy', **{'--cskd-temperature': cfg.cskd_temperature})
         self.weight, self.temperature = cfg.cskd_weight, cfg.cskd_temperature
 
     def forward(self, model, sample, reduce=True):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
+from selfkd.settings import at_least_zero, positive
 from selfkd_mmengine import SelfKDHook
 
 from .heads import check_region_heads, region_heads, stage_of
@@ -45,10 +46,8 @@ class CSKDHook(SelfKDHook):
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0):
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f'CSKDHook: temperature must be above 0, got {temperature}')
-        if not weight >= 0:
-            raise ValueError(f'CSKDHook: weight must be at least 0, got {weight}')
+        positive('CSKDHook', temperature=temperature)
+        at_least_zero('CSKDHook', weight=weight)
         self.temperature, self.weight = temperature, weight
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:

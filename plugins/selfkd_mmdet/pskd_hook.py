@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
+from selfkd.settings import at_least_zero
 from selfkd_mmengine import PSKDHookBase
 
 from .heads import check_dense_head, check_region_heads, region_heads, stage_of
@@ -84,8 +85,7 @@ class PSKDHook(PSKDHookBase):
         soft_weight: float = 1.0,
     ):
         super().__init__(alpha, snapshot=True, interval=interval)
-        if not soft_weight >= 0:
-            raise ValueError(f'PSKDHook: soft_weight must be at least 0, got {soft_weight}')
+        at_least_zero('PSKDHook', soft_weight=soft_weight)
         self.background, self.soft_weight = background, soft_weight
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:

@@ -8,6 +8,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.schedule import linear_growth
+from selfkd.settings import share
 from selfkd.teacher import SnapshotTeacher
 
 from .hook import SelfKDHook, epoch_length, is_iter_based, training_progress, unwrap
@@ -27,8 +28,7 @@ class PSKDHookBase(SelfKDHook):
 
     def __init__(self, alpha: float, snapshot: bool, interval: Optional[int] = None):
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f'PSKDHook: alpha must lie in [0, 1], got {alpha}')
+        share('PSKDHook', alpha=alpha)
         if interval is not None and interval < 1:
             raise ValueError(f'PSKDHook: interval must be a positive number of iterations, got {interval}')
         self.alpha, self.snapshot, self.interval = alpha, snapshot, interval

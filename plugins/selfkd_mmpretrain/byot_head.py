@@ -9,6 +9,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from selfkd.losses import byot_loss
+from selfkd.settings import at_least_zero, positive, share
 
 from .frskd_head import target_of
 
@@ -49,12 +50,9 @@ class BYOTClsHead(LinearClsHead):
     ):
         if isinstance(in_channels, int) or len(in_channels) < 2:
             raise ValueError(f'BYOTClsHead: in_channels must list the channels of at least 2 stages, got {in_channels}')
-        if not (0 <= alpha <= 1 and beta >= 0 and temperature > 0):
-            raise ValueError(
-                f'BYOTClsHead: alpha must lie in [0, 1], beta be at least 0 and temperature above 0, got {alpha}, '
-                f'{beta}, '
-                f'{temperature}'
-            )
+        share('BYOTClsHead', alpha=alpha)
+        at_least_zero('BYOTClsHead', beta=beta)
+        positive('BYOTClsHead', temperature=temperature)
         super().__init__(num_classes, in_channels[-1], loss=loss, **kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.auxiliary = nn.ModuleDict(  # training only: what tools/publish_model.py drops

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from selfkd.losses import distillation_kl
+from selfkd.settings import at_least_zero, positive
 from selfkd_mmengine import SelfKDHook
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler
@@ -97,10 +98,8 @@ class CSKDHook(PairedHook):
 
     def __init__(self, temperature: float = 4.0, weight: float = 1.0):
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f'CSKDHook: temperature must be above 0, got {temperature}')
-        if not weight >= 0:
-            raise ValueError(f'CSKDHook: weight must be at least 0, got {weight}')
+        positive('CSKDHook', temperature=temperature)
+        at_least_zero('CSKDHook', weight=weight)
         self.temperature, self.weight = temperature, weight
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:

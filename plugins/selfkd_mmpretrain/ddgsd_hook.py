@@ -7,6 +7,7 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.losses import ddgsd_loss
+from selfkd.settings import at_least_zero, positive
 from selfkd_mmengine.pair_sampler import ViewBatchSampler
 
 from .cskd_hook import PairedHook
@@ -44,12 +45,8 @@ class DDGSDHook(PairedHook):
 
     def __init__(self, temperature: float = 3.0, weight: float = 1.0, mmd_weight: float = 0.005):
         super().__init__()
-        if not temperature > 0 or not weight >= 0 or not mmd_weight >= 0:
-            raise ValueError(
-                f'DDGSDHook: temperature must be above 0, weight and mmd_weight at least 0, got {temperature}, '
-                f'{weight}, '
-                f'{mmd_weight}'
-            )
+        positive('DDGSDHook', temperature=temperature)
+        at_least_zero('DDGSDHook', weight=weight, mmd_weight=mmd_weight)
         self.temperature, self.weight, self.mmd_weight = temperature, weight, mmd_weight
 
     def check(self, runner: Runner, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
 from selfkd.pyramid import SelfTeacherPyramid
+from selfkd.settings import at_least_zero, positive
 
 __all__ = ['FRSKDClsHead', 'SLAImageClassifier']
 
@@ -77,13 +78,8 @@ class FRSKDClsHead(LinearClsHead):
             )
         if feature_loss not in FEATURE_LOSSES:
             raise ValueError(f'FRSKDClsHead: feature_loss must be one of {tuple(FEATURE_LOSSES)}, got {feature_loss!r}')
-        if not (alpha >= 0 and beta >= 0 and temperature > 0):
-            raise ValueError(
-                f'FRSKDClsHead: alpha and beta must be at least 0 and temperature above 0, got {alpha}, {beta}, '
-                f'{temperature}'
-            )
-        if not sla >= 0:
-            raise ValueError(f'FRSKDClsHead: sla must be at least 0, got {sla}')
+        at_least_zero('FRSKDClsHead', alpha=alpha, beta=beta, sla=sla)
+        positive('FRSKDClsHead', temperature=temperature)
         super().__init__(num_classes, in_channels[-1], loss=loss, **kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.feature_loss, self.preact, self.sla = feature_loss, preact, sla

@@ -8,6 +8,7 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.losses import tfkd_regularization
+from selfkd.settings import positive, share
 from selfkd_mmengine import PSKDHookBase, SelfKDHook
 
 __all__ = ['TFKDHook']
@@ -37,13 +38,8 @@ class TFKDHook(SelfKDHook):
 
     def __init__(self, alpha: float = 0.1, temperature: float = 20.0, correct_prob: float = 0.99):
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f'TFKDHook: alpha must lie in [0, 1], got {alpha}')
-        if not temperature > 0 or not 0 < correct_prob <= 1:
-            raise ValueError(
-                f'TFKDHook: temperature must be above 0 and correct_prob in (0, 1], got {temperature} and '
-                f'{correct_prob}'
-            )
+        share('TFKDHook', alpha=alpha, correct_prob=correct_prob)
+        positive('TFKDHook', temperature=temperature, correct_prob=correct_prob)
         self.alpha, self.temperature, self.correct_prob = alpha, temperature, correct_prob
 
     def loss_module(self, model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from selfkd.losses import attention_transfer, distillation_kl
 from selfkd.pyramid import BiFPN
 from selfkd.schedule import sigmoid_ramp_up
+from selfkd.settings import at_least_zero
 
 from .decode_head import losses_of, plain_loss
 
@@ -162,10 +163,9 @@ class SelfTeacher(BaseModule):
             raise ValueError(f'self_teacher: in_channels must list those of 2 feature maps or more, got {in_channels}')
         if in_index is not None and len(in_index) != len(in_channels):
             raise ValueError(f'self_teacher: in_index must name {len(in_channels)} feature maps, got {in_index}')
-        if not (alpha >= 0 and beta >= 0 and 0 <= warmup < 1):
-            raise ValueError(
-                f'self_teacher: alpha and beta must be at least 0 and warmup in [0, 1), got {alpha}, {beta}, {warmup}'
-            )
+        at_least_zero('self_teacher', alpha=alpha, beta=beta)
+        if not 0 <= warmup < 1:
+            raise ValueError(f'self_teacher: warmup must lie in [0, 1), got {warmup}')
         super().__init__()
         self.in_channels, self.in_index = list(in_channels), in_index
         self.alpha, self.beta, self.warmup = alpha, beta, warmup

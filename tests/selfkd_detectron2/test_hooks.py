@@ -246,11 +246,11 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
 @pytest.mark.parametrize(
     ('model', 'options', 'message'),
     [
-        ('faster', PSKD + 'SELFKD.PSKD.ALPHA 1.5', r'SELFKD.PSKD.ALPHA\) must lie in \[0, 1\], got 1.5'),
+        ('faster', PSKD + 'SELFKD.PSKD.ALPHA 1.5', r'\(SELFKD.PSKD\): alpha must lie in \[0, 1\], got 1.5'),
         ('faster', PSKD + 'SELFKD.PSKD.INTERVAL 0', 'SELFKD.PSKD.INTERVAL.* positive number of iterations, got 0'),
         ('faster', PSKD + 'SELFKD.PSKD.INTERVAL None', 'Cycle how many iterations .*SELFKD.PSKD.INTERVAL'),
-        ('faster', CSKD + 'SELFKD.CSKD.WEIGHT -1.0', r'SELFKD.CSKD.WEIGHT\) must be at least 0'),
-        ('faster', CSKD + 'SELFKD.CSKD.TEMPERATURE 0.0', r'SELFKD.CSKD.TEMPERATURE\) must be above 0'),
+        ('faster', CSKD + 'SELFKD.CSKD.WEIGHT -1.0', r'\(SELFKD.CSKD\): weight must be at least 0'),
+        ('faster', CSKD + 'SELFKD.CSKD.TEMPERATURE 0.0', r'\(SELFKD.CSKD\): temperature must be above 0'),
         ('faster', PSKD + 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'ROI_HEADS.NUM_CLASSES is 20, .* has 10 classes'),
         ('retinanet', PSKD + 'MODEL.RETINANET.NUM_CLASSES 20', 'RETINANET.NUM_CLASSES is 20, .* has 10 classes'),
         ('faster', PSKD + SIGMOID, 'FastRCNNOutputLayers with use_sigmoid_ce .* is not supported'),

@@ -332,6 +332,6 @@ def test_cskd(fairseq, difference):
     log = fairseq.train('cskd', criterion, options, '--cskd-temperature 2')
     assert log.stats('train')[-1]['train_kl_loss'] > 0
     assert not any('kl_loss' in key for key in log.stats('valid')[-1])
-    assert '--cskd-temperature: must be above 0' in fairseq.train(
+    assert '--cskd-temperature must be above 0' in fairseq.train(
         'cskd-bad', criterion, options, '--cskd-temperature 0', fails=True
     )

@@ -50,7 +50,7 @@ def test_tfkd_alpha_0_trains_to_the_vanilla_weights(digits, tmp_path):
     ('hooks', 'options', 'message'),
     [
         ([dict(TFKD, alpha=1.5)], {}, r'alpha must lie in \[0, 1\], got 1.5'),
-        ([dict(TFKD, correct_prob=0)], {}, 'correct_prob in'),
+        ([dict(TFKD, correct_prob=0)], {}, 'correct_prob must be above 0'),
         ([TFKD, dict(type='selfkd_mmpretrain.PSKDHook')], {}, 'use one of the two hooks'),
         (
             [TFKD],

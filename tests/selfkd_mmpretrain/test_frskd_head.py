@@ -281,7 +281,7 @@ def test_two_processes_find_a_gradient_for_every_parameter(digits, tmp_path):
     [
         ({'in_channels': 32}, 'in_channels must list the channels of at least 2 stages, got 32'),
         ({'feature_loss': 'at'}, "feature_loss must be one of .* got 'at'"),
-        ({'alpha': -1.0}, 'alpha and beta must be at least 0'),
+        ({'alpha': -1.0}, 'FRSKDClsHead: alpha must be at least 0, got -1.0'),
         ({'in_channels': [4, 8, 16, 16]}, r'feats: channels must be in_channels=\[4, 8, 16, 16\]'),
     ],
 )
