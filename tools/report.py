@@ -9,7 +9,7 @@ Runs given under one name are averaged (seeds). Each work dir's own config says 
 
 import argparse
 
-from selfkd_mmengine.finished_runs import run_groups
+from selfkd_mmengine.report import run_groups
 from selfkd_mmpretrain.report import predict, write_report
 
 

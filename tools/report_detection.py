@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from selfkd_mmdet.report import detect, draw, table
-from selfkd_mmengine.finished_runs import run_groups
+from selfkd_mmengine.report import run_groups
 
 
 def main() -> None:

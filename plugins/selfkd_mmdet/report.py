@@ -1,6 +1,5 @@
 """Finished MMDetection runs side by side: a table of their test metrics, and detections drawn on test images."""
 
-import statistics
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence
 
@@ -8,7 +7,7 @@ from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from selfkd_mmengine.finished_runs import finished_run
+from selfkd_mmengine.report import comparison_table, finished_run
 
 __all__ = ['Detections', 'detect', 'draw', 'table']
 
@@ -59,15 +58,7 @@ class _Keep(Hook):
 
 def table(groups: Dict[str, List[Detections]]) -> str:
     """A Markdown table: a row for each group of runs, mean and (from two runs on) standard deviation."""
-    rows = ['| | runs | ' + ' | '.join(COLUMNS) + ' |', '| --- |' + ' --- |' * (1 + len(COLUMNS))]
-    for name, runs in groups.items():
-        cells = []
-        for key, factor, decimals in COLUMNS.values():
-            values = [run.metrics[key] * factor for run in runs]
-            spread = f' ± {statistics.stdev(values):.{decimals}f}' if len(values) > 1 else ''
-            cells.append(f'{statistics.mean(values):.{decimals}f}{spread}')
-        rows.append(f'| {name} | {len(runs)} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(rows)
+    return comparison_table({name: [run.metrics for run in runs] for name, runs in groups.items()}, COLUMNS)
 
 
 def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, score_thr: float = 0.3) -> None:

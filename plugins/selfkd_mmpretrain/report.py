@@ -2,7 +2,6 @@
 
 import copy
 import json
-import statistics
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
@@ -14,7 +13,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from selfkd import metrics
-from selfkd_mmengine.finished_runs import finished_run
+from selfkd_mmengine.report import comparison_table, finished_run
 
 __all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table']
 
@@ -124,18 +123,7 @@ def table(groups: Dict[str, List[Dict[str, float]]], columns: Optional[Sequence[
     """
     everything = [run for runs in groups.values() for run in runs]
     columns = columns or [title for title, (key, *_) in MEASURES.items() if all(key in run for run in everything)]
-    rows = [['', 'runs', *columns]]
-    for name, runs in groups.items():
-        cells = []
-        for key, factor, decimals in (MEASURES[title] for title in columns):
-            values = [run[key] * factor for run in runs]
-            spread = f' ± {statistics.stdev(values):.{decimals}f}' if len(values) > 1 else ''
-            cells.append(f'{statistics.mean(values):.{decimals}f}{spread}')
-        rows.append([name, str(len(runs)), *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |' for row in rows]
-    lines.insert(1, '| ' + ' | '.join('-' * width for width in widths) + ' |')
-    return '\n'.join(lines)
+    return comparison_table(groups, {title: MEASURES[title] for title in columns})
 
 
 def plot_reliability(panels: Dict[str, Dict[str, List[Predictions]]], path: str, bins: int = 10) -> None:

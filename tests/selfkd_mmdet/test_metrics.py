@@ -53,7 +53,7 @@ def test_in_a_real_validation_and_report(voc, tmp_path):
     assert again.metrics == pytest.approx(found)
     assert len(again.samples) == 2
     mean, spread = 100 * found['pascal_voc/mAP'], 0.0
-    assert f'| x | 2 | {mean:.1f} ± {spread:.1f} |' in table({'x': [again, again]})
+    assert f'| x | 2    | {mean:.1f} ± {spread:.1f} |' in table({'x': [again, again]})
     draw({'x': [again]}, str(tmp_path / 'x.png'), score_thr=0.0)
     assert Image.open(tmp_path / 'x.png').size[0] > 300
     with pytest.raises(FileNotFoundError, match='found 0 configs'):
