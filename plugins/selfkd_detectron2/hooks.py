@@ -70,8 +70,8 @@ class PSKDHook(SelfKDHook):
     A frozen past copy of the detector classifies the same regions that the student was given, and the target of the
     classification loss becomes ``(1 - alpha_t) * label + alpha_t * past``; ``alpha_t`` grows with the share of the
     iterations that were done when the present period began. Sampling, normalisation, box regression, masks and the RPN
-    are Detectron2's own. RetinaNet and FCOS keep their focal loss with the weight ``1 - alpha_t``; the past enters
-    as the quality focal loss with the weight ``alpha_t``, on the same anchors and with the same normaliser::
+    are Detectron2's own. RetinaNet and FCOS keep their focal loss; the past is added as the quality focal loss with
+    the weight ``alpha_t``, on the same anchors and with the same normaliser::
 
         trainer = DefaultTrainer(cfg)
         trainer.register_hooks([PSKDHook(alpha=0.8)])
@@ -140,7 +140,7 @@ class PSKDHook(SelfKDHook):
         for i, call in enumerate(calls):
             hard, soft = losses[call.name], 0.0
             if active:
-                hard = (1 - self.current_alpha) * hard
+                hard = hard if self.tap.keep_hard else (1 - self.current_alpha) * hard
                 soft = self.current_alpha * self.tap.past_loss(call, past[i], self.background)
                 losses[call.name] = hard + soft
             storage.put_scalar(f'{call.scope}pskd_hard', float(hard))

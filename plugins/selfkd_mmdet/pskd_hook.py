@@ -55,8 +55,9 @@ class PSKDHook(PSKDHookBase):
     the target of the classification loss becomes ``(1 - alpha_t) * label + alpha_t * past``.
 
     One-stage detectors with sigmoids (RetinaNet, FCOS, ATSS): it classifies the same anchors or points, and the loss
-    becomes ``(1 - alpha_t) * focal(label) + alpha_t * soft_weight * qfl(past)``, with the quality focal loss: unlike
-    the focal loss of a soft target it is least where student and past agree.
+    becomes ``focal(label) + alpha_t * soft_weight * qfl(past)``, with the quality focal loss: unlike the focal loss of
+    a soft target it is least where student and past agree. The label's term keeps its whole weight: the past's fades
+    where the two agree, and with ``1 - alpha_t`` classification would weigh ever less beside the boxes.
 
     Sampling, assignment, weights, normalisation, box regression, masks and the RPN are the toolkit's own.
 
@@ -141,7 +142,7 @@ class PSKDHook(PSKDHookBase):
         if not self.teaches:
             return self.mix(loss, prefix=prefix)
         soft = self._dense_losses(arguments['pred']) if self.many_calls else self._region_losses(stage, arguments)
-        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments), prefix)
+        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments), prefix, keep_hard=self.many_calls)
 
     def _dense_losses(self, logits: Tensor) -> Tensor:
         past, self._past = self._past[: len(logits)], self._past[len(logits) :]

@@ -60,13 +60,17 @@ class PSKDHookBase(SelfKDHook):
                 dist.broadcast(buffer)
             self.teacher_ready = True
 
-    def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '') -> Tensor:
+    def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '', *, keep_hard: bool = False) -> Tensor:
         """(1 - alpha) hard + alpha soft (cross-entropy is linear in its target), or ``hard`` where there is no past.
 
         Both parts are logged, summed over the calls of a step.
+
+        Args:
+            keep_hard: ``hard`` keeps its whole weight, for losses that are not linear in their target.
         """
         if soft is not None:
-            hard, soft = (1 - self.current_alpha) * hard, self.current_alpha * soft
+            hard = hard if keep_hard else (1 - self.current_alpha) * hard
+            soft = self.current_alpha * soft
         for name, part in (('hard', hard), ('soft', soft)):
             past = self.logs.get(f'{prefix}pskd_{name}', torch.zeros(()))
             self.logs[f'{prefix}pskd_{name}'] = past if part is None else past + part.detach()

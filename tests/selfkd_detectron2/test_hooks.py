@@ -116,7 +116,7 @@ def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, case):
         cross_entropy = F.binary_cross_entropy(p, hard, reduction='none')
         focal = torch.where(hard == 1, 0.25 * (1 - p) ** 2, 0.75 * p**2) * cross_entropy
         alpha = 0.8 * 3 / 6 if step >= 3 else 0.0
-        each, soft = (1 - alpha) * focal, 0.0
+        each, soft = focal, 0.0
         if alpha:
             with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
                 images = teacher.preprocess_image(batches(cfg)[step % 2])
