@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from selfkd.benchmark import PlainPyramid
 from selfkd.pyramid import BiFPN, SelfTeacherPyramid
-from selfkd_mmpretrain.benchmark import PlainPyramid
 
 
 def pair(channels, sizes, batch=3, depth=2):
