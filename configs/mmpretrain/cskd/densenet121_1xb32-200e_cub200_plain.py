@@ -1,15 +1,7 @@
-_base_ = ['../_base_/cub200.py', '../_base_/schedule_200e.py', '../_base_/runtime.py']
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='DenseNet', arch='121'),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=200, in_channels=1024, loss=dict(type='CrossEntropyLoss')),
-)
-custom_hooks = [dict(type='selfkd_mmpretrain.KeepFeaturesHook')]
-val_evaluator = [
-    dict(type='Accuracy', topk=(1, 5)),
-    dict(type='selfkd_mmpretrain.CalibrationMetric'),
-    dict(type='selfkd_mmpretrain.SelectiveMetric'),
-    dict(type='selfkd_mmpretrain.RecallAt1'),
+_base_ = [
+    'mmpretrain::_base_/models/densenet/densenet121.py',
+    '../_base_/cub200.py',
+    '../_base_/schedule_200e.py',
+    '../_base_/runtime_recall.py',
 ]
-test_evaluator = val_evaluator
+model = dict(head=dict(num_classes=200))

@@ -1,15 +1,7 @@
-_base_ = ['../_base_/mit67.py', '../_base_/schedule_200e.py', '../_base_/runtime.py']
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='ResNet', depth=18, zero_init_residual=False),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=67, in_channels=512, loss=dict(type='CrossEntropyLoss')),
-)
-custom_hooks = [dict(type='selfkd_mmpretrain.KeepFeaturesHook')]
-val_evaluator = [
-    dict(type='Accuracy', topk=(1, 5)),
-    dict(type='selfkd_mmpretrain.CalibrationMetric'),
-    dict(type='selfkd_mmpretrain.SelectiveMetric'),
-    dict(type='selfkd_mmpretrain.RecallAt1'),
+_base_ = [
+    'mmpretrain::_base_/models/resnet18.py',
+    '../_base_/mit67.py',
+    '../_base_/schedule_200e.py',
+    '../_base_/runtime_recall.py',
 ]
-test_evaluator = val_evaluator
+model = dict(backbone=dict(zero_init_residual=False), head=dict(num_classes=67))

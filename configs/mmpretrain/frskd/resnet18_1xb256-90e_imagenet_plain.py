@@ -1,7 +1,7 @@
-_base_ = ['../_base_/imagenet.py', '../_base_/schedule_90e.py', '../_base_/runtime.py']
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='ResNet', depth=18, zero_init_residual=False),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=1000, in_channels=512, loss=dict(type='CrossEntropyLoss')),
-)
+_base_ = [
+    'mmpretrain::_base_/models/resnet18.py',
+    '../_base_/imagenet.py',
+    '../_base_/schedule_90e.py',
+    '../_base_/runtime.py',
+]
+model = dict(backbone=dict(zero_init_residual=False))
