@@ -57,8 +57,8 @@ class SelfTaught:
                     f'{user}: needs FastRCNNOutputLayers that classify with a softmax '
                     f'(MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False), got {type(predictor).__name__}'
                 )
-        # All that is for training only is in here. The pooler is one of its own (it has no weights), as hooks count the
-        # calls of the head's.
+        # All that is for training only is in here. The pooler (it has no weights) is one of its own: a hook on the
+        # detector's sees the detector's regions only.
         self.self_teacher = nn.ModuleDict(
             {
                 'pyramid': BiFPN([in_channels] * levels, [in_channels] * levels, depth=depth, repeats=repeats),

@@ -211,12 +211,14 @@ def test_past_copy_costs_the_vanilla_weights_alone(voc, tmp_path, frskd):
     assert len(trainer.optimizer.state) == len(list(vanilla.parameters()))
 
 
+@pytest.mark.parametrize('model', ['faster', 'cascade, FRSKD'])
 @pytest.mark.parametrize('start', [4, 6])  # between two refreshes of the past copy, and at one
-def test_resume_is_exact(voc, tmp_path, start):
+def test_resume_is_exact(voc, tmp_path, start, model):
     """Given the same batches and seeds: Detectron2 itself restores neither."""
-    options = f'{PSKD} {CSKD} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD {start}'
-    train(config(voc, tmp_path / 'straight', options=options), Reseed())
-    cfg = config(voc, tmp_path / 'resumed', options=options)
+    options = f'{PSKD} {CSKD} {BESIDE.get(model, "")} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD {start}'
+    model = model.split(',')[0]
+    train(config(voc, tmp_path / 'straight', model, options), Reseed())
+    cfg = config(voc, tmp_path / 'resumed', model, options)
     saved = f'model_{start - 1:07d}.pth'
     (tmp_path / 'resumed').mkdir()
     shutil.copy(tmp_path / 'straight' / saved, tmp_path / 'resumed')
@@ -230,8 +232,13 @@ def test_resume_is_exact(voc, tmp_path, start):
 
 
 def test_two_processes_train_one_detector(voc, tmp_path):
-    launch(d2_runs.two_processes, 2, dist_url='auto', args=(voc, tmp_path, {'hooks': PSKD + CSKD, 'frskd': FRSKD}))
-    for name in ('hooks', 'frskd'):
+    methods = {
+        'hooks': PSKD + CSKD,
+        'frskd': FRSKD,
+        'cascade': f'{d2_runs.MODELS["cascade"]} {FRSKD_CASCADE} {PSKD} {CSKD}',
+    }
+    launch(d2_runs.two_processes, 2, dist_url='auto', args=(voc, tmp_path, methods))
+    for name in methods:
         first, second = (torch.load(tmp_path / f'{name}{rank}.pth') for rank in range(2))
         assert_same_state(first['teacher'], second['teacher'])  # both have rank 0's batch-norm statistics
         differ = {n for n, value in first['model'].items() if not torch.equal(value, second['model'][n])}
