@@ -41,10 +41,12 @@ MODELS = {
         MODEL.RESNETS.OUT_FEATURES ["res3","res4","res5"] MODEL.FPN.IN_FEATURES ["res3","res4","res5"]
         MODEL.RETINANET.NUM_CLASSES 10 MODEL.RETINANET.NUM_CONVS 1""",
 }
+MODELS['cascade mask'] = f'{MODELS["cascade"]} {MODELS["mask"]}'
 MODELS['fcos'] = MODELS['retinanet']
 PSKD = 'SELFKD.PSKD.ENABLED True SELFKD.PSKD.ALPHA 0.8 SELFKD.PSKD.INTERVAL 3 '
 CSKD = 'SELFKD.CSKD.ENABLED True '
 FRSKD = 'MODEL.ROI_HEADS.NAME FRSKDROIHeads '
+FRSKD_CASCADE = 'MODEL.ROI_HEADS.NAME FRSKDCascadeROIHeads '
 
 
 def config(voc, out, model='faster', options=''):

@@ -14,12 +14,14 @@ from mmengine.hub import get_config
 PSKD = dict(type='selfkd_mmdet.PSKDHook', alpha=0.8)
 CSKD = dict(type='selfkd_mmdet.CSKDHook', weight=0.5, temperature=3.0)
 FRSKD = {'model.roi_head.type': 'selfkd_mmdet.FRSKDRoIHead'}
+FRSKD_CASCADE = {'model.roi_head.type': 'selfkd_mmdet.FRSKDCascadeRoIHead'}
 
 
 def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
     """The toy config: 4 images of 64 x 64, batches of 2, 2 epochs; no region is sampled at random.
 
-    ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, c4, fcos, atss.
+    ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, cascade mask, c4, fcos,
+    atss.
     """
     name = model if model in ('faster-rcnn', 'retinanet') else 'faster-rcnn'
     cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
@@ -102,6 +104,7 @@ def dense(kind: str):
 MODIFY = {
     'cascade': cascade,
     'mask': mask,
+    'cascade mask': lambda cfg: (mask(cfg), cascade(cfg)),
     'c4': c4,
     'fcos': dense('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
     'atss': dense('atss/atss_r50_fpn_1x_coco.py'),

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 __all__ = ['SnapshotTeacher']
 
+SELF_TEACHER = 'self_teacher'
+
 
 class SnapshotTeacher:
     """A copy of a model, in evaluation mode and without gradients, that is refreshed when told to.
 
     It is not a :class:`torch.nn.Module`, so a student or hook that holds one in an attribute does not register it: the
     student's parameters, ``state_dict``, DDP, EMA and optimizer do not see it. It costs the model's weights and
-    buffers, and one forward pass per use.
+    buffers, and one forward pass per use. Sub-modules named ``self_teacher`` (FRSKD's, for training only) stay out.
 
     Make it before registering torch hooks on the model: ``copy.deepcopy`` copies hooks along.
 
@@ -43,6 +45,8 @@ class SnapshotTeacher:
             for value in vars(module).values()
             if isinstance(value, Tensor) and not value.is_leaf
         }
+        for module in model.modules():
+            memo.update({id(child): nn.Identity() for name, child in module.named_children() if name == SELF_TEACHER})
         self.model = copy.deepcopy(model, memo).requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -72,4 +76,5 @@ class SnapshotTeacher:
 
 
 def _tensors(model: nn.Module):
-    return [*model.parameters(), *model.buffers()]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [tensor for name, tensor in named if SELF_TEACHER not in name.split('.')]

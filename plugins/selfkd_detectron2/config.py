@@ -26,7 +26,7 @@ def add_selfkd_config(cfg: CfgNode) -> None:
     cfg.SELFKD.CSKD.WEIGHT = 1.0  # of the KL
     cfg.SELFKD.CSKD.TEMPERATURE = 4.0
 
-    cfg.SELFKD.FRSKD = CfgNode()  # on with MODEL.ROI_HEADS.NAME FRSKDROIHeads
+    cfg.SELFKD.FRSKD = CfgNode()  # on with MODEL.ROI_HEADS.NAME FRSKDROIHeads or FRSKDCascadeROIHeads
     cfg.SELFKD.FRSKD.ALPHA = 0.5  # weight of the KL from the self-teacher's prediction
     cfg.SELFKD.FRSKD.BETA = 1.0  # weight of the attention transfer; 0 for soft labels only
     cfg.SELFKD.FRSKD.TEMPERATURE = 1.0
@@ -46,7 +46,7 @@ def selfkd_hooks(cfg: CfgNode) -> List[HookBase]:
         hooks.append(PSKDHook(pskd.ALPHA, pskd.INTERVAL, pskd.BACKGROUND))
     if cskd.ENABLED:
         hooks.append(CSKDHook(cskd.WEIGHT, cskd.TEMPERATURE))
-    if hooks or cfg.MODEL.ROI_HEADS.NAME == 'FRSKDROIHeads':
+    if hooks or cfg.MODEL.ROI_HEADS.NAME in ('FRSKDROIHeads', 'FRSKDCascadeROIHeads'):
         _check_classes(cfg)
     return hooks
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
 
+from .frskd import FRSKDCascadeROIHeads, FRSKDROIHeads
+
 __all__ = ['Classified', 'DenseTap', 'RegionTap', 'make_tap']
 
 
@@ -167,7 +169,7 @@ class DenseTap:
         return call.weight * loss
 
 
-ROI_HEADS = (Res5ROIHeads, StandardROIHeads, CascadeROIHeads)
+ROI_HEADS = (Res5ROIHeads, StandardROIHeads, CascadeROIHeads, FRSKDROIHeads, FRSKDCascadeROIHeads)
 
 
 def make_tap(model: nn.Module, method: str, dense: bool):

@@ -1,21 +1,122 @@
 """FRSKD for Detectron2's two-stage detectors with a feature pyramid."""
 
+import copy
+from contextlib import ExitStack
 from typing import Dict, List
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, FastRCNNOutputLayers, StandardROIHeads
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    FastRCNNOutputLayers,
+    StandardROIHeads,
+)
+from detectron2.modeling.roi_heads.cascade_rcnn import _ScaleGradient
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
 
-__all__ = ['FRSKDROIHeads']
+__all__ = ['FRSKDCascadeROIHeads', 'FRSKDROIHeads']
+
+
+class SelfTaught:
+    """What ROI heads become with a self-teacher: one pyramid, and a classifier for each stage."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        depth: int = 1,
+        repeats: int = 1,
+        **kwargs,
+    ):
+        user = type(self).__name__
+        if not (alpha >= 0 and beta >= 0 and temperature > 0):
+            raise ValueError(
+                f'{user}: alpha and beta must be at least 0 and temperature above 0 (SELFKD.FRSKD), got '
+                f'{alpha}, {beta}, {temperature}'
+            )
+        super().__init__(**kwargs)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        levels = len(self.box_in_features)
+        if levels < 2:
+            raise ValueError(
+                f'{user}: MODEL.ROI_HEADS.IN_FEATURES is {self.box_in_features}, but the self-teacher refines a '
+                f'pyramid of two levels or more: use an FPN, or SELFKD.PSKD or SELFKD.CSKD'
+            )
+        for predictor in self._predictors():
+            if type(predictor) is not FastRCNNOutputLayers or predictor.use_sigmoid_ce:
+                raise ValueError(
+                    f'{user}: needs FastRCNNOutputLayers that classify with a softmax '
+                    f'(MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False), got {type(predictor).__name__}'
+                )
+        # All that is for training only is in here. The pooler (it has no weights) is one of its own: a hook on the
+        # detector's sees the detector's regions only.
+        self.self_teacher = nn.ModuleDict(
+            {
+                'pyramid': BiFPN([in_channels] * levels, [in_channels] * levels, depth=depth, repeats=repeats),
+                'pooler': copy.deepcopy(self.box_pooler),
+                'classifier': nn.ModuleList(nn.Linear(in_channels, self.num_classes + 1) for _ in self._predictors()),
+            }
+        )
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        options = {key.lower(): value for key, value in cfg.SELFKD.FRSKD.items()}
+        in_channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+        return {**super().from_config(cfg, input_shape), 'in_channels': in_channels, **options}
+
+    def _predictors(self) -> List[nn.Module]:
+        return list(self.box_predictor) if isinstance(self.box_predictor, nn.ModuleList) else [self.box_predictor]
+
+    def _see_regions(self, proposals: List[Instances]) -> None:
+        boxes = [p.proposal_boxes for p in proposals]  # not the proposals, whose boxes may be replaced
+        self._regions.append((boxes, torch.cat([p.gt_classes for p in proposals])))
+
+    def _forward_box(self, features: Dict[str, Tensor], proposals: List[Instances], *targets):
+        if not self.training:
+            return super()._forward_box(features, proposals, *targets)
+        self._regions, logits, predictors = [], [], self._predictors()
+        self._see_regions(proposals)
+        with ExitStack() as hooks:
+            for predictor in predictors:
+                hooks.enter_context(predictor.register_forward_hook(lambda _, args, output: logits.append(output[0])))
+            losses = super()._forward_box(features, proposals, *targets)
+        regions, self._regions = self._regions, []
+        maps = [features[name] for name in self.box_in_features]
+        refined = self.self_teacher['pyramid'](maps)
+        for stage, (boxes, labels) in enumerate(regions):
+            pooled = self.self_teacher['pooler'](refined, boxes)
+            # As Cascade R-CNN's own features: what is shared by the stages learns from their mean.
+            pooled = _ScaleGradient.apply(pooled, 1 / len(regions))
+            terms = frskd_loss(
+                logits[stage],
+                self.self_teacher['classifier'][stage](pooled.mean((2, 3))),
+                maps,
+                refined,
+                labels,
+                alpha=self.alpha,
+                beta=self.beta if stage == 0 else 0.0,
+                temperature=self.temperature,
+            )
+            del terms['loss_cls']  # the head's own is among the losses
+            terms['loss_teacher'] *= predictors[stage].loss_weight.get('loss_cls', 1.0)
+            if 'loss_feature' in terms:  # it is the maps', and no stage's
+                losses['loss_feature'] = terms.pop('loss_feature')
+            suffix = f'_stage{stage}' if isinstance(self, CascadeROIHeads) else ''
+            losses.update({f'{name}{suffix}': term for name, term in terms.items()})
+        return losses
 
 
 @ROI_HEADS_REGISTRY.register()
-class FRSKDROIHeads(StandardROIHeads):
+class FRSKDROIHeads(SelfTaught, StandardROIHeads):
     """Feature refinement via self-knowledge distillation, for Faster and Mask R-CNN.
 
     Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
@@ -45,69 +146,26 @@ class FRSKDROIHeads(StandardROIHeads):
         ValueError: options out of range, a single level, regions that are not classified by a softmax.
     """
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        alpha: float = 0.5,
-        beta: float = 1.0,
-        temperature: float = 1.0,
-        depth: int = 1,
-        repeats: int = 1,
-        **kwargs,
-    ):
-        if not (alpha >= 0 and beta >= 0 and temperature > 0):
-            raise ValueError(
-                'FRSKDROIHeads: alpha and beta must be at least 0 and temperature above 0 (SELFKD.FRSKD), got '
-                f'{alpha}, {beta}, {temperature}'
-            )
-        super().__init__(**kwargs)
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        levels, predictor = len(self.box_in_features), self.box_predictor
-        if levels < 2:
-            raise ValueError(
-                f'FRSKDROIHeads: MODEL.ROI_HEADS.IN_FEATURES is {self.box_in_features}, but the self-teacher refines a '
-                f'pyramid of two levels or more: use an FPN, or SELFKD.PSKD or SELFKD.CSKD'
-            )
-        if type(predictor) is not FastRCNNOutputLayers or predictor.use_sigmoid_ce:
-            raise ValueError(
-                f'FRSKDROIHeads: needs FastRCNNOutputLayers that classify with a softmax '
-                f'(MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False), got {type(predictor).__name__}'
-            )
-        # All that is for training only is in here.
-        self.self_teacher = nn.ModuleDict(
-            {
-                'pyramid': BiFPN([in_channels] * levels, [in_channels] * levels, depth=depth, repeats=repeats),
-                'classifier': nn.Linear(in_channels, self.num_classes + 1),
-            }
-        )
 
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        options = {key.lower(): value for key, value in cfg.SELFKD.FRSKD.items()}
-        in_channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-        return {**super().from_config(cfg, input_shape), 'in_channels': in_channels, **options}
+@ROI_HEADS_REGISTRY.register()
+class FRSKDCascadeROIHeads(SelfTaught, CascadeROIHeads):
+    """:class:`FRSKDROIHeads` for Cascade R-CNN, with or without masks: ``MODEL.ROI_HEADS.NAME FRSKDCascadeROIHeads``.
 
-    def _forward_box(self, features: Dict[str, Tensor], proposals: List[Instances]):
-        if not self.training:
-            return super()._forward_box(features, proposals)
-        boxes, logits = [p.proposal_boxes for p in proposals], []
-        with self.box_predictor.register_forward_hook(lambda module, args, output: logits.append(output[0])):
-            losses = super()._forward_box(features, proposals)
-        maps = [features[name] for name in self.box_in_features]
-        refined = self.self_teacher['pyramid'](maps)
-        teacher_logits = self.self_teacher['classifier'](self.box_pooler(refined, boxes).mean((2, 3)))
-        terms = frskd_loss(
-            logits[0],
-            teacher_logits,
-            maps,
-            refined,
-            torch.cat([p.gt_classes for p in proposals]),
-            alpha=self.alpha,
-            beta=self.beta,
-            temperature=self.temperature,
-        )
-        del terms['loss_cls']  # the head's own is among the losses
-        terms['loss_teacher'] *= self.box_predictor.loss_weight.get('loss_cls', 1.0)
-        return {**losses, **terms}
+    The pyramid's maps are refined once a step. In each stage the self-teacher has a classifier of its own, which learns
+    the labels of that stage's regions and teaches that stage. As with the head's own losses, the gradients of the
+    stages' ``loss_teacher`` are added in the classifiers, and averaged in the maps.
+
+    Args:
+        kwargs: of ``CascadeROIHeads``; the others are :class:`FRSKDROIHeads`'.
+
+    Losses beside the head's own: ``loss_teacher_stage0``, ``loss_kd_stage0``, ``loss_teacher_stage1``, ... and one
+    ``loss_feature``.
+
+    Raises:
+        ValueError: as :class:`FRSKDROIHeads`.
+    """
+
+    def _match_and_label_boxes(self, proposals: List[Instances], stage: int, targets: List[Instances]):
+        proposals = super()._match_and_label_boxes(proposals, stage, targets)
+        self._see_regions(proposals)
+        return proposals

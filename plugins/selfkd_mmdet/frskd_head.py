@@ -1,28 +1,125 @@
 """FRSKD for MMDetection's two-stage detectors with a feature pyramid."""
 
 import copy
-from typing import List
 
 import torch
-from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
-from mmdet.models.task_modules import SamplingResult
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
-from torch import Tensor, nn
+from torch import nn
 
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
 
-from .heads import check_region_loss
+from .heads import check_region_loss, per_stage
 
-__all__ = ['FRSKDRoIHead']
+__all__ = ['FRSKDCascadeRoIHead', 'FRSKDRoIHead']
 
 POINTS = 4
 
 
+class SelfTaught:
+    """What a RoI head becomes with a self-teacher: one pyramid, and a classifier for each stage."""
+
+    def __init__(
+        self,
+        *args,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        depth: int = 1,
+        repeats: int = 1,
+        **kwargs,
+    ):
+        user = type(self).__name__
+        if not (alpha >= 0 and beta >= 0 and temperature > 0):
+            raise ValueError(
+                f'{user}: alpha and beta must be at least 0 and temperature above 0, got {alpha}, {beta}, {temperature}'
+            )
+        super().__init__(*args, **kwargs)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        extractor = per_stage(getattr(self, 'bbox_roi_extractor', None))[0]
+        self.levels = getattr(extractor, 'num_inputs', 0)
+        if self.levels < 2 or self.with_shared_head:
+            raise ValueError(
+                f'{user}: regions are read from {self.levels} level(s), but the self-teacher refines a pyramid of two '
+                'or more: use a detector with a neck (FPN), or PSKDHook or CSKDHook'
+            )
+        for head in per_stage(self.bbox_head):
+            check_region_loss(user, head)
+        channels = [extractor.out_channels] * self.levels
+        # All that is for training only is in here: what tools/publish_model.py drops. Its weights are drawn from a copy
+        # of the random state, so that the detector itself starts as it would without it.
+        with torch.random.fork_rng(devices=[]):
+            self.self_teacher = nn.ModuleDict(
+                {
+                    'pyramid': BiFPN(channels, channels, depth=depth, repeats=repeats),
+                    # It averages over a region: POINTS x POINTS samples do, and cost a third of the usual ones.
+                    'roi_extractor': MODELS.build(
+                        {
+                            **per_stage(kwargs['bbox_roi_extractor'])[0],
+                            'roi_layer': dict(type='RoIAlign', output_size=POINTS, sampling_ratio=1),
+                        }
+                    ),
+                    'bbox_head': nn.ModuleList(
+                        BBoxHead(
+                            with_avg_pool=True,
+                            with_reg=False,
+                            roi_feat_size=POINTS,
+                            in_channels=channels[0],
+                            num_classes=head.num_classes,
+                        )
+                        for head in per_stage(self.bbox_head)
+                    ),
+                }
+            )
+        for teacher, head in zip(self.self_teacher['bbox_head'], per_stage(self.bbox_head)):
+            teacher.loss_cls = copy.deepcopy(head.loss_cls)
+
+    def bbox_loss(self, *args) -> dict:
+        results = super().bbox_loss(*args)
+        self._classified.append((results['cls_score'], args[-1]))
+        return results
+
+    def loss(self, x, rpn_results_list, batch_data_samples) -> dict:
+        """As the toolkit's, with the self-teacher's losses beside."""
+        self._classified = []
+        losses = super().loss(x, rpn_results_list, batch_data_samples)
+        stages, self._classified = self._classified, []  # lets go of the graph
+        feats, refined = x[: self.levels], None
+        for stage, (logits, sampling_results) in enumerate(stages):
+            rois = bbox2roi([result.priors for result in sampling_results])
+            if len(rois) == 0:
+                continue
+            first = refined is None
+            if first:
+                refined = self.self_teacher['pyramid'](feats)
+            teacher = self.self_teacher['bbox_head'][stage]
+            teacher_logits, _ = teacher(self.self_teacher['roi_extractor'](refined, rois))
+            train_cfg = per_stage(self.train_cfg)[stage]
+            own = teacher.loss_and_target(teacher_logits, None, rois, sampling_results, train_cfg)
+            terms = frskd_loss(
+                logits,
+                teacher_logits,
+                feats,
+                refined,
+                None,
+                alpha=self.alpha,
+                beta=self.beta if first else 0.0,
+                temperature=self.temperature,
+            )
+            if 'loss_feature' in terms:  # it is the maps', and no stage's
+                losses['loss_feature'] = terms.pop('loss_feature')
+            terms['loss_teacher'] = own['loss_bbox']['loss_cls']
+            cascade = isinstance(self, CascadeRoIHead)
+            prefix, weight = (f's{stage}.', self.stage_loss_weights[stage]) if cascade else ('', 1)
+            losses.update({f'{prefix}{name}': weight * term for name, term in terms.items()})
+        return losses
+
+
 @MODELS.register_module()
-class FRSKDRoIHead(StandardRoIHead):
+class FRSKDRoIHead(SelfTaught, StandardRoIHead):
     """Feature refinement via self-knowledge distillation, for Faster and Mask R-CNN.
 
     Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
@@ -53,77 +150,22 @@ class FRSKDRoIHead(StandardRoIHead):
             a softmax.
     """
 
-    def __init__(
-        self,
-        *args,
-        alpha: float = 0.5,
-        beta: float = 1.0,
-        temperature: float = 1.0,
-        depth: int = 1,
-        repeats: int = 1,
-        **kwargs,
-    ):
-        if not (alpha >= 0 and beta >= 0 and temperature > 0):
-            raise ValueError(
-                f'FRSKDRoIHead: alpha and beta must be at least 0 and temperature above 0, got {alpha}, {beta}, '
-                f'{temperature}'
-            )
-        super().__init__(*args, **kwargs)
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        levels = getattr(getattr(self, 'bbox_roi_extractor', None), 'num_inputs', 0)
-        if levels < 2 or self.with_shared_head:
-            raise ValueError(
-                f'FRSKDRoIHead: regions are read from {levels} level(s), but the self-teacher refines a pyramid of two '
-                'or more: use a detector with a neck (FPN), or PSKDHook or CSKDHook'
-            )
-        check_region_loss('FRSKDRoIHead', self.bbox_head)
-        channels = [self.bbox_roi_extractor.out_channels] * levels
-        # All that is for training only is in here: what tools/publish_model.py drops. Its weights are drawn from a copy
-        # of the random state, so that the detector itself starts as it would without it.
-        with torch.random.fork_rng(devices=[]):
-            self.self_teacher = nn.ModuleDict(
-                {
-                    'pyramid': BiFPN(channels, channels, depth=depth, repeats=repeats),
-                    # It averages over a region: POINTS x POINTS samples do, and cost a third of the usual ones.
-                    'roi_extractor': MODELS.build(
-                        {
-                            **kwargs['bbox_roi_extractor'],
-                            'roi_layer': dict(type='RoIAlign', output_size=POINTS, sampling_ratio=1),
-                        }
-                    ),
-                    'bbox_head': BBoxHead(
-                        with_avg_pool=True,
-                        with_reg=False,
-                        roi_feat_size=POINTS,
-                        in_channels=channels[0],
-                        num_classes=self.bbox_head.num_classes,
-                    ),
-                }
-            )
-            self.self_teacher['bbox_head'].loss_cls = copy.deepcopy(self.bbox_head.loss_cls)
 
-    def bbox_loss(self, x: List[Tensor], sampling_results: List[SamplingResult]) -> dict:
-        """As ``StandardRoIHead``'s, with the self-teacher's losses beside."""
-        results = super().bbox_loss(x, sampling_results)
-        rois = bbox2roi([result.priors for result in sampling_results])
-        if len(rois) == 0:
-            return results
-        feats = x[: self.bbox_roi_extractor.num_inputs]
-        refined = self.self_teacher['pyramid'](feats)
-        teacher = self.self_teacher['bbox_head']
-        logits, _ = teacher(self.self_teacher['roi_extractor'](refined, rois))
-        own = teacher.loss_and_target(logits, None, rois, sampling_results, self.train_cfg)
-        results['loss_bbox'].update(
-            loss_teacher=own['loss_bbox']['loss_cls'],
-            **frskd_loss(
-                results['cls_score'],
-                logits,
-                feats,
-                refined,
-                None,
-                alpha=self.alpha,
-                beta=self.beta,
-                temperature=self.temperature,
-            ),
-        )
-        return results
+@MODELS.register_module()
+class FRSKDCascadeRoIHead(SelfTaught, CascadeRoIHead):
+    """:class:`FRSKDRoIHead` for Cascade R-CNN, with or without masks.
+
+    The neck's maps are refined once a step. In each stage the self-teacher has a classifier of its own, which learns
+    the labels of that stage's regions and teaches that stage::
+
+        model = dict(roi_head=dict(type='selfkd_mmdet.FRSKDCascadeRoIHead'))
+
+    Args:
+        kwargs: options of ``CascadeRoIHead``; the others are :class:`FRSKDRoIHead`'s.
+
+    Losses beside the head's own: ``s0.loss_teacher``, ``s0.loss_kd``, ``s1.loss_teacher``, ... with the stages' loss
+    weights, and one ``loss_feature``, which is no stage's and has none.
+
+    Raises:
+        ValueError: as :class:`FRSKDRoIHead`.
+    """

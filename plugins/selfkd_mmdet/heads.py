@@ -7,16 +7,20 @@ from mmdet.models.losses import CrossEntropyLoss, FocalLoss
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from torch import nn
 
-__all__ = ['check_dense_head', 'check_region_heads', 'check_region_loss', 'region_heads', 'stage_of']
+__all__ = ['check_dense_head', 'check_region_heads', 'check_region_loss', 'per_stage', 'region_heads', 'stage_of']
 
 # Exactly these: subclasses choose positives by looking at predictions, or compute other losses.
 DENSE_HEADS = (RetinaHead, FCOSHead, ATSSHead)
 
 
+def per_stage(value) -> list:
+    """What a RoI head has for each stage, also where there is one stage only and no list."""
+    return list(value) if isinstance(value, (list, tuple, nn.ModuleList)) else [value]
+
+
 def region_heads(model: nn.Module) -> List[nn.Module]:
     """The box heads of a two-stage detector, one per stage."""
-    heads = model.roi_head.bbox_head
-    return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+    return per_stage(model.roi_head.bbox_head)
 
 
 def stage_of(model: nn.Module, loss_cls: nn.Module) -> Tuple[int, str]:

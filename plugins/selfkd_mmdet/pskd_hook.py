@@ -17,7 +17,7 @@ from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd.settings import at_least_zero
 from selfkd_mmengine import PSKDHookBase
 
-from .heads import check_dense_head, check_region_heads, region_heads, stage_of
+from .heads import check_dense_head, check_region_heads, per_stage, region_heads, stage_of
 
 __all__ = ['PSKDHook']
 
@@ -113,8 +113,7 @@ class PSKDHook(PSKDHookBase):
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         if not self.many_calls:
-            extractors = self.student.roi_head.bbox_roi_extractor
-            for extractor in extractors if isinstance(extractors, nn.ModuleList) else [extractors]:
+            for extractor in per_stage(self.student.roi_head.bbox_roi_extractor):
                 self._handles.append(extractor.register_forward_pre_hook(self._see_regions))
 
     def before_forward(self, inputs: Tensor) -> None:

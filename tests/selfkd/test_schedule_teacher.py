@@ -76,6 +76,18 @@ def test_weight_norm_and_tied_weights():
     torch.testing.assert_close(teacher(ids), model(ids))
 
 
+def test_self_teachers_stay_out():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].self_teacher = nn.Linear(3, 3)
+    teacher = SnapshotTeacher(model)
+    assert list(teacher.state_dict()) == ['0.weight', '0.bias']
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    teacher.update(model)
+    torch.testing.assert_close(teacher(torch.ones(1, 2)), model(torch.ones(1, 2)))
+    assert isinstance(model[0].self_teacher, nn.Linear)
+
+
 def test_another_model_is_refused():
     with pytest.raises(ValueError, match='is not the model that this teacher was made from'):
         SnapshotTeacher(nn.Linear(2, 2)).update(nn.Linear(2, 3))

@@ -6,7 +6,7 @@ import make_toy_data
 import pytest
 import torch
 import torch.nn.functional as F
-from d2_runs import CSKD, FRSKD, PSKD, batches, config, load, train
+from d2_runs import FRSKD, FRSKD_CASCADE, batches, config, load, train
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -22,34 +22,37 @@ def voc(tmp_path_factory):
 
 
 class Spy(HookBase):
-    """Keeps, before each step, the detector, and what goes into the box predictor's losses and through the teacher."""
+    """Keeps, for each step, what goes into the losses of the box predictors and through the self-teacher, by stages."""
 
     def __init__(self):
         self.steps = []
 
     def before_train(self):
         heads = self.trainer.model.roi_heads
-        method = heads.box_predictor.losses
-
-        def losses(predictions, proposals):
-            self.steps[-1].update(logits=predictions[0].detach(), proposals=copy.deepcopy(proposals))
-            return method(predictions, proposals)
-
-        heads.box_predictor.losses = losses
-        teacher = heads.self_teacher
+        predictor, teacher = heads.box_predictor, heads.self_teacher
+        for module in predictor if isinstance(predictor, torch.nn.ModuleList) else [predictor]:
+            module.losses = self.spied(module.losses)
         self.handles = [
             teacher['pyramid'].register_forward_hook(self.pyramid),
-            teacher['classifier'].register_forward_hook(self.classifier),
+            *(classifier.register_forward_hook(self.classifier) for classifier in teacher['classifier']),
         ]
 
+    def spied(self, method):
+        def losses(predictions, proposals):
+            self.steps[-1]['calls'].append((predictions[0].detach(), copy.deepcopy(proposals)))
+            return method(predictions, proposals)
+
+        return losses
+
     def before_step(self):
-        self.steps.append({})
+        self.steps.append({'calls': [], 'refined': [], 'teacher': []})
 
     def pyramid(self, module, args, output):
-        self.steps[-1].update(maps=[m.detach() for m in args[0]], refined=[m.detach() for m in output])
+        self.steps[-1]['maps'] = [m.detach() for m in args[0]]
+        self.steps[-1]['refined'].append([m.detach() for m in output])
 
     def classifier(self, module, args, output):
-        self.steps[-1].update(pooled=args[0].detach(), teacher=output.detach())
+        self.steps[-1]['teacher'].append((args[0].detach(), output.detach()))
 
     def after_step(self):
         self.steps[-1].update({name: value for name, (value, _) in self.trainer.storage.latest().items()})
@@ -64,39 +67,53 @@ def attention(m):
     return a / a.norm(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize('case', ['faster', 'mask'])
+@pytest.mark.parametrize('case', ['faster', 'mask', 'cascade', 'cascade mask'])
 def test_losses_recomputed(voc, tmp_path, case):
-    options = f'{FRSKD} SELFKD.FRSKD.ALPHA 0.5 SELFKD.FRSKD.BETA 3.0 SELFKD.FRSKD.TEMPERATURE 2.0 SOLVER.MAX_ITER 2'
-    cfg = config(voc, tmp_path, case, options)
-    trainer = train(cfg, spy := Spy())
-    pooler = trainer.model.roi_heads.box_pooler
+    suffixes = [f'_stage{k}' for k in range(3)] if 'cascade' in case else ['']
+    options = FRSKD_CASCADE if 'cascade' in case else FRSKD
+    options += 'SELFKD.FRSKD.ALPHA 0.5 SELFKD.FRSKD.BETA 3.0 SELFKD.FRSKD.TEMPERATURE 2.0 SOLVER.MAX_ITER 2'
+    trainer = train(config(voc, tmp_path, case, options), spy := Spy())
+    heads = trainer.model.roi_heads
+    assert len(heads.self_teacher['classifier']) == len(suffixes)
     for step in spy.steps:
-        label = torch.cat([p.gt_classes for p in step['proposals']])
-        pooled = pooler(step['refined'], [p.proposal_boxes for p in step['proposals']]).mean((2, 3))
-        torch.testing.assert_close(step['pooled'], pooled)
-        student, teacher = step['logits'].double(), step['teacher'].double()
-        assert step['loss_cls'] == pytest.approx(F.cross_entropy(student, label).item(), rel=1e-4)
-        assert step['loss_teacher'] == pytest.approx(F.cross_entropy(teacher, label).item(), rel=1e-4)
-        p, q = (teacher / 2).softmax(1), (student / 2).softmax(1)
-        assert step['loss_kd'] == pytest.approx(0.5 * 4 * (p * (p / q).log()).sum(1).mean().item(), rel=1e-3)
-        distances = [(attention(m) - attention(r)).pow(2).mean() for m, r in zip(step['maps'], step['refined'])]
+        (refined,) = step['refined']
+        assert len(step['calls']) == len(step['teacher']) == len(suffixes)
+        for suffix, (logits, proposals), (pooled, teacher) in zip(suffixes, step['calls'], step['teacher']):
+            label = torch.cat([p.gt_classes for p in proposals])
+            expected = heads.box_pooler(refined, [p.proposal_boxes for p in proposals]).mean((2, 3))
+            torch.testing.assert_close(pooled, expected)
+            student, teacher = logits.double(), teacher.double()
+            assert step[f'loss_cls{suffix}'] == pytest.approx(F.cross_entropy(student, label).item(), rel=1e-4)
+            assert step[f'loss_teacher{suffix}'] == pytest.approx(F.cross_entropy(teacher, label).item(), rel=1e-4)
+            p, q = (teacher / 2).softmax(1), (student / 2).softmax(1)
+            kl = (p * (p / q).log()).sum(1).mean().item()
+            assert step[f'loss_kd{suffix}'] == pytest.approx(0.5 * 4 * kl, rel=1e-3)
+        distances = [(attention(m) - attention(r)).pow(2).mean() for m, r in zip(step['maps'], refined)]
         assert len(distances) == 4
         assert step['loss_feature'] == pytest.approx(3 * sum(distances).item(), rel=1e-3)
-    assert ('loss_mask' in step) == (case == 'mask')
+        assert sum(name.startswith('loss_feature') for name in step) == 1
+    assert ('loss_mask' in step) == ('mask' in case)
 
 
-def test_self_teacher_learns_and_is_gone_at_inference(voc, tmp_path):
-    cfg = config(voc, tmp_path, options=f'{FRSKD} SELFKD.FRSKD.BETA 1.0 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0')
+@pytest.mark.parametrize(('model', 'options'), [('faster', FRSKD), ('cascade', FRSKD_CASCADE)])
+def test_self_teacher_learns_and_is_gone_at_inference(voc, tmp_path, model, options):
+    shown = 'MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0'
+    cfg, plain = config(voc, tmp_path, model, f'{options} {shown}'), config(voc, tmp_path, model, shown)
     trainer = train(cfg)
     torch.manual_seed(0)
     start = build_model(cfg).state_dict()
     state = torch.load(tmp_path / 'model_final.pth')['model']
     own = [name for name in state if 'self_teacher' in name.split('.')]
     learnt = {n.split('self_teacher.')[1] for n in own if not torch.equal(state[n], start[n])}
-    assert {'classifier.weight', 'pyramid.layers.0.top_down.0.0.weight'} <= learnt
+    stages = range(3 if model == 'cascade' else 1)
+    assert {*(f'classifier.{k}.weight' for k in stages), 'pyramid.layers.0.top_down.0.0.weight'} <= learnt
+    # The detector itself starts as it would without it.
+    torch.manual_seed(0)
+    vanilla = build_model(plain).state_dict()
+    torch.testing.assert_close({n: v for n, v in start.items() if n not in own}, vanilla, rtol=0, atol=0)
     # What a vanilla detector loads strictly, and predicts the same with.
     assert publish_checkpoint(tmp_path / 'model_final.pth', tmp_path / 'published.pth') == len(own)
-    vanilla = load(config(voc, tmp_path, options='MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0'), tmp_path / 'published.pth')
+    vanilla = load(plain, tmp_path / 'published.pth')
     trainer.model.eval()
     trainer.model.roi_heads.self_teacher = None
     with torch.no_grad():
@@ -116,26 +133,60 @@ def test_self_teacher_learns_and_is_gone_at_inference(voc, tmp_path):
         ('faster', 'MODEL.ROI_HEADS.IN_FEATURES ["p4"]', 'pyramid of two levels or more'),
         ('faster', 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True', 'USE_SIGMOID_CE False'),
         ('faster', 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'NUM_CLASSES is 20, .* has 10 classes'),
-        ('faster', PSKD, 'PSKDHook: GeneralizedRCNN with the ROI heads FRSKDROIHeads is not supported'),
-        ('faster', CSKD, 'CSKDHook: GeneralizedRCNN with the ROI heads FRSKDROIHeads is not supported'),
+        ('cascade', 'MODEL.ROI_HEADS.IN_FEATURES ["p4"]', 'FRSKDCascadeROIHeads: .* pyramid of two levels or more'),
+        ('cascade', 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True', 'FRSKDCascadeROIHeads: .*USE_SIGMOID_CE False'),
+        ('cascade', 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'NUM_CLASSES is 20, .* has 10 classes'),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(voc, tmp_path, model, options, message):
     with pytest.raises(ValueError, match=message):
-        train(config(voc, tmp_path, model, f'{FRSKD} {options}'))
+        train(config(voc, tmp_path, model, f'{FRSKD_CASCADE if model == "cascade" else FRSKD} {options}'))
 
 
-def test_backbone_learns_from_the_self_teachers_labels_alone(voc, tmp_path):
-    """As in the paper: the KL and attention transfer send no gradient into the self-teacher, its labels do."""
-    options = f'{FRSKD} SELFKD.FRSKD.ALPHA 1.0 SELFKD.FRSKD.BETA 1.0'
-    cfg = config(voc, tmp_path, options=options)
-    model = build_model(cfg).train()
-    teacher = list(model.roi_heads.self_teacher.parameters())
-    backbone = list(model.backbone.bottom_up.parameters())[:1]
+@pytest.mark.parametrize(('model', 'options'), [('faster', FRSKD), ('cascade', FRSKD_CASCADE)])
+def test_backbone_learns_from_the_self_teachers_labels_alone(voc, tmp_path, model, options):
+    """As in the paper: the KL and attention transfer send no gradient into the self-teacher, its labels do.
+
+    Cascade R-CNN divides the gradients that its stages send into the maps by their number; so does the self-teacher.
+    """
+    cfg = config(voc, tmp_path, model, f'{options} SELFKD.FRSKD.ALPHA 1.0 SELFKD.FRSKD.BETA 1.0')
+    stages = 3 if model == 'cascade' else 1
+    detector = build_model(cfg).train()
+    own = detector.roi_heads.self_teacher
+    regions, pooled = [], []
+    own['pooler'].register_forward_pre_hook(lambda _, args: regions.append(args))
+    for classifier in own['classifier']:
+        classifier.register_forward_pre_hook(lambda _, args: pooled.append(args))
+    backbone = list(detector.backbone.bottom_up.parameters())[:1]
     with EventStorage(0):
-        losses = model(batches(cfg)[0])
-    for name in ('loss_kd', 'loss_feature'):
-        grads = torch.autograd.grad(losses[name], teacher, retain_graph=True, allow_unused=True)
+        losses = detector(batches(cfg)[0])
+    taught = [name for name in losses if name.startswith(('loss_kd', 'loss_feature'))]
+    assert len(taught) == stages + 1
+    for name in taught:
+        grads = torch.autograd.grad(losses[name], list(own.parameters()), retain_graph=True, allow_unused=True)
         assert all(g is None or not g.any() for g in grads)
         assert torch.autograd.grad(losses[name], backbone, retain_graph=True)[0].any()
-    assert torch.autograd.grad(losses['loss_teacher'], backbone)[0].any()
+    for k in range(stages):
+        loss = losses[f'loss_teacher_stage{k}' if model == 'cascade' else 'loss_teacher']
+        assert torch.autograd.grad(loss, backbone, retain_graph=True)[0].any()
+        refined, boxes = regions[k]
+        to_pooled, to_maps = torch.autograd.grad(loss, [*pooled[k], refined[0]], retain_graph=True)
+        again = detector.roi_heads.box_pooler(refined, boxes).mean((2, 3))
+        (unscaled,) = torch.autograd.grad(again, refined[0], to_pooled, retain_graph=True)
+        assert unscaled.any()
+        torch.testing.assert_close(stages * to_maps, unscaled)
+
+
+def test_stage_without_regions(voc, tmp_path):
+    """All boxes of a stage may leave the image: its terms are 0, and training goes on."""
+    cfg = config(voc, tmp_path, 'cascade', FRSKD_CASCADE)
+    detector = build_model(cfg).train()
+    predictor = detector.roi_heads.box_predictor[0]
+    method = predictor.predict_boxes
+    predictor.predict_boxes = lambda *args: [boxes * 0 for boxes in method(*args)]
+    with EventStorage(0):
+        losses = detector(batches(cfg)[0])
+    assert losses['loss_teacher_stage0'] > 0
+    for stage in (1, 2):
+        assert losses[f'loss_teacher_stage{stage}'] == losses[f'loss_kd_stage{stage}'] == 0
+    sum(losses.values()).backward()

@@ -9,7 +9,7 @@ import make_toy_data
 import pytest
 import torch
 import torch.nn.functional as F
-from d2_runs import CSKD, FRSKD, PSKD, Reseed, batches, config, load, scalars, train
+from d2_runs import CSKD, FRSKD, FRSKD_CASCADE, PSKD, Reseed, batches, config, load, scalars, train
 from detectron2.engine import HookBase, launch
 from detectron2.modeling import build_model
 
@@ -65,10 +65,13 @@ def region_logits(heads, features, proposals, stage):
     return heads.box_predictor(heads.box_head(heads.box_pooler(features, boxes)))[0]
 
 
-@pytest.mark.parametrize('case', ['faster', 'faster, hard background', 'mask', 'cascade', 'c4'])
+BESIDE = {'faster, FRSKD': FRSKD, 'cascade, FRSKD': FRSKD_CASCADE}
+
+
+@pytest.mark.parametrize('case', ['faster', 'faster, hard background', 'mask', 'cascade', 'c4', *BESIDE])
 def test_region_loss_recomputed_from_the_checkpoint_at_the_start_of_the_period(voc, tmp_path, case):
     model, hard = case.split(',')[0], 'hard' in case
-    options = f'{PSKD} SELFKD.PSKD.BACKGROUND {not hard} MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16'
+    options = f'{PSKD} {BESIDE.get(case, "")} SELFKD.PSKD.BACKGROUND {not hard} MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16'
     cfg = config(voc, tmp_path, model, options)
     train(cfg, spy := Spy())
     teacher = load(cfg, tmp_path / 'model_0000002.pth')
@@ -135,9 +138,10 @@ def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, case):
     assert (ignored > 0) == (model == 'retinanet')
 
 
-@pytest.mark.parametrize('model', ['faster', 'mask', 'cascade', 'c4'])
-def test_cskd_recomputed_pair_by_pair(voc, tmp_path, model):
-    options = f'{CSKD} SELFKD.CSKD.WEIGHT 0.5 SELFKD.CSKD.TEMPERATURE 2.0 SOLVER.MAX_ITER 2'
+@pytest.mark.parametrize('case', ['faster', 'mask', 'cascade', 'c4', *BESIDE])
+def test_cskd_recomputed_pair_by_pair(voc, tmp_path, case):
+    model = case.split(',')[0]
+    options = f'{CSKD} {BESIDE.get(case, "")} SELFKD.CSKD.WEIGHT 0.5 SELFKD.CSKD.TEMPERATURE 2.0 SOLVER.MAX_ITER 2'
     train(config(voc, tmp_path, model, options), spy := Spy())
     stages, compared = 3 if model == 'cascade' else 1, 0
     for i, (step, ((logits, _), proposals)) in enumerate(spy.calls):
@@ -193,23 +197,28 @@ def test_checkpoint_is_the_vanilla_detectors_and_predicts_the_same(voc, tmp_path
         )
 
 
-def test_past_copy_costs_weights_alone(voc, tmp_path):
-    trainer = train(config(voc, tmp_path, options=PSKD))
+@pytest.mark.parametrize('frskd', ['', FRSKD])
+def test_past_copy_costs_the_vanilla_weights_alone(voc, tmp_path, frskd):
+    trainer = train(config(voc, tmp_path, options=PSKD + frskd))
     past = next(hook for hook in trainer._hooks if isinstance(hook, PSKDHook)).teacher.model
     assert all(p.grad is None and not p.requires_grad for p in past.parameters())
     ours = {id(p) for p in past.parameters()}
     assert not ours & {id(p) for group in trainer.optimizer.param_groups for p in group['params']}
+    vanilla = build_model(config(voc, tmp_path))
+    assert past.state_dict().keys() == vanilla.state_dict().keys()
     vanilla = build_model(trainer.cfg)
     assert trainer.model.state_dict().keys() == vanilla.state_dict().keys()
     assert len(trainer.optimizer.state) == len(list(vanilla.parameters()))
 
 
+@pytest.mark.parametrize('model', ['faster', 'cascade, FRSKD'])
 @pytest.mark.parametrize('start', [4, 6])  # between two refreshes of the past copy, and at one
-def test_resume_is_exact(voc, tmp_path, start):
+def test_resume_is_exact(voc, tmp_path, start, model):
     """Given the same batches and seeds: Detectron2 itself restores neither."""
-    options = f'{PSKD} {CSKD} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD {start}'
-    train(config(voc, tmp_path / 'straight', options=options), Reseed())
-    cfg = config(voc, tmp_path / 'resumed', options=options)
+    options = f'{PSKD} {CSKD} {BESIDE.get(model, "")} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD {start}'
+    model = model.split(',')[0]
+    train(config(voc, tmp_path / 'straight', model, options), Reseed())
+    cfg = config(voc, tmp_path / 'resumed', model, options)
     saved = f'model_{start - 1:07d}.pth'
     (tmp_path / 'resumed').mkdir()
     shutil.copy(tmp_path / 'straight' / saved, tmp_path / 'resumed')
@@ -223,8 +232,13 @@ def test_resume_is_exact(voc, tmp_path, start):
 
 
 def test_two_processes_train_one_detector(voc, tmp_path):
-    launch(d2_runs.two_processes, 2, dist_url='auto', args=(voc, tmp_path, {'hooks': PSKD + CSKD, 'frskd': FRSKD}))
-    for name in ('hooks', 'frskd'):
+    methods = {
+        'hooks': PSKD + CSKD,
+        'frskd': FRSKD,
+        'cascade': f'{d2_runs.MODELS["cascade"]} {FRSKD_CASCADE} {PSKD} {CSKD}',
+    }
+    launch(d2_runs.two_processes, 2, dist_url='auto', args=(voc, tmp_path, methods))
+    for name in methods:
         first, second = (torch.load(tmp_path / f'{name}{rank}.pth') for rank in range(2))
         assert_same_state(first['teacher'], second['teacher'])  # both have rank 0's batch-norm statistics
         differ = {n for n, value in first['model'].items() if not torch.equal(value, second['model'][n])}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from det_runs import CSKD, PSKD, Regions, config
+from det_runs import CSKD, FRSKD_CASCADE, PSKD, Regions, config
 from mm_runs import assert_same_state, train
 
 from selfkd_mmdet import CSKDHook
@@ -21,10 +21,13 @@ def restated(logits, label, weight, avg_factor):
     return 0.5 * total / avg_factor
 
 
-@pytest.mark.parametrize('case', ['faster-rcnn', 'positives count double', 'cascade', 'mask', 'c4'])
+@pytest.mark.parametrize('case', ['faster-rcnn', 'positives count double', 'cascade', 'cascade, FRSKD', 'mask', 'c4'])
 def test_loss_and_gradient_recomputed(voc, tmp_path, case):
-    """The gradient shows that partners are constants."""
+    """The gradient shows that partners are constants; FRSKD (of weight 0) does not get in the way."""
+    case, *frskd = case.split(', ')
     options = {'model.train_cfg.rcnn.pos_weight': 2.0} if 'double' in case else {}
+    if frskd:
+        options = {**FRSKD_CASCADE, 'model.roi_head.alpha': 0.0}
     model = case if case in ('cascade', 'mask', 'c4') else 'faster-rcnn'
     train(config(voc, tmp_path, CSKD, model=model, **options), regions := Regions())
     found = 0

@@ -5,19 +5,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from det_runs import CSKD, FRSKD, PSKD, bfloat16, config
+from det_runs import CSKD, FRSKD, FRSKD_CASCADE, PSKD, bbox_heads, bfloat16, config
 from mm_runs import assert_same_state, train
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
+from mmengine.structures import InstanceData
 
 from selfkd.losses import attention_transfer
 from selfkd.publish import publish_checkpoint, strip_self_teacher
-from selfkd_mmdet import FRSKDRoIHead
+from selfkd_mmdet import FRSKDCascadeRoIHead, FRSKDRoIHead
 
 
 class Watch(Hook):
-    """Keeps the RoI head before each step, what it was given to classify, its classification, and the losses."""
+    """Keeps the RoI head before each step, what its stages were given to classify, how they did, and the losses."""
 
     priority = 'VERY_HIGH'
 
@@ -25,82 +27,122 @@ class Watch(Hook):
         self.steps = []
 
     def before_train(self, runner):
-        head = runner.model.roi_head
-        head.bbox_roi_extractor.register_forward_pre_hook(self._regions)
-        head.bbox_head.loss_cls.register_forward_hook(self._loss, with_kwargs=True)
+        extractors = runner.model.roi_head.bbox_roi_extractor
+        for extractor in extractors if isinstance(extractors, torch.nn.ModuleList) else [extractors]:
+            extractor.register_forward_pre_hook(self._regions)
+        runner.model.roi_head.self_teacher['pyramid'].register_forward_hook(self._refined)
+        for head in bbox_heads(runner.model):
+            head.loss_cls.register_forward_hook(self._loss, with_kwargs=True)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         head = runner.model.roi_head
-        self.steps.append({'head': copy.deepcopy(head)})
+        self.steps.append({'head': copy.deepcopy(head), 'rois': [], 'calls': [], 'refined': 0})
         for module in self.steps[-1]['head'].modules():
             module._forward_hooks.clear(), module._forward_pre_hooks.clear()
 
+    def _refined(self, module, args, output):
+        self.steps[-1]['refined'] += 1
+
     def _regions(self, module, args):
-        (
-            self.steps[-1].setdefault('regions', tuple(f.detach() for f in args[0])),
-            self.steps[-1].setdefault('rois', args[1]),
-        )
+        self.steps[-1].setdefault('regions', tuple(f.detach() for f in args[0]))
+        self.steps[-1]['rois'].append(args[1])
 
     def _loss(self, module, args, kwargs, output):
-        self.steps[-1].update(logits=args[0].detach(), label=args[1])
+        self.steps[-1]['calls'].append((args[0].detach(), args[1]))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.steps[-1]['outputs'] = {k: v.item() for k, v in outputs.items()}
 
 
-@pytest.mark.parametrize('case', ['faster-rcnn', 'mask', 'beta 0'])
+@pytest.mark.parametrize('case', ['faster-rcnn', 'mask', 'beta 0', 'cascade', 'cascade mask'])
 def test_losses_recomputed(voc, tmp_path, case):
-    """Every term of every step in the paper's words; the self-teacher itself learns from the labels alone."""
+    """Every term of every step in the paper's words, in every stage; the self-teacher learns from the labels alone."""
     options = {
         'model.roi_head.temperature': 4.0,
         'model.roi_head.alpha': 1.5,
         'model.roi_head.beta': 0.0 if case == 'beta 0' else 30.0,
+        'train_cfg.max_epochs': 1,
     }
-    options['train_cfg.max_epochs'] = 1
-    model = 'mask' if case == 'mask' else 'faster-rcnn'
-    train(config(voc, tmp_path, model=model, **FRSKD, **options), watch := Watch())
+    weights, cascade = {'': 1}, 'cascade' in case
+    if cascade:
+        weights = {'s0.': 0.5, 's1.': 0.25}
+        options['model.roi_head.stage_loss_weights'] = list(weights.values())
+    model = 'faster-rcnn' if case == 'beta 0' else case
+    train(config(voc, tmp_path, model=model, **(FRSKD_CASCADE if cascade else FRSKD), **options), watch := Watch())
+    assert len(watch.steps) == 2
     for step in watch.steps:
         head, feats = step['head'], step['regions']
-        maps = head.self_teacher['pyramid'](feats)
-        pooled = head.self_teacher['roi_extractor'](maps, step['rois']).mean((2, 3))
-        t, z, y = head.self_teacher['bbox_head'].fc_cls(pooled), step['logits'].requires_grad_(), step['label']
-        p, q = F.softmax(t / 4, 1), F.softmax(z / 4, 1)
-        expected = {
-            'loss_teacher': F.cross_entropy(t, y),
-            'loss_kd': 1.5 * 16 * (p * (p / q).log()).sum(1).mean(),
-            'loss_feature': 30 * sum(attention_transfer(f, m) for f, m in zip(feats, maps)),
-        }
-        if case == 'beta 0':
-            del expected['loss_feature']
-            assert 'loss_feature' not in step['outputs']
+        maps, expected = head.self_teacher['pyramid'](feats), {}
+        assert (step['refined'], len(step['calls'])) == (1, len(weights))
+        for stage, (prefix, weight) in enumerate(weights.items()):
+            z, y = step['calls'][stage]
+            pooled = head.self_teacher['roi_extractor'](maps, step['rois'][stage]).mean((2, 3))
+            t = head.self_teacher['bbox_head'][stage].fc_cls(pooled)
+            p, q = F.softmax(t / 4, 1), F.softmax(z / 4, 1)
+            expected[f'{prefix}loss_teacher'] = weight * F.cross_entropy(t, y)
+            expected[f'{prefix}loss_kd'] = weight * 1.5 * 16 * (p * (p / q).log()).sum(1).mean()
+            assert (y < 10).any()
+        if case != 'beta 0':
+            expected['loss_feature'] = 30 * sum(attention_transfer(f, m) for f, m in zip(feats, maps))
+        assert set(taught_losses(step['outputs'])) == set(expected)
         for name, value in expected.items():
             assert step['outputs'][name] == pytest.approx(value.item(), rel=1e-3), name
-        assert (y < 10).any()
-        assert ('loss_mask' in step['outputs']) == (case == 'mask')
+        assert any('loss_mask' in name for name in step['outputs']) == ('mask' in case)
 
 
-def test_only_the_labels_teach_the_self_teacher_and_both_teach_the_network(voc, tmp_path):
+@pytest.mark.parametrize(('model', 'options'), [('faster-rcnn', FRSKD), ('cascade', FRSKD_CASCADE)])
+def test_only_the_labels_teach_the_self_teacher_and_both_teach_the_network(voc, tmp_path, model, options):
     class Gradients(Hook):
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
             model = runner.model
             losses = model(**model.data_preprocessor(data_batch, True), mode='loss')
             teacher = list(model.roi_head.self_teacher.parameters())
-            taught = losses['loss_kd'] + losses['loss_feature']
-            self.from_taught = torch.autograd.grad(taught, teacher, retain_graph=True, allow_unused=True)
-            self.from_labels = torch.autograd.grad(
-                losses['loss_teacher'], teacher, retain_graph=True, allow_unused=True
-            )
             stem = model.backbone.conv1.weight
-            for name in ('loss_teacher', 'loss_kd', 'loss_feature'):
-                (gradient,) = torch.autograd.grad(losses[name], stem, retain_graph=True)
-                assert gradient.abs().sum() > 0, name
+            self.learns = [False] * len(teacher)
+            self.terms = taught_losses(losses)
+            for name, term in self.terms.items():
+                *own, to_stem = torch.autograd.grad(term, [*teacher, stem], retain_graph=True, allow_unused=True)
+                assert to_stem.abs().sum() > 0, name
+                if 'loss_teacher' in name:
+                    self.learns = [before or g is not None for before, g in zip(self.learns, own)]
+                else:
+                    assert all(g is None for g in own), name
 
-    train(config(voc, tmp_path, **FRSKD, **{'train_cfg.max_epochs': 1}), watch := Gradients())
-    assert all(g is None for g in watch.from_taught)
-    assert all(g is not None for g in watch.from_labels)
+    train(config(voc, tmp_path, model=model, **options, **{'train_cfg.max_epochs': 1}), watch := Gradients())
+    assert len(watch.terms) == (5 if model == 'cascade' else 3)
+    assert all(watch.learns)
 
 
-def test_first_step_has_the_vanilla_losses(voc, tmp_path):
+def taught_losses(losses):
+    return {name: term for name, term in losses.items() if name.split('loss_')[-1] in ('teacher', 'kd', 'feature')}
+
+
+@pytest.mark.parametrize(
+    ('model', 'options', 'empty', 'expected'),
+    [
+        ('faster-rcnn', FRSKD, 0, set()),
+        ('cascade', FRSKD_CASCADE, 0, set()),
+        ('cascade', FRSKD_CASCADE, 1, {'s0.loss_teacher', 's0.loss_kd', 'loss_feature'}),
+    ],
+)
+def test_stages_without_regions_are_left_out(voc, tmp_path, model, options, empty, expected):
+    head = MODELS.build(config(voc, tmp_path, model=model, **options).model).roi_head
+
+    def regions(number):
+        return [InstanceData(bboxes=torch.tensor([[4.0, 4, 20, 20]] * number).view(number, 4))]
+
+    if empty == 1:
+        head.bbox_head[0].refine_bboxes = lambda *args: regions(0)
+    feats = [torch.rand(1, 32, size, size, requires_grad=True) for size in (16, 8, 4, 2)]
+    sample = DetDataSample(metainfo=dict(img_shape=(64, 64)))
+    sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    losses = head.loss(feats, regions(3 if empty else 0), [sample])
+    assert set(taught_losses(losses)) == expected
+    sum(loss for name, loss in losses.items() if 'loss' in name).backward()
+
+
+@pytest.mark.parametrize(('model', 'options'), [('faster-rcnn', FRSKD), ('cascade', FRSKD_CASCADE)])
+def test_first_step_has_the_vanilla_losses(voc, tmp_path, model, options):
     """From the same seed the network starts the same, and its own losses are MMDetection's own."""
 
     class First(Hook):
@@ -109,19 +151,22 @@ def test_first_step_has_the_vanilla_losses(voc, tmp_path):
                 self.losses = {k: v for k, v in outputs.items() if 'loss_' in k}
 
     hooks = First(), First()
-    for hook, options in zip(hooks, ({}, FRSKD)):
-        train(config(voc, tmp_path / str(len(options)), **options, **{'train_cfg.max_epochs': 1}), hook)
+    for hook, chosen in zip(hooks, ({}, options)):
+        train(config(voc, tmp_path / str(len(chosen)), model=model, **chosen, **{'train_cfg.max_epochs': 1}), hook)
     vanilla, ours = (hook.losses for hook in hooks)
-    assert set(ours) - set(vanilla) == {'loss_teacher', 'loss_kd', 'loss_feature'}
+    assert set(ours) - set(vanilla) == set(taught_losses(ours)) != set()
     assert_same_state({name: ours[name] for name in vanilla}, vanilla)
 
 
-def test_published_checkpoint_loads_strictly_into_the_vanilla_detector_and_predicts_the_same(voc, tmp_path):
+@pytest.mark.parametrize(('model', 'options'), [('faster-rcnn', FRSKD), ('cascade mask', FRSKD_CASCADE)])
+def test_published_checkpoint_loads_strictly_into_the_vanilla_detector_and_predicts_the_same(
+    voc, tmp_path, model, options
+):
     """With PS-KD beside; inference does not call the self-teacher."""
-    runner = train(config(voc, tmp_path, PSKD, **FRSKD))
+    runner = train(config(voc, tmp_path, PSKD, model=model, **options))
     dropped = publish_checkpoint(str(tmp_path / 'epoch_2.pth'), str(tmp_path / 'published.pth'))
     assert dropped == len(runner.model.roi_head.self_teacher.state_dict())
-    plain = config(voc, tmp_path / 'plain').model
+    plain = config(voc, tmp_path / 'plain', model=model).model
     vanilla = MODELS.build(plain).eval()
     load_checkpoint(vanilla, str(tmp_path / 'published.pth'), strict=True)
     runner.model.eval()
@@ -157,12 +202,27 @@ def test_bfloat16(voc, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('model', 'options', 'message'),
     [
-        ('c4', {}, 'regions are read from 1 level'),
-        ('faster-rcnn', {'model.roi_head.bbox_head.loss_cls.use_sigmoid': True}, 'FRSKDRoIHead: .*use_sigmoid=False'),
-        ('faster-rcnn', {'model.roi_head.alpha': -1}, 'alpha and beta must be at least 0'),
+        ('c4', FRSKD, 'regions are read from 1 level'),
+        (
+            'faster-rcnn',
+            {**FRSKD, 'model.roi_head.bbox_head.loss_cls.use_sigmoid': True},
+            'FRSKDRoIHead: .*use_sigmoid=False',
+        ),
+        ('faster-rcnn', {**FRSKD, 'model.roi_head.alpha': -1}, 'alpha and beta must be at least 0'),
+        (
+            'cascade',
+            {**FRSKD_CASCADE, 'model.roi_head.bbox_roi_extractor.featmap_strides': [8]},
+            'FRSKDCascadeRoIHead: regions are read from 1 level',
+        ),
+        (
+            'cascade',
+            {**FRSKD_CASCADE, 'model.roi_head.bbox_head.1.loss_cls.use_sigmoid': True},
+            'FRSKDCascadeRoIHead: .*use_sigmoid=False',
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(voc, tmp_path, model, options, message):
     with pytest.raises(ValueError, match=message):
-        MODELS.build(config(voc, tmp_path, model=model, **FRSKD, **options).model)
+        MODELS.build(config(voc, tmp_path, model=model, **options).model)
     assert issubclass(FRSKDRoIHead, MODELS.get('StandardRoIHead'))
+    assert issubclass(FRSKDCascadeRoIHead, MODELS.get('CascadeRoIHead'))

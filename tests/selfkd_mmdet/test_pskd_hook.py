@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from det_runs import CSKD, FRSKD, PSKD, Regions, StopAfter, bfloat16, config
+from det_runs import CSKD, FRSKD, FRSKD_CASCADE, PSKD, Regions, StopAfter, bfloat16, config
 from mm_runs import assert_same_state, by_iterations, find_hook, train, train_in_processes
 from mmcv.ops import RoIAlign
 from mmdet.registry import MODELS
@@ -15,10 +15,14 @@ from selfkd_mmdet import CSKDHook, PSKDHook
 from selfkd_mmdet.pskd_hook import ThreadedRoIAlign
 
 
-@pytest.mark.parametrize('case', ['faster-rcnn', 'hard background', 'accumulation', 'cascade', 'mask', 'c4'])
+@pytest.mark.parametrize(
+    'case', ['faster-rcnn', 'hard background', 'accumulation', 'cascade', 'cascade, FRSKD', 'mask', 'c4']
+)
 def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp_path, case):
+    case, *frskd = case.split(', ')
     model = case if case in ('cascade', 'mask', 'c4') else 'faster-rcnn'
-    cfg = config(voc, tmp_path, dict(PSKD, background='hard' not in case), model=model)
+    options = FRSKD_CASCADE if frskd else {}
+    cfg = config(voc, tmp_path, dict(PSKD, background='hard' not in case), model=model, **options)
     if case == 'accumulation':
         cfg.optim_wrapper.accumulative_counts = 2
     train(cfg, regions := Regions())
