@@ -20,3 +20,13 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'digits'
     make_toy_data.digits(folder, label_noise=0.2, train_size=40)
     return folder
+
+
+@pytest.fixture(scope='session')
+def voc(tmp_path_factory):
+    """Four training images and two test images in the layout of PASCAL VOC, digits on photographs."""
+    import make_toy_data
+
+    folder = tmp_path_factory.mktemp('VOCdevkit')
+    make_toy_data.voc(folder, train_size=4, test_size=2)
+    return folder

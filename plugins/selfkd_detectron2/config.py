@@ -46,7 +46,13 @@ def selfkd_hooks(cfg: CfgNode) -> List[HookBase]:
         hooks.append(PSKDHook(pskd.ALPHA, pskd.INTERVAL, pskd.BACKGROUND))
     if cskd.ENABLED:
         hooks.append(CSKDHook(cskd.WEIGHT, cskd.TEMPERATURE))
-    if hooks or cfg.MODEL.ROI_HEADS.NAME in ('FRSKDROIHeads', 'FRSKDCascadeROIHeads'):
+    frskd = cfg.MODEL.ROI_HEADS.NAME in ('FRSKDROIHeads', 'FRSKDCascadeROIHeads')
+    if frskd and cfg.MODEL.META_ARCHITECTURE != 'GeneralizedRCNN':
+        raise ValueError(
+            f'MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME}, but {cfg.MODEL.META_ARCHITECTURE} has no ROI heads: '
+            f'FRSKD needs MODEL.META_ARCHITECTURE GeneralizedRCNN'
+        )
+    if hooks or frskd:
         _check_classes(cfg)
     return hooks
 

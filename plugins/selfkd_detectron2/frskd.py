@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
+from selfkd.settings import at_least_zero, positive
 
 __all__ = ['FRSKDCascadeROIHeads', 'FRSKDROIHeads']
 
@@ -38,11 +39,8 @@ class SelfTaught:
         **kwargs,
     ):
         user = type(self).__name__
-        if not (alpha >= 0 and beta >= 0 and temperature > 0):
-            raise ValueError(
-                f'{user}: alpha and beta must be at least 0 and temperature above 0 (SELFKD.FRSKD), got '
-                f'{alpha}, {beta}, {temperature}'
-            )
+        at_least_zero(f'{user} (SELFKD.FRSKD)', alpha=alpha, beta=beta)
+        positive(f'{user} (SELFKD.FRSKD)', temperature=temperature)
         super().__init__(**kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         levels = len(self.box_in_features)

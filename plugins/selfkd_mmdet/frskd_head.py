@@ -11,6 +11,7 @@ from torch import nn
 
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
+from selfkd.settings import at_least_zero, positive
 
 from .heads import check_region_loss, per_stage
 
@@ -33,9 +34,12 @@ class SelfTaught:
         **kwargs,
     ):
         user = type(self).__name__
-        if not (alpha >= 0 and beta >= 0 and temperature > 0):
+        at_least_zero(user, alpha=alpha, beta=beta)
+        positive(user, temperature=temperature)
+        if ('num_stages' in kwargs) != isinstance(self, CascadeRoIHead):
             raise ValueError(
-                f'{user}: alpha and beta must be at least 0 and temperature above 0, got {alpha}, {beta}, {temperature}'
+                f'{user}: Cascade R-CNN takes FRSKDCascadeRoIHead, Faster and Mask R-CNN take FRSKDRoIHead '
+                f'(num_stages is {"" if "num_stages" in kwargs else "not "}given)'
             )
         super().__init__(*args, **kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature

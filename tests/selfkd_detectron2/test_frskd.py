@@ -2,7 +2,6 @@
 
 import copy
 
-import make_toy_data
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,6 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from selfkd.publish import publish_checkpoint
-
-
-@pytest.fixture(scope='module')
-def voc(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('VOCdevkit')
-    make_toy_data.voc(folder, train_size=4, test_size=2)
-    return folder
 
 
 class Spy(HookBase):
@@ -128,11 +120,12 @@ def test_self_teacher_learns_and_is_gone_at_inference(voc, tmp_path, model, opti
 @pytest.mark.parametrize(
     ('model', 'options', 'message'),
     [
-        ('faster', 'SELFKD.FRSKD.ALPHA -1.0', 'alpha and beta must be at least 0'),
-        ('faster', 'SELFKD.FRSKD.TEMPERATURE 0.0', 'temperature above 0'),
+        ('faster', 'SELFKD.FRSKD.ALPHA -1.0', r'\(SELFKD.FRSKD\): alpha must be at least 0'),
+        ('faster', 'SELFKD.FRSKD.TEMPERATURE 0.0', 'temperature must be above 0'),
         ('faster', 'MODEL.ROI_HEADS.IN_FEATURES ["p4"]', 'pyramid of two levels or more'),
         ('faster', 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True', 'USE_SIGMOID_CE False'),
         ('faster', 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'NUM_CLASSES is 20, .* has 10 classes'),
+        ('retinanet', '', 'RetinaNet has no ROI heads'),
         ('cascade', 'MODEL.ROI_HEADS.IN_FEATURES ["p4"]', 'FRSKDCascadeROIHeads: .* pyramid of two levels or more'),
         ('cascade', 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True', 'FRSKDCascadeROIHeads: .*USE_SIGMOID_CE False'),
         ('cascade', 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'NUM_CLASSES is 20, .* has 10 classes'),

@@ -5,7 +5,6 @@ import functools
 import shutil
 
 import d2_runs
-import make_toy_data
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,13 +15,6 @@ from detectron2.modeling import build_model
 from selfkd_detectron2 import PSKDHook
 
 assert_same_state = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-
-
-@pytest.fixture(scope='module')
-def voc(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('VOCdevkit')
-    make_toy_data.voc(folder, train_size=4, test_size=2)
-    return folder
 
 
 class Spy(HookBase):

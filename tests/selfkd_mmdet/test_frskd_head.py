@@ -208,7 +208,9 @@ def test_bfloat16(voc, tmp_path, monkeypatch):
             {**FRSKD, 'model.roi_head.bbox_head.loss_cls.use_sigmoid': True},
             'FRSKDRoIHead: .*use_sigmoid=False',
         ),
-        ('faster-rcnn', {**FRSKD, 'model.roi_head.alpha': -1}, 'alpha and beta must be at least 0'),
+        ('faster-rcnn', {**FRSKD, 'model.roi_head.alpha': -1}, 'FRSKDRoIHead: alpha must be at least 0, got -1'),
+        ('cascade', FRSKD, 'Cascade R-CNN takes FRSKDCascadeRoIHead'),
+        ('faster-rcnn', FRSKD_CASCADE, 'num_stages is not given'),
         (
             'cascade',
             {**FRSKD_CASCADE, 'model.roi_head.bbox_roi_extractor.featmap_strides': [8]},
