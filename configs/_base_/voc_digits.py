@@ -38,13 +38,13 @@ val_evaluator = [
 ]
 test_dataloader, test_evaluator = val_dataloader, val_evaluator
 
-epochs = 60
+epochs = 20
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-2), clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='MultiStepLR', milestones=[epochs * 3 // 4, epochs - 5], gamma=0.1),
+    dict(type='MultiStepLR', milestones=[epochs * 3 // 4, epochs - 1], gamma=0.1),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=20)
+train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=epochs)
 val_cfg, test_cfg = dict(), dict()
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=25),

@@ -12,4 +12,11 @@ model = dict(
         anchor_generator=dict(scales_per_octave=2, strides=[8, 16, 32]),
     ),
 )
+# It learns more slowly than Faster R-CNN, but an epoch takes a fifth of the time.
+epochs = 60
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='MultiStepLR', milestones=[epochs * 3 // 4, epochs - 5], gamma=0.1),
+]
+train_cfg = dict(max_epochs=epochs, val_interval=epochs)
