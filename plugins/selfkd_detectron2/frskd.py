@@ -49,7 +49,7 @@ class SelfTaught:
                 f'{user}: MODEL.ROI_HEADS.IN_FEATURES is {self.box_in_features}, but the self-teacher refines a '
                 f'pyramid of two levels or more: use an FPN, or SELFKD.PSKD or SELFKD.CSKD'
             )
-        for predictor in self._predictors():
+        for predictor in _stages(self.box_predictor):
             if type(predictor) is not FastRCNNOutputLayers or predictor.use_sigmoid_ce:
                 raise ValueError(
                     f'{user}: needs FastRCNNOutputLayers that classify with a softmax '
@@ -61,7 +61,10 @@ class SelfTaught:
             {
                 'pyramid': BiFPN([in_channels] * levels, [in_channels] * levels, depth=depth, repeats=repeats),
                 'pooler': copy.deepcopy(self.box_pooler),
-                'classifier': nn.ModuleList(nn.Linear(in_channels, self.num_classes + 1) for _ in self._predictors()),
+                'classifier': nn.ModuleList(
+                    nn.Sequential(copy.deepcopy(head), nn.Linear(predictor.cls_score.in_features, self.num_classes + 1))
+                    for head, predictor in zip(_stages(self.box_head), _stages(self.box_predictor))
+                ),
             }
         )
 
@@ -71,9 +74,6 @@ class SelfTaught:
         in_channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         return {**super().from_config(cfg, input_shape), 'in_channels': in_channels, **options}
 
-    def _predictors(self) -> List[nn.Module]:
-        return list(self.box_predictor) if isinstance(self.box_predictor, nn.ModuleList) else [self.box_predictor]
-
     def _see_regions(self, proposals: List[Instances]) -> None:
         boxes = [p.proposal_boxes for p in proposals]  # not the proposals, whose boxes may be replaced
         self._regions.append((boxes, torch.cat([p.gt_classes for p in proposals])))
@@ -81,7 +81,7 @@ class SelfTaught:
     def _forward_box(self, features: Dict[str, Tensor], proposals: List[Instances], *targets):
         if not self.training:
             return super()._forward_box(features, proposals, *targets)
-        self._regions, logits, predictors = [], [], self._predictors()
+        self._regions, logits, predictors = [], [], _stages(self.box_predictor)
         self._see_regions(proposals)
         with ExitStack() as hooks:
             for predictor in predictors:
@@ -96,7 +96,7 @@ class SelfTaught:
             pooled = _ScaleGradient.apply(pooled, 1 / len(regions))
             terms = frskd_loss(
                 logits[stage],
-                self.self_teacher['classifier'][stage](pooled.mean((2, 3))),
+                self.self_teacher['classifier'][stage](pooled),
                 maps,
                 refined,
                 labels,
@@ -113,6 +113,10 @@ class SelfTaught:
         return losses
 
 
+def _stages(module: nn.Module) -> List[nn.Module]:
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
 @ROI_HEADS_REGISTRY.register()
 class FRSKDROIHeads(SelfTaught, StandardROIHeads):
     """Feature refinement via self-knowledge distillation, for Faster and Mask R-CNN.
@@ -121,8 +125,8 @@ class FRSKDROIHeads(SelfTaught, StandardROIHeads):
     https://arxiv.org/abs/2103.08273
 
     In training a self-teacher refines the pyramid's maps with a two-way pyramid (:class:`selfkd.pyramid.BiFPN`, as many
-    channels), classifies the sampled regions from the refined maps (average pool and a linear layer, as in the paper),
-    learns their labels, and teaches: its prediction of each region by the temperature KL, its refined maps by
+    channels), classifies the sampled regions from the refined maps with a box head like the detector's, learns their
+    labels, and teaches: its prediction of each region by the temperature KL, its refined maps by
     attention transfer. Everything else is ``StandardROIHeads``', with the same parameter names: Detectron2's
     checkpointer loads the weights into that head, and leaves out those of ``self_teacher``. It is one setting,
     ``MODEL.ROI_HEADS.NAME FRSKDROIHeads``, with options under ``SELFKD.FRSKD``.

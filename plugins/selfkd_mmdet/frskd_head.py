@@ -1,10 +1,7 @@
 """FRSKD for MMDetection's two-stage detectors with a feature pyramid."""
 
-import copy
-
 import torch
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
-from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
 from torch import nn
@@ -16,8 +13,6 @@ from selfkd.settings import at_least_zero, positive
 from .heads import check_region_loss, per_stage
 
 __all__ = ['FRSKDCascadeRoIHead', 'FRSKDRoIHead']
-
-POINTS = 4
 
 
 class SelfTaught:
@@ -55,31 +50,20 @@ class SelfTaught:
         channels = [extractor.out_channels] * self.levels
         # All that is for training only is in here: what tools/publish_model.py drops. Its weights are drawn from a copy
         # of the random state, so that the detector itself starts as it would without it.
+        region, heads = per_stage(kwargs['bbox_roi_extractor'])[0], per_stage(kwargs['bbox_head'])
+        if len(heads) == 1:  # given once for all stages
+            heads *= len(per_stage(self.bbox_head))
         with torch.random.fork_rng(devices=[]):
             self.self_teacher = nn.ModuleDict(
                 {
                     'pyramid': BiFPN(channels, channels, depth=depth, repeats=repeats),
-                    # It averages over a region: POINTS x POINTS samples do, and cost a third of the usual ones.
+                    # One sample for each point: adaptive numbers of them cost several times as much.
                     'roi_extractor': MODELS.build(
-                        {
-                            **per_stage(kwargs['bbox_roi_extractor'])[0],
-                            'roi_layer': dict(type='RoIAlign', output_size=POINTS, sampling_ratio=1),
-                        }
+                        {**region, 'roi_layer': {**region['roi_layer'], 'sampling_ratio': 1}}
                     ),
-                    'bbox_head': nn.ModuleList(
-                        BBoxHead(
-                            with_avg_pool=True,
-                            with_reg=False,
-                            roi_feat_size=POINTS,
-                            in_channels=channels[0],
-                            num_classes=head.num_classes,
-                        )
-                        for head in per_stage(self.bbox_head)
-                    ),
+                    'bbox_head': nn.ModuleList(MODELS.build({**head, 'with_reg': False}) for head in heads),
                 }
             )
-        for teacher, head in zip(self.self_teacher['bbox_head'], per_stage(self.bbox_head)):
-            teacher.loss_cls = copy.deepcopy(head.loss_cls)
 
     def bbox_loss(self, *args) -> dict:
         results = super().bbox_loss(*args)
@@ -130,8 +114,8 @@ class FRSKDRoIHead(SelfTaught, StandardRoIHead):
     https://arxiv.org/abs/2103.08273
 
     In training a self-teacher refines the neck's maps with a two-way pyramid (:class:`selfkd.pyramid.BiFPN`, as many
-    channels as the neck), classifies the sampled regions from the refined maps (average over 4 x 4 points and a linear
-    layer), learns their labels, and teaches: its prediction of each region by the temperature KL, its refined maps
+    channels as the neck), classifies the sampled regions from the refined maps with a box head like the detector's,
+    learns their labels, and teaches: its prediction of each region by the temperature KL, its refined maps
     by attention transfer to the neck's. Everything else is ``StandardRoIHead``'s, with the same parameter names, so the
     weights load into that head (``tools/publish_model.py`` drops the self-teacher). It is one option of a config::
 

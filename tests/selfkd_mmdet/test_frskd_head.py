@@ -76,8 +76,11 @@ def test_losses_recomputed(voc, tmp_path, case):
         assert (step['refined'], len(step['calls'])) == (1, len(weights))
         for stage, (prefix, weight) in enumerate(weights.items()):
             z, y = step['calls'][stage]
-            pooled = head.self_teacher['roi_extractor'](maps, step['rois'][stage]).mean((2, 3))
-            t = head.self_teacher['bbox_head'][stage].fc_cls(pooled)
+            teacher = head.self_teacher['bbox_head'][stage]
+            read = head.self_teacher['roi_extractor'](maps, step['rois'][stage]).flatten(1)
+            for layer in teacher.shared_fcs:
+                read = layer(read).relu()
+            t = teacher.fc_cls(read)
             p, q = F.softmax(t / 4, 1), F.softmax(z / 4, 1)
             expected[f'{prefix}loss_teacher'] = weight * F.cross_entropy(t, y)
             expected[f'{prefix}loss_kd'] = weight * 1.5 * 16 * (p * (p / q).log()).sum(1).mean()
