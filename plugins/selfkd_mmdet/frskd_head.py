@@ -48,11 +48,11 @@ class SelfTaught:
         for head in per_stage(self.bbox_head):
             check_region_loss(user, head)
         channels = [extractor.out_channels] * self.levels
-        # All that is for training only is in here: what tools/publish_model.py drops. Its weights are drawn from a copy
-        # of the random state, so that the detector itself starts as it would without it.
         region, heads = per_stage(kwargs['bbox_roi_extractor'])[0], per_stage(kwargs['bbox_head'])
         if len(heads) == 1:  # given once for all stages
             heads *= len(per_stage(self.bbox_head))
+        # All that is for training only is in here: what tools/publish_model.py drops. Its weights are drawn from a copy
+        # of the random state, so that the detector itself starts as it would without it.
         with torch.random.fork_rng(devices=[]):
             self.self_teacher = nn.ModuleDict(
                 {
@@ -61,7 +61,7 @@ class SelfTaught:
                     'roi_extractor': MODELS.build(
                         {**region, 'roi_layer': {**region['roi_layer'], 'sampling_ratio': 1}}
                     ),
-                    'bbox_head': nn.ModuleList(MODELS.build({**head, 'with_reg': False}) for head in heads),
+                    'bbox_head': nn.ModuleList(MODELS.build(_classifier(head)) for head in heads),
                 }
             )
 
@@ -104,6 +104,11 @@ class SelfTaught:
             prefix, weight = (f's{stage}.', self.stage_loss_weights[stage]) if cascade else ('', 1)
             losses.update({f'{prefix}{name}': weight * term for name, term in terms.items()})
         return losses
+
+
+def _classifier(bbox_head: dict) -> dict:
+    options = {key: value for key, value in bbox_head.items() if not key.startswith('num_reg_')}
+    return {**options, 'with_reg': False}
 
 
 @MODELS.register_module()
