@@ -2,13 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from mmcv.ops import RoIAlign
 from mmdet.models.losses.utils import weight_reduce_loss
-from mmdet.models.roi_heads import CascadeRoIHead
+from mmdet.models.roi_heads import CascadeRoIHead, SingleRoIExtractor
 from mmdet.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -22,21 +22,33 @@ from .heads import check_dense_head, check_region_heads, per_stage, region_heads
 __all__ = ['PSKDHook']
 
 
-class ThreadedRoIAlign(RoIAlign):
-    """The past copy's on CPUs: torchvision's function on all threads, bit for bit what mmcv computes.
+class ThreadedRoIExtractor(SingleRoIExtractor):
+    """The past copy's on CPUs: torchvision's RoIAlign on all threads, bit for bit what MMDetection computes.
 
-    It takes a third of the time of mmcv's on one thread, which is the most of what the past copy costs.
+    Reading the regions with mmcv's, on one thread, would be the most of what the past copy costs.
     """
 
-    def forward(self, feats: Tensor, rois: Tensor) -> Tensor:
+    def forward(self, feats: Sequence[Tensor], rois: Tensor) -> Tensor:
         from torchvision.ops import roi_align
 
-        def align(part: Tensor) -> Tensor:
-            return roi_align(feats, part, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+        rois, levels = rois.type_as(feats[0]), self.map_roi_levels(rois, len(feats))
+        output = feats[0].new_empty(len(rois), self.out_channels, *self.roi_layers[0].output_size)
 
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads) as pool:
-            return torch.cat(list(pool.map(align, rois.chunk(threads))))
+        def read(job) -> None:
+            (feat, layer), part = job
+            options = layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
+            output[part] = roi_align(feat, rois[part], *options)
+
+        # Parts so small that the allocator uses their memory again.
+        maps = list(zip(feats, self.roi_layers))
+        jobs = [(maps[i], part) for i in range(len(maps)) for part in (levels == i).nonzero().flatten().split(256)]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(read, jobs))
+        return output
+
+
+def _is_average_align(layer: nn.Module) -> bool:
+    return isinstance(layer, RoIAlign) and layer.pool_mode == 'avg'
 
 
 @HOOKS.register_module()
@@ -107,8 +119,8 @@ class PSKDHook(PSKDHookBase):
         self.student = model
         if next(model.parameters()).device.type == 'cpu' and find_spec('torchvision'):
             for module in self.teacher.model.modules():
-                if isinstance(module, RoIAlign) and module.pool_mode == 'avg':
-                    module.__class__ = ThreadedRoIAlign
+                if type(module) is SingleRoIExtractor and all(map(_is_average_align, module.roi_layers)):
+                    module.__class__ = ThreadedRoIExtractor
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)

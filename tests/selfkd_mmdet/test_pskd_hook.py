@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from det_runs import CSKD, FRSKD, FRSKD_CASCADE, PSKD, Regions, StopAfter, bfloat16, config
 from mm_runs import assert_same_state, by_iterations, find_hook, train, train_in_processes
-from mmcv.ops import RoIAlign
+from mmdet.models.roi_heads import SingleRoIExtractor
 from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
 from mmengine.runner import load_checkpoint
 
 from selfkd_mmdet import CSKDHook, PSKDHook
-from selfkd_mmdet.pskd_hook import ThreadedRoIAlign
+from selfkd_mmdet.pskd_hook import ThreadedRoIExtractor
 
 
 @pytest.mark.parametrize(
@@ -248,15 +248,18 @@ def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):
         train(config(voc, tmp_path, CSKD, model='retinanet'))
 
 
-@pytest.mark.parametrize('regions', [0, 1, 5])
+@pytest.mark.parametrize('regions', [0, 1, 300])
 def test_regions_are_read_on_several_threads_with_the_same_numbers(regions):
     corner = torch.rand(regions, 2) * 20
-    rois = torch.cat([torch.zeros(regions, 1), corner, corner + 3 + torch.rand(regions, 2) * 40], 1)
-    maps, options = torch.rand(1, 4, 16, 16), dict(output_size=7, spatial_scale=0.5, sampling_ratio=0)
-    expected = RoIAlign(**options)(maps, rois)
+    rois = torch.cat([torch.zeros(regions, 1), corner, corner + 3 + torch.rand(regions, 2) * 90], 1)
+    options = dict(
+        roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0), out_channels=4, featmap_strides=[2, 4]
+    )
+    maps = [torch.rand(1, 4, 64, 64), torch.rand(1, 4, 32, 32)]
+    expected = SingleRoIExtractor(**options, finest_scale=30)(maps, rois)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert torch.equal(ThreadedRoIAlign(**options)(maps, rois), expected)
+        assert torch.equal(ThreadedRoIExtractor(**options, finest_scale=30)(maps, rois), expected)
     finally:
         torch.set_num_threads(threads)
