@@ -80,16 +80,14 @@ class PSKDParts(NamedTuple):
     nll: Tensor
 
 
-def soft_cross_entropy(
-    logits: Tensor, target_probs: Tensor, *, class_weight: Optional[Tensor] = None, reduction: str = 'mean'
-) -> Tensor:
+def soft_cross_entropy(logits: Tensor, target_probs: Tensor, *, class_weight=None, reduction: str = 'mean') -> Tensor:
     r"""Cross-entropy against soft targets, :math:`-\sum_c q_c \log \mathrm{softmax}(z)_c`.
 
     Args:
         logits: ``[N, C, ...]``.
         target_probs: targets q, same shape; taken as a constant.
-        class_weight: ``[C]`` factors on the classes' terms, as ``weight`` of :func:`torch.nn.functional.cross_entropy`
-            with soft targets. ``'mean'`` still divides by the number of samples.
+        class_weight: C factors (tensor or list) on the classes' terms, as ``weight`` of
+            :func:`torch.nn.functional.cross_entropy` with soft targets. ``'mean'`` still divides by the number of samples.
         reduction: ``'none'`` (``[N, ...]``), ``'mean'`` over all samples and positions, or ``'sum'``. The mean of
             nothing is a zero that is joined to the graph.
 
@@ -105,7 +103,8 @@ def soft_cross_entropy(
     _check_logits(logits, reduction)
     _check_probs('target_probs', target_probs, logits)
     if class_weight is not None:
-        target_probs = target_probs * class_weight.view(-1, *[1] * (logits.dim() - 2))
+        factors = torch.as_tensor(class_weight, dtype=target_probs.dtype, device=target_probs.device)
+        target_probs = target_probs * factors.view(-1, *[1] * (logits.dim() - 2))
     losses = _MixedNLL.apply(_log_softmax(logits), None, target_probs, None, 1.0, 0.0)[0]
     return _reduce(losses, reduction)
 

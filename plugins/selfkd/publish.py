@@ -5,9 +5,11 @@ from typing import Dict
 import torch
 from torch import Tensor
 
+from .teacher import SELF_TEACHER
+
 __all__ = ['publish_checkpoint', 'strip_self_teacher']
 
-TRAINING_ONLY = ('self_teacher', 'auxiliary')  # sub-modules of our heads
+TRAINING_ONLY = (SELF_TEACHER, 'auxiliary')  # sub-modules of our heads
 WEIGHTS = ('state_dict', 'model')  # where mmengine and Detectron2 keep them
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 __all__ = ['SnapshotTeacher']
 
-SELF_TEACHER = 'self_teacher'
+SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
 
 class SnapshotTeacher:

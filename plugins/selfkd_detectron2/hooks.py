@@ -22,7 +22,10 @@ __all__ = ['CSKDHook', 'PSKDHook']
 
 
 class SelfKDHook(HookBase):
-    """Taps the detector's classification while it trains. A subclass says what becomes of the losses."""
+    """Taps the detector's classification while it trains.
+
+    A subclass has ``rewrite(images, calls, losses)``, which changes the detector's losses in place.
+    """
 
     dense = False  # whether one-stage detectors are supported
 
@@ -32,10 +35,6 @@ class SelfKDHook(HookBase):
 
     def setup(self, model: nn.Module) -> None:
         """Makes what the hook needs, before the tap is set: copies of the model would copy torch hooks, too."""
-
-    def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
-        """Changes the detector's losses in place."""
-        raise NotImplementedError
 
     def before_train(self) -> None:
         model = _unwrap(self.trainer.model)

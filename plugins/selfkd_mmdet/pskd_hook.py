@@ -35,13 +35,16 @@ class ThreadedRoIExtractor(SingleRoIExtractor):
         output = feats[0].new_empty(len(rois), self.out_channels, *self.roi_layers[0].output_size)
 
         def read(job) -> None:
-            (feat, layer), part = job
+            feat, layer, part = job
             options = layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
             output[part] = roi_align(feat, rois[part], *options)
 
         # Parts so small that the allocator uses their memory again.
-        maps = list(zip(feats, self.roi_layers))
-        jobs = [(maps[i], part) for i in range(len(maps)) for part in (levels == i).nonzero().flatten().split(256)]
+        jobs = [
+            (feat, layer, part)
+            for level, (feat, layer) in enumerate(zip(feats, self.roi_layers))
+            for part in (levels == level).nonzero().flatten().split(256)
+        ]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(read, jobs))
         return output
@@ -170,8 +173,7 @@ class PSKDHook(PSKDHookBase):
                 past[foreground] = self._classify(stage, self._rois[foreground])
         if stage + 1 == len(region_heads(self.student)):
             self._past_feats = None  # not to be held through the backward pass
-        class_weight = None if self.tapped.class_weight is None else past.new_tensor(self.tapped.class_weight)
-        return soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none')
+        return soft_cross_entropy(logits, past, class_weight=self.tapped.class_weight, reduction='none')
 
     @torch.no_grad()
     def _classify(self, stage: int, rois: Tensor) -> Tensor:

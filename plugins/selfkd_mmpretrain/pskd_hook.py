@@ -148,8 +148,7 @@ class PSKDHook(PSKDHookBase):
             return loss
         self.logs['pskd_entropy'] = torch.special.entr(past).sum(1).mean()
         ce = self.tapped.ce if isinstance(self.tapped, LabelSmoothLoss) else self.tapped
-        class_weight = None if ce.class_weight is None else past.new_tensor(ce.class_weight)
-        soft = soft_cross_entropy(logits, past, class_weight=class_weight, reduction='none')
+        soft = soft_cross_entropy(logits, past, class_weight=ce.class_weight, reduction='none')
         return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments))
 
     def _past_targets(self, logits: Tensor, label: Tensor) -> Optional[Tensor]:

@@ -12,7 +12,7 @@ model = dict(
         anchor_generator=dict(scales_per_octave=2, strides=[8, 16, 32]),
     ),
 )
-# It learns more slowly than Faster R-CNN, but an epoch takes a fifth of the time.
+# It learns more slowly than Faster R-CNN.
 epochs = 60
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
