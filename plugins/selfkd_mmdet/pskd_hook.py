@@ -1,12 +1,11 @@
 """PS-KD for MMDetection."""
 
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from functools import partial
 from typing import Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmcv.ops import RoIAlign
 from mmdet.models.losses.utils import weight_reduce_loss
 from mmdet.models.roi_heads import CascadeRoIHead, SingleRoIExtractor
 from mmdet.registry import HOOKS
@@ -22,36 +21,36 @@ from .heads import check_dense_head, check_region_heads, per_stage, region_heads
 __all__ = ['PSKDHook']
 
 
-class ThreadedRoIExtractor(SingleRoIExtractor):
-    """The past copy's on CPUs: torchvision's RoIAlign on all threads, bit for bit what MMDetection computes.
+class AheadRoIExtractor(SingleRoIExtractor):
+    """The past copy's on CPUs: reads regions in a thread of its own.
 
-    Reading the regions with mmcv's, on one thread, would be the most of what the past copy costs.
+    The student's are read on one thread. Those of the past copy, read meanwhile, take next to no time of their own.
     """
 
-    def forward(self, feats: Sequence[Tensor], rois: Tensor) -> Tensor:
-        from torchvision.ops import roi_align
+    thread = ThreadPoolExecutor(1)
+    regions, output, jobs = None, None, ()
 
-        rois, levels = rois.type_as(feats[0]), self.map_roi_levels(rois, len(feats))
+    def start(self, feats: Sequence[Tensor], regions: Tensor) -> None:
+        """Begins what ``forward(feats, regions)`` will ask for."""
+        rois, levels = regions.type_as(feats[0]), self.map_roi_levels(regions, self.num_inputs)
         output = feats[0].new_empty(len(rois), self.out_channels, *self.roi_layers[0].output_size)
 
-        def read(job) -> None:
-            feat, layer, part = job
-            options = layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
-            output[part] = roi_align(feat, rois[part], *options)
+        def read(feat: Tensor, layer: nn.Module, part: Tensor) -> None:
+            output[part] = layer(feat, rois[part])
 
-        # Parts so small that the allocator uses their memory again.
-        jobs = [
-            (feat, layer, part)
+        self.jobs = [
+            self.thread.submit(read, feat, layer, (levels == level).nonzero().flatten())
             for level, (feat, layer) in enumerate(zip(feats, self.roi_layers))
-            for part in (levels == level).nonzero().flatten().split(256)
         ]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(read, jobs))
+        self.regions, self.output = regions, output
+
+    def forward(self, feats: Sequence[Tensor], regions: Tensor) -> Tensor:
+        if regions is not self.regions:
+            self.start(feats, regions)
+        for job in self.jobs:
+            job.result()
+        output, self.regions, self.output, self.jobs = self.output, None, None, ()
         return output
-
-
-def _is_average_align(layer: nn.Module) -> bool:
-    return isinstance(layer, RoIAlign) and layer.pool_mode == 'avg'
 
 
 @HOOKS.register_module()
@@ -120,16 +119,20 @@ class PSKDHook(PSKDHookBase):
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
         self.student = model
-        if next(model.parameters()).device.type == 'cpu' and find_spec('torchvision'):
+        if next(model.parameters()).device.type == 'cpu':
             for module in self.teacher.model.modules():
-                if type(module) is SingleRoIExtractor and all(map(_is_average_align, module.roi_layers)):
-                    module.__class__ = ThreadedRoIExtractor
+                if type(module) is SingleRoIExtractor:
+                    module.__class__ = AheadRoIExtractor
+                    for layer in module.roi_layers:
+                        # The same numbers; mmcv's own holds Python's lock, so that threads would wait for each other.
+                        layer.use_torchvision = getattr(layer, 'pool_mode', '') == 'avg'
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         if not self.many_calls:
-            for extractor in per_stage(self.student.roi_head.bbox_roi_extractor):
-                self._handles.append(extractor.register_forward_pre_hook(self._see_regions))
+            roi_heads = self.student.roi_head, self.teacher.model.roi_head
+            for student, past in zip(*(per_stage(head.bbox_roi_extractor) for head in roi_heads)):
+                self._handles.append(student.register_forward_pre_hook(partial(self._see_regions, past)))
 
     def before_forward(self, inputs: Tensor) -> None:
         if not self.teaches:
@@ -148,8 +151,12 @@ class PSKDHook(PSKDHookBase):
     def teaches(self) -> bool:
         return self.teacher_ready and self.current_alpha > 0
 
-    def _see_regions(self, extractor: nn.Module, args) -> None:
+    def _see_regions(self, past: nn.Module, extractor: nn.Module, args) -> None:
+        if not self._computing_loss:
+            return
         self._rois = args[1]  # of the stage whose loss comes next
+        if self.teaches and self.background and isinstance(past, AheadRoIExtractor):
+            past.start(self._past_feats, self._rois)
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         stage, prefix = (0, '') if self.many_calls else stage_of(self.student, self.tapped)

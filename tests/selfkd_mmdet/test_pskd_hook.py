@@ -12,7 +12,7 @@ from mmengine.hub import get_config
 from mmengine.runner import load_checkpoint
 
 from selfkd_mmdet import CSKDHook, PSKDHook
-from selfkd_mmdet.pskd_hook import ThreadedRoIExtractor
+from selfkd_mmdet.pskd_hook import AheadRoIExtractor
 
 
 @pytest.mark.parametrize(
@@ -248,18 +248,18 @@ def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):
         train(config(voc, tmp_path, CSKD, model='retinanet'))
 
 
-@pytest.mark.parametrize('regions', [0, 1, 300])
-def test_regions_are_read_on_several_threads_with_the_same_numbers(regions):
-    corner = torch.rand(regions, 2) * 20
-    rois = torch.cat([torch.zeros(regions, 1), corner, corner + 3 + torch.rand(regions, 2) * 90], 1)
-    options = dict(
-        roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0), out_channels=4, featmap_strides=[2, 4]
-    )
-    maps = [torch.rand(1, 4, 64, 64), torch.rand(1, 4, 32, 32)]
-    expected = SingleRoIExtractor(**options, finest_scale=30)(maps, rois)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert torch.equal(ThreadedRoIExtractor(**options, finest_scale=30)(maps, rois), expected)
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize('ahead', [False, True])
+@pytest.mark.parametrize('count', [0, 1, 300])
+def test_regions_read_ahead_are_the_same_numbers(count, ahead):
+    corner = torch.rand(count, 2) * 20
+    rois = torch.cat([torch.zeros(count, 1), corner, corner + 3 + torch.rand(count, 2) * 90], 1)
+    options = dict(out_channels=4, featmap_strides=[2, 4], finest_scale=30)
+    align = dict(type='RoIAlign', output_size=7, sampling_ratio=0)
+    maps = [torch.rand(1, 4, 64 // 2**level, 64 // 2**level) for level in range(3)]  # one that is not read
+    expected = SingleRoIExtractor(align, **options)(maps[:2], rois)
+    extractor = AheadRoIExtractor(dict(align, use_torchvision=True), **options)
+    if ahead:
+        extractor.start(maps, rois + torch.tensor([0, 9, 9, 9, 9]))  # a step whose loss was left out
+        extractor.start(maps, rois)
+        maps = None
+    assert torch.equal(extractor(maps, rois), expected)
