@@ -12,6 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests')]
 
 
+@pytest.fixture(autouse=True)
+def scope(request):
+    """The OpenMMLab toolkit of the test's folder, as a Runner would set it: models are also built without one."""
+    toolkit = request.path.parent.name.replace('selfkd_', '').replace('mmengine', 'mmpretrain')
+    if not toolkit.startswith('mm'):
+        yield
+        return
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope(toolkit):
+        yield
+
+
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory):
     """An image folder of 40 training and many test digits, with 20 % wrong training labels."""

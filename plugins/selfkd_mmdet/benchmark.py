@@ -62,6 +62,8 @@ def make_step(base: str, work_dir: str, hook: str = '', **roi_head):
             optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.001, momentum=0.9)),
             train_cfg=dict(by_epoch=True, max_epochs=10**4),
             custom_hooks=[dict(type=hook)] if hook else [],
+            # The same weights for all: RoIAlign's cost depends on the size of the regions that the RPN proposes.
+            randomness=dict(seed=0),
             work_dir=work_dir,
             experiment_name=f'benchmark-{work_dir}',
             log_level='ERROR',

@@ -27,7 +27,6 @@ class AheadRoIExtractor(SingleRoIExtractor):
     The student's are read on one thread. Those of the past copy, read meanwhile, take next to no time of their own.
     """
 
-    thread = ThreadPoolExecutor(1)
     regions, output, jobs = None, None, ()
 
     def start(self, feats: Sequence[Tensor], regions: Tensor) -> None:
@@ -38,10 +37,13 @@ class AheadRoIExtractor(SingleRoIExtractor):
         def read(feat: Tensor, layer: nn.Module, part: Tensor) -> None:
             output[part] = layer(feat, rois[part])
 
+        # It ends with its work: a thread that stayed would slow down OpenMP's in the whole process.
+        thread = ThreadPoolExecutor(1)
         self.jobs = [
-            self.thread.submit(read, feat, layer, (levels == level).nonzero().flatten())
+            thread.submit(read, feat, layer, (levels == level).nonzero().flatten())
             for level, (feat, layer) in enumerate(zip(feats, self.roi_layers))
         ]
+        thread.shutdown(wait=False)
         self.regions, self.output = regions, output
 
     def forward(self, feats: Sequence[Tensor], regions: Tensor) -> Tensor:

@@ -31,13 +31,6 @@ WRAPPERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    from mmengine.registry import init_default_scope
-
-    init_default_scope('mmpretrain')
-
-
 @pytest.mark.parametrize('name', WRAPPERS)
 def test_unique_and_stable(digits, name):
     make, size = WRAPPERS[name]

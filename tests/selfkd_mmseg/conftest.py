@@ -1,15 +1,7 @@
-"""What the segmentation tests share: MMSegmentation's scope, and images in the layout of PASCAL VOC."""
+"""What the segmentation tests share: images in the layout of PASCAL VOC."""
 
 import make_toy_data
 import pytest
-from mmengine.registry import DefaultScope
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Models are also built without a Runner, which would set it."""
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        yield
 
 
 @pytest.fixture(scope='session')
