@@ -14,6 +14,7 @@ SUITES = {
     'mmpretrain': 'selfkd_mmpretrain.benchmark:step_suite',
     'distillation': 'selfkd_mmpretrain.benchmark:distillation_suite',
     'mmdet': 'selfkd_mmdet.benchmark:step_suite',
+    'detectron2': 'selfkd_detectron2.benchmark:step_suite',
     'mmseg': 'selfkd_mmseg.benchmark:step_suite',
     'fairseq': 'selfkd_fairseq.benchmark:step_suite',
 }
@@ -21,7 +22,7 @@ SUITES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('suites', nargs='*', metavar='SUITE', help=f'of {", ".join(SUITES)} (default: all)')
+    parser.add_argument('suites', nargs='*', metavar='SUITE', help=f'of {", ".join(SUITES)} (default: all whose toolkit is installed)')
     parser.add_argument('--threads', type=int, help="torch's threads (default: as torch chooses)")
     parser.add_argument('--write', metavar='PAGE', help='Markdown page whose sections are replaced')
     args = parser.parse_args()
@@ -38,7 +39,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     for name in args.suites or SUITES:
         module, function = SUITES[name].split(':')
-        suite = getattr(import_module(module), function)
+        try:
+            suite = getattr(import_module(module), function)
+        except ModuleNotFoundError as error:
+            if args.suites:
+                raise
+            print(f'## {name}\n\nLeft out: {error}.\n')
+            continue
         text = f'{suite.__doc__.splitlines()[0]}\n\nMeasured on {hardware()}.\n\n{to_markdown(suite())}'
         print(f'## {name}\n\n{text}\n')
         if args.write:

@@ -4,6 +4,8 @@ The taps are torch forward hooks, live in training mode only. No class, paramete
 changes.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Callable, Dict, List, NamedTuple, Optional
 
 import torch
@@ -54,8 +56,10 @@ class RegionTap:
     def __init__(self, model: nn.Module):
         self.heads = heads = model.roi_heads
         self.predictors = list(heads.box_predictor) if isinstance(heads, CascadeROIHeads) else [heads.box_predictor]
+        self.past: Optional[nn.Module] = None  # the copy that classifies the same regions
         self.boxes: List[List[Boxes]] = []  # of each stage, for each image
         self.logits: List[Tensor] = []
+        self._past_logits: List[Callable[[], Tensor]] = []
 
     def attach(self, rewrite: Rewrite) -> list:
         self._rewrite = rewrite
@@ -67,12 +71,25 @@ class RegionTap:
             self.heads.register_forward_hook(self._finish),
         ]
 
+    @torch.no_grad()
     def _start(self, heads, args) -> None:
-        self.boxes, self.logits = [], []
+        self.boxes, self.logits, self._past_logits = [], [], []
+        if heads.training and self.past is not None:
+            self._past_features = self.past.backbone(args[0].tensor)
 
     def _see_boxes(self, pooler, args) -> None:
-        if pooler.training:
-            self.boxes.append(args[1])
+        if not pooler.training:
+            return
+        job, boxes = partial(self._classify, len(self.boxes), args[1]), args[1]
+        self.boxes.append(boxes)
+        if self.past is None:
+            return
+        if boxes[0].device.type == 'cpu' and not torch.is_autocast_cpu_enabled():
+            # The student's regions are read on one thread: the past copy is at work meanwhile.
+            thread = ThreadPoolExecutor(1)
+            job = thread.submit(job).result
+            thread.shutdown(wait=False)
+        self._past_logits.append(job)
 
     def _see_logits(self, predictor, args, output) -> None:
         if predictor.training:
@@ -91,21 +108,22 @@ class RegionTap:
             name, scope = (f'loss_cls_stage{stage}', f'stage{stage}/') if cascade else ('loss_cls', '')
             calls.append(Classified(name, scope, logits, labels, weight))
         self._rewrite(images.tensor, calls, output[1])
-        self._start(heads, args)  # lets go of the graph
+        self.boxes, self.logits, self._past_logits, self._past_features = [], [], [], {}  # lets go of the graph
 
-    def past_logits(self, past: nn.Module, images: Tensor) -> List[Tensor]:
-        """What a past copy of the detector says of the same regions, for each stage."""
-        heads, features = past.roi_heads, past.backbone(images)
+    def past_logits(self, images: Tensor) -> List[Tensor]:
+        """What the past copy says of the same regions, for each stage."""
+        return [logits() for logits in self._past_logits]
+
+    @torch.no_grad()
+    def _classify(self, stage: int, boxes: List[Boxes]) -> Tensor:
+        heads = self.past.roi_heads
         if isinstance(heads, Res5ROIHeads):
-            pooled = heads.pooler([features[f] for f in heads.in_features], self.boxes[0])
-            return [heads.box_predictor(heads.res5(pooled).mean(dim=[2, 3]))[0]]
-        features = [features[f] for f in heads.box_in_features]
-        cascade = isinstance(heads, CascadeROIHeads)
-        stages = zip(heads.box_head, heads.box_predictor) if cascade else [(heads.box_head, heads.box_predictor)]
-        return [
-            predictor(head(heads.box_pooler(features, boxes)))[0]
-            for boxes, (head, predictor) in zip(self.boxes, stages)
-        ]
+            pooled = heads.pooler([self._past_features[f] for f in heads.in_features], boxes)
+            return heads.box_predictor(heads.res5(pooled).mean(dim=[2, 3]))[0]
+        pooled = heads.box_pooler([self._past_features[f] for f in heads.box_in_features], boxes)
+        if isinstance(heads, CascadeROIHeads):
+            return heads.box_predictor[stage](heads.box_head[stage](pooled))[0]
+        return heads.box_predictor(heads.box_head(pooled))[0]
 
     def past_loss(self, call: Classified, past_logits: Tensor, background: bool) -> Tensor:
         past = past_logits.float().softmax(1)
@@ -130,6 +148,7 @@ class DenseTap:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.past: Optional[nn.Module] = None  # the copy that classifies the same anchors
         self.name = 'loss_fcos_cls' if isinstance(model, FCOS) else 'loss_cls'
 
     def attach(self, rewrite: Rewrite) -> list:
@@ -159,9 +178,10 @@ class DenseTap:
     def _flat(self, logits: List[Tensor]) -> Tensor:
         return torch.cat([permute_to_N_HWA_K(x, self.model.num_classes) for x in logits], dim=1)[self.counted]
 
-    def past_logits(self, past: nn.Module, images: Tensor) -> List[Tensor]:
-        features = past.backbone(images)
-        return [self._flat(past.head([features[f] for f in past.head_in_features])[0])]
+    @torch.no_grad()
+    def past_logits(self, images: Tensor) -> List[Tensor]:
+        features = self.past.backbone(images)
+        return [self._flat(self.past.head([features[f] for f in self.past.head_in_features])[0])]
 
     def past_loss(self, call: Classified, past_logits: Tensor, background: bool) -> Tensor:
         past = past_logits.float().sigmoid()

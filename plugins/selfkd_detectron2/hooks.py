@@ -2,7 +2,6 @@
 
 from typing import Dict, List, Optional
 
-import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -129,16 +128,14 @@ class PSKDHook(SelfKDHook):
                 for buffer in self.teacher.model.buffers():
                     dist.broadcast(buffer, 0)
             self.teacher_ready = True
+        self.tap.past = self.teacher.model if self.teacher_ready and self.current_alpha > 0 else None
 
     def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
-        active = self.teacher_ready and self.current_alpha > 0
-        if active:
-            with torch.no_grad():
-                past = self.tap.past_logits(self.teacher.model, images)
+        past = self.tap.past_logits(images) if self.tap.past is not None else None
         storage = get_event_storage()
         for i, call in enumerate(calls):
             hard, soft = losses[call.name], 0.0
-            if active:
+            if past is not None:
                 hard = hard if self.tap.keep_hard else (1 - self.current_alpha) * hard
                 soft = self.current_alpha * self.tap.past_loss(call, past[i], self.background)
                 losses[call.name] = hard + soft
