@@ -22,7 +22,9 @@ SUITES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('suites', nargs='*', metavar='SUITE', help=f'of {", ".join(SUITES)} (default: all whose toolkit is installed)')
+    parser.add_argument(
+        'suites', nargs='*', metavar='SUITE', help=f'of {", ".join(SUITES)} (default: all whose toolkit is installed)'
+    )
     parser.add_argument('--threads', type=int, help="torch's threads (default: as torch chooses)")
     parser.add_argument('--write', metavar='PAGE', help='Markdown page whose sections are replaced')
     args = parser.parse_args()
