@@ -1,12 +1,13 @@
 """A frozen past copy of a model: PS-KD's teacher where a sample is not the same thing twice."""
 
 import copy
-from typing import Dict
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Callable, Dict
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['SnapshotTeacher']
+__all__ = ['SnapshotTeacher', 'in_background']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
@@ -78,3 +79,14 @@ class SnapshotTeacher:
 def _tensors(model: nn.Module):
     named = [*model.named_parameters(), *model.named_buffers()]
     return [tensor for name, tensor in named if SELF_TEACHER not in name.split('.')]
+
+
+def in_background(function: Callable, *args) -> Future:
+    """Starts a call in a thread of its own: on CPUs, the copy's work beside what the student does on one thread.
+
+    The thread ends with the call. One that stayed would slow down OpenMP's in the whole process.
+    """
+    thread = ThreadPoolExecutor(1)
+    call = thread.submit(function, *args)
+    thread.shutdown(wait=False)
+    return call

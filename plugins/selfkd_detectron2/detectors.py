@@ -4,7 +4,6 @@ The taps are torch forward hooks, live in training mode only. No class, paramete
 changes.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Callable, Dict, List, NamedTuple, Optional
 
@@ -19,6 +18,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
+from selfkd.teacher import in_background
 
 from .frskd import FRSKDCascadeROIHeads, FRSKDROIHeads
 
@@ -80,16 +80,15 @@ class RegionTap:
     def _see_boxes(self, pooler, args) -> None:
         if not pooler.training:
             return
-        job, boxes = partial(self._classify, len(self.boxes), args[1]), args[1]
+        boxes, stage = args[1], len(self.boxes)
         self.boxes.append(boxes)
         if self.past is None:
             return
         if boxes[0].device.type == 'cpu' and not torch.is_autocast_cpu_enabled():
             # The student's regions are read on one thread: the past copy is at work meanwhile.
-            thread = ThreadPoolExecutor(1)
-            job = thread.submit(job).result
-            thread.shutdown(wait=False)
-        self._past_logits.append(job)
+            self._past_logits.append(in_background(self._classify, stage, boxes).result)
+        else:
+            self._past_logits.append(partial(self._classify, stage, boxes))
 
     def _see_logits(self, predictor, args, output) -> None:
         if predictor.training:

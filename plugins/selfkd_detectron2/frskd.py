@@ -67,7 +67,6 @@ class SelfTaught:
                 ),
             }
         )
-
         for level in self.self_teacher['pooler'].level_poolers:
             # One sample for each point: adaptive numbers make a step 1.9 instead of 1.5 times a plain one (R-18, CPU).
             level.sampling_ratio = 1

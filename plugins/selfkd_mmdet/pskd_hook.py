@@ -1,6 +1,5 @@
 """PS-KD for MMDetection."""
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Dict, List, Optional, Sequence
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd.settings import at_least_zero
+from selfkd.teacher import in_background
 from selfkd_mmengine import PSKDHookBase
 
 from .heads import check_dense_head, check_region_heads, per_stage, region_heads, stage_of
@@ -27,32 +27,26 @@ class AheadRoIExtractor(SingleRoIExtractor):
     The student's are read on one thread. Those of the past copy, read meanwhile, take next to no time of their own.
     """
 
-    regions, output, jobs = None, None, ()
+    regions, reading = None, None
 
     def start(self, feats: Sequence[Tensor], regions: Tensor) -> None:
         """Begins what ``forward(feats, regions)`` will ask for."""
         rois, levels = regions.type_as(feats[0]), self.map_roi_levels(regions, self.num_inputs)
         output = feats[0].new_empty(len(rois), self.out_channels, *self.roi_layers[0].output_size)
+        parts = [(levels == level).nonzero().flatten() for level in range(self.num_inputs)]
 
-        def read(feat: Tensor, layer: nn.Module, part: Tensor) -> None:
-            output[part] = layer(feat, rois[part])
+        def read() -> Tensor:
+            for feat, layer, part in zip(feats, self.roi_layers, parts):
+                output[part] = layer(feat, rois[part])
+            return output
 
-        # It ends with its work: a thread that stayed would slow down OpenMP's in the whole process.
-        thread = ThreadPoolExecutor(1)
-        self.jobs = [
-            thread.submit(read, feat, layer, (levels == level).nonzero().flatten())
-            for level, (feat, layer) in enumerate(zip(feats, self.roi_layers))
-        ]
-        thread.shutdown(wait=False)
-        self.regions, self.output = regions, output
+        self.regions, self.reading = regions, in_background(read)
 
     def forward(self, feats: Sequence[Tensor], regions: Tensor) -> Tensor:
         if regions is not self.regions:
             self.start(feats, regions)
-        for job in self.jobs:
-            job.result()
-        output, self.regions, self.output, self.jobs = self.output, None, None, ()
-        return output
+        reading, self.regions, self.reading = self.reading, None, None
+        return reading.result()
 
 
 @HOOKS.register_module()
