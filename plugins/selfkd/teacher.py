@@ -2,18 +2,23 @@
 
 import copy
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Callable, Dict
 
 import torch
 from torch import Tensor, nn
 
+from .checks import one_of
+
 __all__ = ['SnapshotTeacher', 'in_background']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
+MODES = ('train', 'eval')
+
 
 class SnapshotTeacher:
-    """A copy of a model, in evaluation mode and without gradients, that is refreshed when told to.
+    """A copy of a model without gradients, that is refreshed when told to.
 
     It is not a :class:`torch.nn.Module`, so a student or hook that holds one in an attribute does not register it: the
     student's parameters, ``state_dict``, DDP, EMA and optimizer do not see it. It costs the model's weights and
@@ -23,6 +28,14 @@ class SnapshotTeacher:
 
     Args:
         model: the model to copy, unwrapped (not the DDP module).
+        mode: ``'train'`` runs the copy in the mode of the student: dropout and other noise drawn anew, batch norm by
+            the batch's statistics (the copy's running ones stay as they are); what the student keeps in evaluation mode
+            (frozen batch norms) stays so. That is PS-KD's past prediction: what the network gave while it trained.
+            ``'eval'`` runs it in evaluation mode, without noise: sharper on the samples that it has learnt.
+
+    The noise comes from random states of its own, given by the step (:meth:`begin_step`), the process's rank and the
+    number of the call: torch's own are left as they were, so that the student draws what it would draw without a
+    teacher, and a resumed run draws what the run it resumes would have drawn.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -37,7 +50,9 @@ class SnapshotTeacher:
         (True, False)
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, mode: str = 'train'):
+        one_of('SnapshotTeacher', MODES, mode=mode)
+        self.mode = mode
         # torch's weight_norm keeps the computed weight as a plain, non-leaf attribute, which deepcopy refuses:
         # give the copy a detached one, the module recomputes it in its next forward pass.
         memo = {
@@ -48,11 +63,30 @@ class SnapshotTeacher:
         }
         for module in model.modules():
             memo.update({id(child): nn.Identity() for name, child in module.named_children() if name == SELF_TEACHER})
-        self.model = copy.deepcopy(model, memo).requires_grad_(False).eval()
+        self.model = copy.deepcopy(model, memo).requires_grad_(False)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.track_running_stats = False  # in training mode: normalise by the batch, and keep no account of it
+        self._take_mode(model)
+        self.begin_step(0)
+
+    def _take_mode(self, model: nn.Module) -> None:
+        if self.mode == 'eval':
+            self.model.eval()
+            return
+        self.model.train()  # a toolkit's own train() keeps frozen norms in evaluation mode
+        if model.training:
+            training = {name: module.training for name, module in model.named_modules()}
+            for name, module in self.model.named_modules():
+                module.training = training.get(name, module.training)
+
+    def begin_step(self, step: int) -> None:
+        """The calls to come are those of training step ``step``: what noise they draw follows from it."""
+        self._step, self._calls = step, 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes over the model's present parameters and buffers.
+        """Takes over the model's present parameters and buffers, and which of its modules are in training mode.
 
         Raises:
             ValueError: the model's tensors differ in number or shape from those copied.
@@ -62,11 +96,24 @@ class SnapshotTeacher:
             raise ValueError('model: is not the model that this teacher was made from (other tensors or shapes)')
         for mine, other in zip(ours, theirs):
             mine.copy_(other)
+        self._take_mode(model)
 
-    @torch.no_grad()
     def __call__(self, *args, **kwargs):
         """The copy's forward pass."""
-        return self.model(*args, **kwargs)
+        return self.run(self.model, *args, **kwargs)
+
+    @torch.no_grad()
+    def run(self, function: Callable, *args, **kwargs):
+        """Calls a method of the copy (``teacher.run(teacher.model.extract_feat, images)``) with the copy's own noise."""
+        if self.mode == 'eval':
+            return function(*args, **kwargs)
+        rank = torch.distributed.get_rank() if _is_distributed() else 0
+        seed = 0
+        for number in (self._step, rank, self._calls):
+            seed = (seed * 1_000_003 + number + 1) % 2**63
+        self._calls += 1
+        with _random_state(seed, _tensors(self.model)[0].device):
+            return function(*args, **kwargs)
 
     def state_dict(self) -> Dict[str, Tensor]:
         """The copy's parameters and buffers, to be saved where the model's own weights are already newer."""
@@ -79,6 +126,22 @@ class SnapshotTeacher:
 def _tensors(model: nn.Module):
     named = [*model.named_parameters(), *model.named_buffers()]
     return [tensor for name, tensor in named if SELF_TEACHER not in name.split('.')]
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@contextmanager
+def _random_state(seed: int, device: torch.device):
+    """Torch's random state of the CPU and of ``device`` from a seed; afterwards it is what it was."""
+    cuda = [device] if device.type == 'cuda' else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def in_background(function: Callable, *args) -> Future:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
-from selfkd.settings import at_least_zero, positive
+from selfkd.checks import at_least_zero, positive
 
 __all__ = ['FRSKDCascadeROIHeads', 'FRSKDROIHeads']
 

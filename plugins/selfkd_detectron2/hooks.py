@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
 from selfkd.schedule import linear_growth
-from selfkd.settings import at_least_zero, positive, share
+from selfkd.checks import at_least_zero, positive, share
 from selfkd.teacher import SnapshotTeacher
 
 from .detectors import Classified, make_tap

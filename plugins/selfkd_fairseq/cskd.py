@@ -16,7 +16,7 @@ from fairseq.logging import metrics
 
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
-from selfkd.settings import at_least_zero, positive
+from selfkd.checks import at_least_zero, positive
 
 
 @dataclass

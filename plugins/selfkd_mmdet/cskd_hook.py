@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
-from selfkd.settings import at_least_zero, positive
+from selfkd.checks import at_least_zero, positive
 from selfkd_mmengine import SelfKDHook
 
 from .heads import check_region_heads, region_heads, stage_of

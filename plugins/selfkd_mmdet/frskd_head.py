@@ -8,7 +8,7 @@ from torch import nn
 
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
-from selfkd.settings import at_least_zero, positive
+from selfkd.checks import at_least_zero, positive
 
 from .heads import check_region_loss, per_stage
 

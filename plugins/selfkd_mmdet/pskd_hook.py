@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
-from selfkd.settings import at_least_zero
+from selfkd.checks import at_least_zero
 from selfkd.teacher import in_background
 from selfkd_mmengine import PSKDHookBase
 
@@ -78,6 +78,8 @@ class PSKDHook(PSKDHookBase):
         background: two-stage: also soften the target of background regions, whose class is one like the others. False
             leaves their label hard.
         soft_weight: one-stage: weight of the teacher's term, at least 0.
+        teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
+            batch unless frozen), or ``'eval'``.
 
     Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of ``loss_cls``), with the
     prefix ``s0.``, ``s1.``, ... for the stages of Cascade R-CNN.
@@ -94,8 +96,9 @@ class PSKDHook(PSKDHookBase):
         interval: Optional[int] = None,
         background: bool = True,
         soft_weight: float = 1.0,
+        teacher_mode: str = 'train',
     ):
-        super().__init__(alpha, snapshot=True, interval=interval)
+        super().__init__(alpha, snapshot=True, interval=interval, teacher_mode=teacher_mode)
         at_least_zero('PSKDHook', soft_weight=soft_weight)
         self.background, self.soft_weight = background, soft_weight
 

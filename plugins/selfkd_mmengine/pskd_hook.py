@@ -8,8 +8,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.schedule import linear_growth
-from selfkd.settings import share
-from selfkd.teacher import SnapshotTeacher
+from selfkd.checks import one_of, share
+from selfkd.teacher import MODES, SnapshotTeacher
 
 from .hook import SelfKDHook, epoch_length, is_iter_based, training_progress, unwrap
 
@@ -24,14 +24,17 @@ class PSKDHookBase(SelfKDHook):
         snapshot: keep a past copy of the model in ``self.teacher``.
         interval: iterations between two refreshes of the copy, in iteration-based loops (default: one pass over the
             data). Epoch-based loops refresh it at the start of every epoch.
+        teacher_mode: of the copy, ``'train'`` (as the network was when it trained) or ``'eval'``; see
+            :class:`selfkd.teacher.SnapshotTeacher`.
     """
 
-    def __init__(self, alpha: float, snapshot: bool, interval: Optional[int] = None):
+    def __init__(self, alpha: float, snapshot: bool, interval: Optional[int] = None, teacher_mode: str = 'train'):
         super().__init__()
         share('PSKDHook', alpha=alpha)
+        one_of('PSKDHook', MODES, teacher_mode=teacher_mode)
         if interval is not None and interval < 1:
             raise ValueError(f'PSKDHook: interval must be a positive number of iterations, got {interval}')
-        self.alpha, self.snapshot, self.interval = alpha, snapshot, interval
+        self.alpha, self.snapshot, self.interval, self.teacher_mode = alpha, snapshot, interval, teacher_mode
         self.current_alpha = 0.0
         self.teacher: Optional[SnapshotTeacher] = None
         self.teacher_ready = False
@@ -47,7 +50,7 @@ class PSKDHookBase(SelfKDHook):
     def setup(self, runner: Runner, model: nn.Module) -> None:
         self.period = self.interval or epoch_length(runner)
         if self.snapshot:
-            self.teacher, self.teacher_ready = SnapshotTeacher(model), False
+            self.teacher, self.teacher_ready = SnapshotTeacher(model, mode=self.teacher_mode), False
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         self.current_alpha = linear_growth(self.alpha, training_progress(runner, self.period))
@@ -59,6 +62,8 @@ class PSKDHookBase(SelfKDHook):
             for buffer in self.teacher.model.buffers():
                 dist.broadcast(buffer)
             self.teacher_ready = True
+        if self.snapshot:
+            self.teacher.begin_step(runner.iter)
 
     def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '', *, keep_hard: bool = False) -> Tensor:
         """(1 - alpha) hard + alpha soft (cross-entropy is linear in its target), or ``hard`` where there is no past.

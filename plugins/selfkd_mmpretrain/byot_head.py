@@ -9,7 +9,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from selfkd.losses import byot_loss
-from selfkd.settings import at_least_zero, positive, share
+from selfkd.checks import at_least_zero, positive, share
 
 from .frskd_head import target_of
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from selfkd.losses import distillation_kl
-from selfkd.settings import at_least_zero, positive
+from selfkd.checks import at_least_zero, positive
 from selfkd_mmengine import SelfKDHook
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler

@@ -7,7 +7,7 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.losses import ddgsd_loss
-from selfkd.settings import at_least_zero, positive
+from selfkd.checks import at_least_zero, positive
 from selfkd_mmengine.pair_sampler import ViewBatchSampler
 
 from .cskd_hook import PairedHook

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
 from selfkd.pyramid import SelfTeacherPyramid
-from selfkd.settings import at_least_zero, positive
+from selfkd.checks import at_least_zero, positive
 
 __all__ = ['FRSKDClsHead', 'SLAImageClassifier']
 

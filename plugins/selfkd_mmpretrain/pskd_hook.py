@@ -46,6 +46,8 @@ class PSKDHook(PSKDHookBase):
         bank_device: where the bank lives. Defaults to the model's device.
         interval: for ``'snapshot'`` in iteration-based loops: iterations between two refreshes of the past model.
             Defaults to one pass over the training set.
+        teacher_mode: for ``'snapshot'``: the past model's: ``'train'``, as the network was when it trained (dropout,
+            batch norm by the batch), or ``'eval'``.
 
     Logged besides the loss: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts, which sum to the loss) and
     ``pskd_entropy`` (mean entropy of the past predictions, in nats).
@@ -62,6 +64,7 @@ class PSKDHook(PSKDHookBase):
         bank_dtype: str = 'float32',
         bank_device: Optional[str] = None,
         interval: Optional[int] = None,
+        teacher_mode: str = 'train',
     ):
         if teacher not in ('bank', 'snapshot'):
             raise ValueError(f"PSKDHook: teacher must be 'bank' or 'snapshot', got {teacher!r}")
@@ -71,7 +74,7 @@ class PSKDHook(PSKDHookBase):
             raise ValueError(
                 "PSKDHook: top_k, bank_dtype and bank_device belong to teacher='bank', got teacher='snapshot'"
             )
-        super().__init__(alpha, snapshot=teacher == 'snapshot', interval=interval)
+        super().__init__(alpha, snapshot=teacher == 'snapshot', interval=interval, teacher_mode=teacher_mode)
         self.top_k, self.bank_dtype, self.bank_device = top_k, bank_dtype, bank_device
         self.bank: Optional[PredictionBank] = None
 

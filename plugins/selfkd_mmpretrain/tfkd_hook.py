@@ -8,7 +8,7 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.losses import tfkd_regularization
-from selfkd.settings import positive, share
+from selfkd.checks import positive, share
 from selfkd_mmengine import PSKDHookBase, SelfKDHook
 
 __all__ = ['TFKDHook']

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from selfkd.losses import attention_transfer, distillation_kl
 from selfkd.pyramid import BiFPN
 from selfkd.schedule import sigmoid_ramp_up
-from selfkd.settings import at_least_zero
+from selfkd.checks import at_least_zero
 
 from .decode_head import losses_of, plain_loss
 

@@ -36,6 +36,8 @@ class PSKDHook(PSKDHookBase):
     Args:
         alpha: final share of the past prediction, in [0, 1]. In iteration-based loops it grows once in ``interval``.
         interval: iterations between two refreshes of the past copy. Defaults to one pass over the training set.
+        teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
+            batch), or ``'eval'``.
 
     Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of the cross-entropy).
 
@@ -43,8 +45,8 @@ class PSKDHook(PSKDHookBase):
         ValueError: at the start of training, for heads and losses that it does not support.
     """
 
-    def __init__(self, alpha: float = 0.8, interval: Optional[int] = None):
-        super().__init__(alpha, snapshot=True, interval=interval)
+    def __init__(self, alpha: float = 0.8, interval: Optional[int] = None, teacher_mode: str = 'train'):
+        super().__init__(alpha, snapshot=True, interval=interval, teacher_mode=teacher_mode)
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         return [loss for loss in losses_of(model.decode_head) if isinstance(loss, CrossEntropyLoss)]

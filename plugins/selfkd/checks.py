@@ -1,6 +1,8 @@
 """Range checks of the methods' settings, for the plugins' constructors: a wrong one is refused before training."""
 
-__all__ = ['at_least_zero', 'positive', 'share']
+from typing import Sequence
+
+__all__ = ['at_least_zero', 'one_of', 'positive', 'share']
 
 
 def at_least_zero(user: str, **settings: float) -> None:
@@ -35,3 +37,10 @@ def share(user: str, **settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value <= 1:
             raise ValueError(f'{user}: {name} must lie in [0, 1], got {value}')
+
+
+def one_of(user: str, allowed: Sequence[object], **settings: object) -> None:
+    """Refuses a setting that is none of the allowed values."""
+    for name, value in settings.items():
+        if value not in allowed:
+            raise ValueError(f'{user}: {name} must be one of {list(allowed)}, got {value!r}')
