@@ -25,9 +25,9 @@ class BiFPN(nn.Module):
         channels: channels of the refined maps, as many.
         depth: separable 3x3 convolutions per fusion.
         repeats: passes top-down and bottom-up.
-        learn_finest_only: for a pyramid whose loss looks at the finest refined map alone: no gradient reaches the last
-            way up. Its weights stay as initialised (and do not ask for a gradient, which would stop DDP), its
-            maps are constants, and it costs no backward pass.
+        last_top_down: the last pass has no way up, its refined maps are its top-down maps: for a pyramid whose loss
+            reads the finest map alone, as FRSKD's for segmentation. A way up would get no gradient, and its maps, which
+            teach, would stay noise.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class BiFPN(nn.Module):
         *,
         depth: int = 2,
         repeats: int = 1,
-        learn_finest_only: bool = False,
+        last_top_down: bool = False,
     ):
         super().__init__()
         if len(in_channels) < 2 or min(in_channels) < 1:
@@ -49,11 +49,15 @@ class BiFPN(nn.Module):
                 raise ValueError(f'{name}: must be at least 1, got {value}')
         self.in_channels, self.channels = list(in_channels), list(channels)
         self.layers = nn.ModuleList(
-            _Pass(self.in_channels if i == 0 else self.channels, self.channels, depth, first=i == 0)
+            _Pass(
+                self.in_channels if i == 0 else self.channels,
+                self.channels,
+                depth,
+                first=i == 0,
+                way_up=not (last_top_down and i == repeats - 1),
+            )
             for i in range(repeats)
         )
-        if learn_finest_only:
-            self.layers[-1].freeze_way_up()
 
     def forward(self, feats: Sequence[Tensor], *, preact: bool = False) -> List[Tensor]:
         """Refines the feature maps.
@@ -117,59 +121,51 @@ class SelfTeacherPyramid(BiFPN):
 
 
 class _Pass(nn.Module):
-    """One pass top-down and one bottom-up; returns the maps before their last ReLU."""
+    """One way top-down, and one bottom-up unless told otherwise."""
 
-    def __init__(self, in_channels: Sequence[int], channels: Sequence[int], depth: int, first: bool):
+    def __init__(self, in_channels: Sequence[int], channels: Sequence[int], depth: int, first: bool, way_up: bool):
         super().__init__()
         coarser = range(1, len(channels))
+        self.channels, self.first, self.way_up = list(channels), first, way_up
         # The inputs of the two ways at a level, L_i and M_i, read the same map: one convolution makes both. A
         # later pass takes its L_i as it comes.
-        self.first, self.channels, self.learn_way_up = first, list(channels), True
+        ways = [first + (way_up and i > 0) for i in range(len(channels))]
         self.laterals = nn.ModuleList(
-            _conv1x1(c_in, c * ((i > 0) + first)) if first or i > 0 else nn.Identity()
-            for i, (c_in, c) in enumerate(zip(in_channels, channels))
+            _conv1x1(c_in, c * n) if n else nn.Identity() for c_in, c, n in zip(in_channels, channels, ways)
         )
         self.from_coarser = nn.ModuleList(_conv1x1(channels[i], channels[i - 1]) for i in coarser)
         self.top_down = nn.ModuleList(_separable3x3(channels[i - 1], depth) for i in coarser)
-        self.from_finer = nn.ModuleList(_conv1x1(channels[i - 1], channels[i]) for i in coarser)
-        self.bottom_up = nn.ModuleList(_separable3x3(channels[i], depth) for i in coarser)
         self.top_down_weights = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in coarser)
-        self.bottom_up_weights = nn.ParameterList(
-            nn.Parameter(torch.ones(3 if i + 1 < len(channels) else 2)) for i in coarser
-        )
-
-    def freeze_way_up(self) -> None:
-        self.learn_way_up = False
-        for part in (self.from_finer, self.bottom_up, self.bottom_up_weights):
-            part.requires_grad_(False)
-        if not self.first:  # the laterals make M_i alone
-            self.laterals.requires_grad_(False)
+        if way_up:
+            self.from_finer = nn.ModuleList(_conv1x1(channels[i - 1], channels[i]) for i in coarser)
+            self.bottom_up = nn.ModuleList(_separable3x3(channels[i], depth) for i in coarser)
+            self.bottom_up_weights = nn.ParameterList(
+                nn.Parameter(torch.ones(3 if i + 1 < len(channels) else 2)) for i in coarser
+            )
 
     def forward(self, feats: Sequence[Tensor], preact: bool) -> List[Tensor]:
         last = len(feats) - 1
-        first_way, second_way = [], [None]  # L_i and M_i
-        for i, feat in enumerate(feats):
-            feat = F.relu(feat)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (self.first or self.learn_way_up)):
-                lateral = self.laterals[i](feat)
-            if i > 0:
-                lateral, other = lateral.split(self.channels[i], dim=1) if self.first else (feat, lateral)
-                second_way.append(other)
-            first_way.append(lateral)
+        feats = [F.relu(feat) for feat in feats]
+        laterals = [lateral(feat) for lateral, feat in zip(self.laterals, feats)]
+        first_way, second_way = feats, laterals  # L_i and M_i
+        if self.first:
+            pieces = [lateral.split(c, dim=1) for lateral, c in zip(laterals, self.channels)]
+            first_way, second_way = [p[0] for p in pieces], [p[-1] for p in pieces]
 
-        refined = [first_way[last]]  # relu(P_i), the finest first
+        out, refined = [first_way[last]], [first_way[last]]  # P_i and relu(P_i), the finest first
         for i in range(last - 1, -1, -1):
             coarse = _upsampled_conv(self.from_coarser[i], refined[0], first_way[i].shape[2:])
-            finest = self.top_down[i](_weighted_sum(self.top_down_weights[i], first_way[i], coarse))
-            refined.insert(0, F.relu(finest))
+            out.insert(0, self.top_down[i](_weighted_sum(self.top_down_weights[i], first_way[i], coarse)))
+            refined.insert(0, F.relu(out[0]))
+        if not self.way_up:
+            return out if preact else refined
 
-        out, activated = [finest], [refined[0]]  # O_i, relu(O_i)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learn_way_up):
-            for i in range(1, last + 1):
-                fine = self.from_finer[i - 1](_pool(activated[-1], feats[i].shape[2:]))
-                maps = (second_way[i], fine) if i == last else (second_way[i], refined[i], fine)
-                out.append(self.bottom_up[i - 1](_weighted_sum(self.bottom_up_weights[i - 1], *maps)))
-                activated.append(F.relu(out[-1]))
+        out, activated = out[:1], refined[:1]  # O_i and relu(O_i)
+        for i in range(1, last + 1):
+            fine = self.from_finer[i - 1](_pool(activated[-1], feats[i].shape[2:]))
+            maps = (second_way[i], fine) if i == last else (second_way[i], refined[i], fine)
+            out.append(self.bottom_up[i - 1](_weighted_sum(self.bottom_up_weights[i - 1], *maps)))
+            activated.append(F.relu(out[-1]))
         return out if preact else activated
 
 

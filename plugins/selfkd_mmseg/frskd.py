@@ -170,8 +170,8 @@ class SelfTeacher(BaseModule):
         self.in_channels, self.in_index = list(in_channels), in_index
         self.alpha, self.beta, self.warmup = alpha, beta, warmup
         widths = [width] * len(self.in_channels)
-        # The classifier reads the finest map, and maps that teach are constants.
-        self.pyramid = BiFPN(self.in_channels, widths, depth=depth, repeats=repeats, learn_finest_only=True)
+        # The classifier reads the finest map: a last way up would teach what nothing trains.
+        self.pyramid = BiFPN(self.in_channels, widths, depth=depth, repeats=repeats, last_top_down=True)
         self.head = ConvHead(width, channels, in_index=0, **kwargs)
 
     def forward(self, feats: Sequence[Tensor]) -> Tuple[List[Tensor], Tensor]:
