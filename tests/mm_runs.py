@@ -17,7 +17,7 @@ counter = itertools.count()
 
 def digits_config(digits, work_dir, *hooks, **options) -> Config:
     """The digits config with a tiny network: 40 images, batches of 8, 3 epochs. Options use dotted keys."""
-    cfg = Config.fromfile(ROOT / 'configs/_base_/digits.py')
+    cfg = Config.fromfile(ROOT / 'configs/mmpretrain/_base_/digits.py')
     cfg.merge_from_dict(
         {
             'model.backbone.base_channels': 4,

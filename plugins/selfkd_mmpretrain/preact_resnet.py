@@ -10,7 +10,8 @@ __all__ = ['PreActResNet']
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice; where the shape changes, the shortcut is a 1x1 convolution of the activated input."""
+    """BN-ReLU-conv twice. As released, the shortcut is of the activated input in every block, by a 1x1 convolution where
+    the shape changes. (He et al.'s block adds the input as it came where the shape stays.)"""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -23,15 +24,16 @@ class PreActBlock(nn.Module):
         activated = self.relu(self.bn1(x))
         out = self.conv1(activated)
         out = self.conv2(self.relu(self.bn2(out)))
-        return out + (x if self.shortcut is None else self.shortcut(activated))
+        return out + (activated if self.shortcut is None else self.shortcut(activated))
 
 
 @MODELS.register_module()
 class PreActResNet(BaseBackbone):
-    """Pre-activation ResNet with a 3x3 stem and no batch norm after the last block.
+    """Pre-activation ResNet with a 3x3 stem and no batch norm after the last block, as PS-KD and CS-KD released it.
 
-    He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016
+    After He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016
     https://arxiv.org/abs/1603.05027
+    but for the shortcut, which here starts after the first batch norm and ReLU of a block, also where the shape stays.
     With 100 classes, 11,217,444 parameters at depth 18. (The network that PS-KD's tables call PreAct ResNet-101, with
     42,697,380 parameters, is a ResNet-101 with ordinary bottlenecks: MMPretrain's ResNet_CIFAR.)
 

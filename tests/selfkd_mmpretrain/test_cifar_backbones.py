@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmpretrain.models.backbones import ResNet_CIFAR
 
 from selfkd_mmpretrain.cifar_backbones import (
@@ -12,7 +13,7 @@ from selfkd_mmpretrain.cifar_backbones import (
     WideResNet_CIFAR,
     _ShakeDrop,
 )
-from selfkd_mmpretrain.preact_resnet import PreActResNet
+from selfkd_mmpretrain.preact_resnet import PreActBlock, PreActResNet
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,15 @@ def test_maps_and_gradients(backbone, shapes):
     assert [tuple(m.shape[1:]) for m in maps] == shapes
     sum(m.sin().sum() for m in maps).backward()
     assert all(p.grad is not None for p in backbone.parameters())
+
+
+@torch.no_grad()
+def test_preact_shortcut_is_of_the_activated_input():
+    """As released: with a branch that gives nothing, a block is the batch norm and ReLU of its input."""
+    block = PreActBlock(4, 4, stride=1)
+    block.conv2.weight.zero_()
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(block(x), F.batch_norm(x, None, None, training=True).relu())
 
 
 def test_resnet_before_relu_is_resnet_cifar():

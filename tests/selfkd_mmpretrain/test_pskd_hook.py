@@ -325,7 +325,7 @@ def test_command_line_alone_switches_it_on(digits, tmp_path):
     command = [
         sys.executable,
         str(ROOT / 'tools/train.py'),
-        str(ROOT / 'configs/_base_/digits.py'),
+        str(ROOT / 'configs/mmpretrain/_base_/digits.py'),
         '--work-dir',
         str(tmp_path),
     ]

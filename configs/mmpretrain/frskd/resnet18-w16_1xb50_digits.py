@@ -1,4 +1,4 @@
-_base_ = '../../_base_/digits.py'
+_base_ = '../_base_/digits.py'
 model = dict(
     backbone=dict(out_indices=(0, 1, 2, 3)),
     neck=None,

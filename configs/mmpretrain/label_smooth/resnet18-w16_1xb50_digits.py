@@ -1,2 +1,2 @@
-_base_ = '../../_base_/digits.py'
+_base_ = '../_base_/digits.py'
 model = dict(head=dict(loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1)))
