@@ -31,8 +31,7 @@ class SameClassPairing:
         if labels.dim() != 1 or labels.is_floating_point() or not len(labels) or labels.min() < 0:
             raise ValueError(
                 'labels: must be one class id (an integer of at least 0) per sample, [N] with N > 0, got '
-                f'{labels.dtype}, '
-                f'{tuple(labels.shape)}'
+                f'{labels.dtype}, {tuple(labels.shape)}'
             )
         self._labels = labels.long()
         self._members = self._labels.argsort(stable=True)  # samples, class by class
@@ -57,26 +56,74 @@ class SameClassPairing:
         return self._members[self._start[label] + (share * self._count[label]).long()]
 
 
-def same_class_partners(labels: Tensor, ignore: Optional[int] = None) -> Tuple[Tensor, Tensor]:
-    """Pairs within a batch, for tokens or regions: each takes the next one of its class, the last of them the first.
+def same_class_partners(
+    labels: Tensor,
+    objects: Optional[Tensor] = None,
+    images: Optional[Tensor] = None,
+    *,
+    ignore: Optional[int] = None,
+    generator: Optional[torch.Generator] = None,
+) -> Tuple[Tensor, Tensor]:
+    """Draws pairs within a batch, for regions or tokens: for each sample another one of its class.
+
+    The paper draws another sample of the class. In a batch of images, where several regions may show one object, what
+    comes nearest to that is an object in another image: it is drawn uniformly from those of the class. Where no other
+    image has the class, the object is drawn from the other ones in the image; where it is the only one, it is that
+    object itself. The partner is a region of the object, drawn uniformly, and never the sample itself.
 
     Args:
         labels: class ids ``[N]``.
+        objects: ids of the objects that the samples show, ``[N]``; they need to be unique within an image only. By
+            default each sample is an object of its own (tokens).
+        images: ids of the images (sentences) that the samples are from, ``[N]``; by default all are from one.
         ignore: this class (padding, background) has no partners.
+        generator: of the random numbers, on the CPU (:func:`selfkd.seeds.step_generator`); by default torch's global
+            one.
 
     Returns:
         the samples that have a partner, and their partners, both ``[n]``, on the device of ``labels``.
 
     Example:
-        >>> same_class_partners(torch.tensor([5, 6, 5, 1, 5, 1]), ignore=1)
-        (tensor([0, 2, 4]), tensor([2, 4, 0]))
+        >>> labels = torch.tensor([5, 5, 5, 6, 1, 1])
+        >>> images = torch.tensor([0, 0, 1, 0, 0, 1])
+        >>> samples, partners = same_class_partners(labels, images=images, ignore=1)
+        >>> samples.tolist(), partners[:2].tolist()  # those of the other image; class 6 has one sample only
+        ([0, 1, 2], [2, 2])
     """
-    order = labels.sort(stable=True).indices
-    _, counts = labels[order].unique_consecutive(return_counts=True)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    count = counts.repeat_interleave(counts)
-    place = torch.arange(len(labels), device=labels.device) - first
-    keep = count > 1
-    if ignore is not None:
-        keep &= labels[order].ne(ignore)
-    return order[keep], order[first + (place + 1) % count][keep]
+    places = torch.arange(len(labels), device=labels.device)
+    objects = places if objects is None else objects
+    images = torch.zeros_like(labels) if images is None else images
+    order = places if ignore is None else places[labels != ignore]
+    for key in (objects, images, labels):  # stable sorts: by class, therein by image, therein by object
+        order = order[key[order].sort(stable=True).indices]
+    label, image = labels[order], images[order]
+    mine, first, regions = _runs(label, image, objects[order])
+
+    # Of each object: which ones are of its class, and which of these are not to be drawn (its image's, or it alone).
+    label, image = label[first], image[first]
+    of_class, start, count = _runs(label)
+    start, count = start[of_class], count[of_class]
+    of_image, barred, number = _runs(label, image)
+    barred, number = barred[of_image], number[of_image]
+    one_image = number == count
+    barred, number = torch.where(one_image, places[: len(first)], barred), torch.where(one_image, 1, number)
+    others = count - number
+
+    share = torch.rand(2, len(order), dtype=torch.float64, generator=generator).to(labels.device)
+    drawn = start[mine] + (share[0] * others[mine]).long()
+    drawn = drawn + number[mine] * (drawn >= barred[mine])
+    alone = others[mine] == 0
+    drawn = torch.where(alone, mine, drawn)
+    choices = regions[drawn] - alone.long()  # the sample itself is not to be drawn
+    partner = first[drawn] + (share[1] * choices).long()
+    partner = partner + (alone & (partner >= places[: len(order)])).long()
+    found = choices > 0
+    return order[found], order[partner[found]]
+
+
+def _runs(*keys: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Runs of neighbours with equal keys: which of them each place is in; where each starts; how long each is."""
+    new = torch.stack([key[1:] != key[:-1] for key in keys]).any(0)
+    run = torch.cat([new.new_zeros(len(keys[0][:1])), new]).cumsum(0)
+    count = run.bincount()
+    return run, count.cumsum(0) - count, count

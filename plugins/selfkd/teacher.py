@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import one_of
+from .seeds import step_seed
 
 __all__ = ['SnapshotTeacher', 'in_background']
 
@@ -107,10 +108,7 @@ class SnapshotTeacher:
         """Calls a method of the copy (``teacher.run(teacher.model.extract_feat, images)``) with the copy's own noise."""
         if self.mode == 'eval':
             return function(*args, **kwargs)
-        rank = torch.distributed.get_rank() if _is_distributed() else 0
-        seed = 0
-        for number in (self._step, rank, self._calls):
-            seed = (seed * 1_000_003 + number + 1) % 2**63
+        seed = step_seed(self._step, self._calls)
         self._calls += 1
         with _random_state(seed, _tensors(self.model)[0].device):
             return function(*args, **kwargs)
@@ -126,10 +124,6 @@ class SnapshotTeacher:
 def _tensors(model: nn.Module):
     named = [*model.named_parameters(), *model.named_buffers()]
     return [tensor for name, tensor in named if SELF_TEACHER not in name.split('.')]
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextmanager

@@ -179,7 +179,7 @@ class CSKDHook(SelfKDHook):
     def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
         for call in calls:
             background = call.logits.shape[1] - 1
-            anchors, partners = same_class_partners(call.labels, background)
+            anchors, partners = same_class_partners(call.labels, ignore=background)
             kl = distillation_kl(call.logits[anchors], call.logits[partners], self.temperature, reduction='sum')
             losses[call.name.replace('loss_cls', 'loss_cskd')] = self.weight * call.weight * kl
 

@@ -51,7 +51,7 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
         if not reduce:
             raise ValueError('cskd_label_smoothed_cross_entropy: reduce=False is not supported in training')
         lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
-        anchors, partners = same_class_partners(target, self.padding_idx)
+        anchors, partners = same_class_partners(target, ignore=self.padding_idx)
         # log-probabilities serve as logits: they differ by a constant a row
         kl = distillation_kl(lprobs[anchors], lprobs[partners], self.temperature, reduction='sum')
         self.extra_log = {'kl_loss': kl.detach()}

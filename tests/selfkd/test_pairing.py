@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from selfkd.pairing import SameClassPairing, same_class_partners
+from selfkd.seeds import step_generator
 
 
 def test_partners_have_the_anchors_class():
@@ -38,13 +39,52 @@ def test_labels_that_are_not_one_class_per_sample_are_refused(labels):
         SameClassPairing(labels)
 
 
-def test_partners_within_a_batch_have_the_same_class():
-    labels = torch.randint(0, 8, (40,), generator=torch.Generator().manual_seed(0))
-    anchors, partners = same_class_partners(labels, ignore=1)
-    assert torch.equal(labels[anchors], labels[partners])
-    assert (anchors != partners).all()
-    assert 1 not in labels[anchors]
-    counts = labels.bincount()
-    assert len(anchors) == sum(n for label, n in enumerate(counts.tolist()) if n > 1 and label != 1)
-    assert anchors.unique().numel() == partners.unique().numel() == len(anchors)  # everyone teaches one
-    assert len(same_class_partners(torch.tensor([1, 2, 3]))[0]) == 0
+def drawn_from(labels, objects=None, images=None, ignore=None, draws=4000):
+    """How often each sample [N, N] was drawn as each one's partner, as a share of the draws."""
+    columns = [None if column is None else torch.tensor(column) for column in (labels, objects, images)]
+    generator, n = torch.Generator().manual_seed(0), len(labels)
+    shares = torch.zeros(n, n)
+    for _ in range(draws):
+        samples, partners = same_class_partners(*columns, ignore=ignore, generator=generator)
+        assert samples.unique().numel() == len(samples)
+        shares[samples, partners] += 1 / draws
+    return shares
+
+
+def test_partners_in_a_batch_are_of_another_image_then_of_another_object_then_another_region():
+    """Shares of 4000 draws, to 4 standard errors: objects alike, whatever the number of their regions."""
+    #  sample  0  1  2  3  4  5  6  7  8  9 10 11 12 13
+    labels = [2, 2, 2, 2, 2, 2, 7, 7, 7, 4, 4, 4, 5, 1]
+    images = [0, 0, 0, 1, 1, 2, 0, 0, 0, 1, 1, 1, 2, 2]
+    objects = [0, 0, 1, 0, 1, 0, 2, 2, 3, 4, 4, 4, 0, 5]  # 0 in image 0 and 0 in image 1 are two objects
+    half, third = 1 / 2, 1 / 3
+    expected = torch.zeros(14, 14)
+    expected[0:3, 3:6] = third  # two objects in image 1, one in image 2
+    expected[3:5, 0:2], expected[3:5, 2], expected[3:5, 5] = third / 2, third, third
+    expected[5, 0:2], expected[5, 2:5] = 1 / 8, 1 / 4  # four objects, the first with two regions
+    expected[6:8, 8], expected[8, 6:8] = 1, half  # one image: the other object
+    expected[9:12, 9:12] = half * (1 - torch.eye(3))  # one object: its other regions; 12 and 13 have nothing
+    assert torch.all((drawn_from(labels, objects, images) - expected).abs() < 4 * 0.5 / 4000**0.5)
+    expected[0:6] = 0
+    assert torch.all((drawn_from(labels, objects, images, ignore=2) - expected).abs() < 4 * 0.5 / 4000**0.5)
+
+
+def test_tokens_are_objects_of_their_own():
+    """By default: any other sample of the class; with sentences: of the other sentences."""
+    expected = torch.tensor([[0.0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]) / 2
+    assert torch.all((drawn_from([3, 3, 3, 4]) - expected).abs() < 0.032)
+    assert torch.allclose(drawn_from([3, 3, 3], images=[0, 0, 1], draws=100)[:2, 2], torch.ones(2))
+
+
+@pytest.mark.parametrize('labels', [[], [1, 2, 3], [0, 0, 0]])
+def test_batches_without_pairs(labels):
+    samples, partners = same_class_partners(torch.tensor(labels, dtype=torch.long), ignore=0)
+    assert samples.shape == partners.shape == (0,)
+
+
+def test_pairs_follow_from_the_step_and_leave_torchs_random_state_alone():
+    labels, state = torch.arange(200) % 4, torch.random.get_rng_state()
+    first, again, next_step = (same_class_partners(labels, generator=step_generator(step))[1] for step in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_step)
+    assert torch.equal(torch.random.get_rng_state(), state)
