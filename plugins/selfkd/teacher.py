@@ -1,6 +1,8 @@
 """A frozen past copy of a model: PS-KD's teacher where a sample is not the same thing twice."""
 
 import copy
+import random
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Callable, Dict
@@ -33,10 +35,11 @@ class SnapshotTeacher:
             the batch's statistics (the copy's running ones stay as they are); what the student keeps in evaluation mode
             (frozen batch norms) stays so. That is PS-KD's past prediction: what the network gave while it trained.
             ``'eval'`` runs it in evaluation mode, without noise: sharper on the samples that it has learnt.
+        copy_model: False takes the model itself, for a copy that somebody else keeps (an average of the weights).
 
     The noise comes from random states of its own, given by the step (:meth:`begin_step`), the process's rank and the
-    number of the call: torch's own are left as they were, so that the student draws what it would draw without a
-    teacher, and a resumed run draws what the run it resumes would have drawn.
+    number of the call: torch's own are left as they were, NumPy's and Python's as well, so that the student draws what
+    it would draw without a teacher, and a resumed run draws what the run it resumes would have drawn.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -51,23 +54,15 @@ class SnapshotTeacher:
         (True, False)
     """
 
-    def __init__(self, model: nn.Module, *, mode: str = 'train'):
+    def __init__(self, model: nn.Module, *, mode: str = 'train', copy_model: bool = True):
         one_of('SnapshotTeacher', MODES, mode=mode)
         self.mode = mode
-        # torch's weight_norm keeps the computed weight as a plain, non-leaf attribute, which deepcopy refuses:
-        # give the copy a detached one, the module recomputes it in its next forward pass.
-        memo = {
-            id(value): value.detach().clone()
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, Tensor) and not value.is_leaf
-        }
-        for module in model.modules():
-            memo.update({id(child): nn.Identity() for name, child in module.named_children() if name == SELF_TEACHER})
-        self.model = copy.deepcopy(model, memo).requires_grad_(False)
+        self.model = _frozen_copy(model) if copy_model else model
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                module.track_running_stats = False  # in training mode: normalise by the batch, and keep no account of it
+                module.track_running_stats = (
+                    False  # in training mode: normalise by the batch, and keep no account of it
+                )
         self._take_mode(model)
         self.begin_step(0)
 
@@ -106,8 +101,6 @@ class SnapshotTeacher:
     @torch.no_grad()
     def run(self, function: Callable, *args, **kwargs):
         """Calls a method of the copy (``teacher.run(teacher.model.extract_feat, images)``) with the copy's own noise."""
-        if self.mode == 'eval':
-            return function(*args, **kwargs)
         seed = step_seed(self._step, self._calls)
         self._calls += 1
         with _random_state(seed, _tensors(self.model)[0].device):
@@ -121,6 +114,20 @@ class SnapshotTeacher:
         self.model.load_state_dict(state)
 
 
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    # torch's weight_norm keeps the computed weight as a plain, non-leaf attribute, which deepcopy refuses:
+    # give the copy a detached one, the module recomputes it in its next forward pass.
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    for module in model.modules():
+        memo.update({id(child): nn.Identity() for name, child in module.named_children() if name == SELF_TEACHER})
+    return copy.deepcopy(model, memo).requires_grad_(False)
+
+
 def _tensors(model: nn.Module):
     named = [*model.named_parameters(), *model.named_buffers()]
     return [tensor for name, tensor in named if SELF_TEACHER not in name.split('.')]
@@ -128,14 +135,25 @@ def _tensors(model: nn.Module):
 
 @contextmanager
 def _random_state(seed: int, device: torch.device):
-    """Torch's random state of the CPU and of ``device`` from a seed; afterwards it is what it was."""
+    """Random states from a seed: torch's of the CPU and of ``device``, NumPy's, Python's; afterwards they are what they
+    were. Some models draw from NumPy which layers they drop, and some draw in evaluation mode, too."""
     cuda = [device] if device.type == 'cuda' else []
+    numpy = sys.modules.get('numpy')  # a model that draws from it has imported it
+    of_python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            if numpy:
+                numpy.random.set_state(of_numpy)
 
 
 def in_background(function: Callable, *args) -> Future:

@@ -1,7 +1,9 @@
 """Schedules at their ends, and the snapshot teacher's independence of its student."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -91,3 +93,33 @@ def test_self_teachers_stay_out():
 def test_another_model_is_refused():
     with pytest.raises(ValueError, match='is not the model that this teacher was made from'):
         SnapshotTeacher(nn.Linear(2, 2)).update(nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_random_states_of_torch_numpy_and_python_are_left_alone(mode):
+    """Also in evaluation mode: some models draw from NumPy there, too (layer drop in fairseq's wav2vec)."""
+
+    class Draws(nn.Linear):
+        def forward(self, x):
+            return torch.stack([torch.rand(()), torch.tensor(np.random.rand()), torch.tensor(random.random())])
+
+    teacher, states = SnapshotTeacher(Draws(2, 2), mode=mode), []
+    for called in (False, True):
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)
+        teacher.begin_step(3)
+        drawn = (teacher(torch.ones(2)), teacher(torch.ones(2))) if called else None
+        states.append((torch.rand(()).item(), np.random.rand(), random.random()))
+    assert states[0] == states[1]
+    assert not (drawn[0] == drawn[1]).any()  # each call has its own noise ...
+    teacher.begin_step(3)
+    assert torch.equal(teacher(torch.ones(2)), drawn[0])  # ... that follows from the step
+
+
+def test_a_copy_that_somebody_else_keeps_is_not_copied():
+    average = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()).eval()
+    teacher = SnapshotTeacher(average, copy_model=False)
+    assert teacher.model is average
+    assert average.training  # the mode of training, whatever its owner left it in
+    before = copy.deepcopy(average.state_dict())
+    teacher(torch.randn(8, 2))
+    assert all(torch.equal(before[name], value) for name, value in average.state_dict().items())
