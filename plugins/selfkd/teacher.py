@@ -60,9 +60,7 @@ class SnapshotTeacher:
         self.model = _frozen_copy(model) if copy_model else model
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                module.track_running_stats = (
-                    False  # in training mode: normalise by the batch, and keep no account of it
-                )
+                module.track_running_stats = False  # in training mode: normalise by the batch, without keeping account
         self._take_mode(model)
         self.begin_step(0)
 
