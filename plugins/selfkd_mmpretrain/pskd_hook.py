@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selfkd.bank import PredictionBank
 from selfkd.losses import soft_cross_entropy
 from selfkd_mmengine import PSKDHookBase, SampleIndex
-from selfkd_mmengine.bank_sync import exchange_rows
+from selfkd.bank_sync import exchange_rows
 from selfkd_mmengine.hook import is_iter_based, saves_after_this_iter
 
 __all__ = ['PSKDHook']

@@ -112,7 +112,7 @@ def test_a_pyramid_whose_last_pass_goes_top_down_only(repeats):
     torch.testing.assert_close(results[1][1], results[0][1])
     assert [tuple(m.shape) for m in results[1][0]] == [(2, 6, 8, 8), (2, 6, 4, 4), (2, 6, 2, 2)]
     for name, p in down.named_parameters():
-        assert p.grad is not None and (p.grad.abs().sum() > 0 or 'from_coarser' in name), name
+        assert p.grad is not None, name
     for a, b in zip(down.eval()(feats), down(feats, preact=True)):
         assert torch.equal(a, b.relu())
 
