@@ -9,6 +9,7 @@ from .cifar_backbones import (
     WideResNet_CIFAR,
 )
 from .cskd_hook import CSKDHook
+from .data import SVHN, FloatColorJitter
 from .ddgsd_hook import DDGSDHook
 from .frskd_head import FRSKDClsHead, SLAImageClassifier
 from .metrics import CalibrationMetric, KeepFeaturesHook, MarkOOD, OODMetric, RecallAt1, SelectiveMetric
@@ -23,6 +24,7 @@ __all__ = [
     'DDGSDHook',
     'DenseNet_CIFAR',
     'FRSKDClsHead',
+    'FloatColorJitter',
     'KeepFeaturesHook',
     'MarkOOD',
     'OODMetric',
@@ -33,6 +35,7 @@ __all__ = [
     'RecallAt1',
     'ResNeXt_CIFAR',
     'SLAImageClassifier',
+    'SVHN',
     'SelectiveMetric',
     'TFKDHook',
     'WideResNet_CIFAR',

@@ -10,8 +10,8 @@ __all__ = ['PreActResNet']
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice. As released, the shortcut is of the activated input in every block, by a 1x1 convolution where
-    the shape changes. (He et al.'s block adds the input as it came where the shape stays.)"""
+    """BN-ReLU-conv twice. As released, the shortcut is of the activated input in every block, through a 1x1 convolution
+    where the shape changes. (He et al.'s block adds the input as it came where the shape stays.)"""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()

@@ -1,7 +1,7 @@
 _base_ = [
-    'mmpretrain::_base_/models/densenet/densenet121.py',
+    '../_base_/models/densenet121.py',
     '../_base_/mit67.py',
-    '../_base_/schedule_200e.py',
+    '../_base_/schedule_200e_cskd.py',
     '../_base_/runtime_recall.py',
 ]
 model = dict(head=dict(num_classes=67))

@@ -1,7 +1,7 @@
 _base_ = [
-    'mmpretrain::_base_/models/resnet18.py',
+    '../_base_/models/resnet18.py',
     '../_base_/stanford40.py',
     '../_base_/schedule_200e.py',
     '../_base_/runtime.py',
 ]
-model = dict(backbone=dict(zero_init_residual=False), head=dict(num_classes=40))
+model = dict(head=dict(num_classes=40))

@@ -1,7 +1,2 @@
-_base_ = ['../_base_/cifar100.py', '../_base_/schedule_200e.py', '../_base_/runtime.py']
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='selfkd_mmpretrain.WideResNet_CIFAR', depth=16, widen_factor=2),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=100, in_channels=128, loss=dict(type='CrossEntropyLoss')),
-)
+_base_ = ['../_base_/models/wrn16-2.py', '../_base_/cifar100.py', '../_base_/schedule_200e.py', '../_base_/runtime.py']
+model = dict(head=dict(num_classes=100))

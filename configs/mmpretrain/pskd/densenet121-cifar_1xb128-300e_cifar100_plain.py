@@ -1,7 +1,7 @@
-_base_ = ['../_base_/cifar100.py', '../_base_/schedule_300e.py', '../_base_/runtime.py']
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='selfkd_mmpretrain.DenseNet_CIFAR', arch='121'),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=100, in_channels=1024, loss=dict(type='CrossEntropyLoss')),
-)
+_base_ = [
+    '../_base_/models/densenet121-cifar.py',
+    '../_base_/cifar100.py',
+    '../_base_/schedule_300e.py',
+    '../_base_/runtime.py',
+]
+model = dict(head=dict(num_classes=100))

@@ -1,7 +1,7 @@
-_base_ = ['../_base_/cifar100.py', '../_base_/schedule_300e.py', '../_base_/runtime.py']
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='selfkd_mmpretrain.PreActResNet', depth=18),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=100, in_channels=512, loss=dict(type='CrossEntropyLoss')),
-)
+_base_ = [
+    '../_base_/models/preact-resnet18.py',
+    '../_base_/cifar100.py',
+    '../_base_/schedule_300e.py',
+    '../_base_/runtime.py',
+]
+model = dict(head=dict(num_classes=100))

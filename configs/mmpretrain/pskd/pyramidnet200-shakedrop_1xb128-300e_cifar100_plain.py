@@ -1,7 +1,7 @@
-_base_ = ['../_base_/cifar100.py', '../_base_/schedule_300e.py', '../_base_/runtime.py']
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='selfkd_mmpretrain.PyramidNet_CIFAR', depth=200, alpha=240, shake_drop=0.5),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=100, in_channels=1024, loss=dict(type='CrossEntropyLoss')),
-)
+_base_ = [
+    '../_base_/models/pyramidnet200.py',
+    '../_base_/cifar100.py',
+    '../_base_/schedule_300e.py',
+    '../_base_/runtime.py',
+]
+model = dict(backbone=dict(shake_drop=0.5), head=dict(num_classes=100))

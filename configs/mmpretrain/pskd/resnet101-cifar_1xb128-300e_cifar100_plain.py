@@ -1,7 +1,7 @@
-_base_ = ['../_base_/cifar100.py', '../_base_/schedule_300e.py', '../_base_/runtime.py']
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='ResNet_CIFAR', depth=101, zero_init_residual=False),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=100, in_channels=2048, loss=dict(type='CrossEntropyLoss')),
-)
+_base_ = [
+    '../_base_/models/resnet101-cifar.py',
+    '../_base_/cifar100.py',
+    '../_base_/schedule_300e.py',
+    '../_base_/runtime.py',
+]
+model = dict(head=dict(num_classes=100))

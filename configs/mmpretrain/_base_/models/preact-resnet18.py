@@ -1,0 +1,13 @@
+# PS-KD's and CS-KD's PreAct ResNet-18 for 32 x 32 images, as released: torch's own initialisation throughout.
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='selfkd_mmpretrain.PreActResNet', depth=18),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(
+        type='LinearClsHead',
+        num_classes=None,
+        in_channels=512,
+        loss=dict(type='CrossEntropyLoss'),
+        init_cfg=None,
+    ),
+)

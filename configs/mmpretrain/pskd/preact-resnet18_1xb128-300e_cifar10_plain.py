@@ -1,0 +1,7 @@
+_base_ = [
+    '../_base_/models/preact-resnet18.py',
+    '../_base_/cifar10.py',
+    '../_base_/schedule_300e.py',
+    '../_base_/runtime.py',
+]
+model = dict(head=dict(num_classes=10))
