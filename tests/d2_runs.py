@@ -9,18 +9,20 @@ import pytest
 pytest.importorskip('detectron2', reason='Detectron2 is not installed (docs/detectron2.md)')
 
 import torch
+import torch.nn.functional as F
 import train_detectron2
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.meta_arch import FCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
 from detectron2.solver import build_optimizer
 from detectron2.structures import PolygonMasks
 
-from selfkd_detectron2 import selfkd_hooks
+from selfkd_detectron2 import PSKDHook, selfkd_hooks, with_self_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/detectron2/faster_rcnn_R_18_FPN_digits.yaml'
@@ -41,12 +43,14 @@ MODELS = {
         MODEL.RESNETS.OUT_FEATURES ["res3","res4","res5"] MODEL.FPN.IN_FEATURES ["res3","res4","res5"]
         MODEL.RETINANET.NUM_CLASSES 10 MODEL.RETINANET.NUM_CONVS 1""",
 }
+MODELS['panoptic'] = f"""{MODELS['mask']} MODEL.META_ARCHITECTURE PanopticFPN MODEL.SEM_SEG_HEAD.NUM_CLASSES 11
+    MODEL.SEM_SEG_HEAD.CONVS_DIM 8 MODEL.SEM_SEG_HEAD.NORM ''"""
 MODELS['cascade mask'] = f'{MODELS["cascade"]} {MODELS["mask"]}'
 MODELS['fcos'] = MODELS['retinanet']
-PSKD = 'SELFKD.PSKD.ENABLED True SELFKD.PSKD.ALPHA 0.8 SELFKD.PSKD.INTERVAL 3 '
+PSKD = 'SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3 '  # alpha grows to 0.8
 CSKD = 'SELFKD.CSKD.ENABLED True '
-FRSKD = 'MODEL.ROI_HEADS.NAME FRSKDROIHeads '
-FRSKD_CASCADE = 'MODEL.ROI_HEADS.NAME FRSKDCascadeROIHeads '
+FRSKD = 'SELFKD.FRSKD.ENABLED True '
+DROPOUT = 'MODEL.ROI_BOX_HEAD.NAME DropoutHead '
 
 
 def config(voc, out, model='faster', options=''):
@@ -60,13 +64,22 @@ def config(voc, out, model='faster', options=''):
 
 
 def batches(cfg):
-    """Two batches of two real images; their masks are the boxes."""
+    """Two batches of two real images; their masks are the boxes, their semantic maps mean nothing."""
     mapper = DatasetMapper(cfg, is_train=True, augmentations=[T.ResizeShortestEdge(64)])
     samples = [mapper(x) for x in load_voc_instances(cfg.VOC.ROOT, 'trainval', cfg.VOC.CLASSES)]
     for sample in samples:
         boxes = sample['instances'].gt_boxes.tensor[:, [0, 1, 2, 1, 2, 3, 0, 3]].tolist()
         sample['instances'].gt_masks = PolygonMasks([[box] for box in boxes])
+        sample['sem_seg'] = sample['image'].sum(0).remainder(11).long()
     return [samples[:2], samples[2:4]]
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class DropoutHead(FastRCNNConvFCHead):
+    """A box head with noise in training mode."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
 
 
 class Cycle:
@@ -124,14 +137,14 @@ def train(cfg, *hooks, model='faster', resume=False, kind=Trainer):
 
 
 def load(cfg, file, model='faster'):
-    """The vanilla detector with the weights of a checkpoint, loaded strictly."""
-    detector = FCOSTrainer.build_model(cfg) if model == 'fcos' else build_model(cfg)
+    """The config's detector with the weights of a checkpoint, loaded strictly."""
+    detector = FCOSTrainer.build_model(cfg) if model == 'fcos' else build_model(with_self_teacher(cfg))
     detector.load_state_dict(torch.load(file)['model'], strict=True)
     return detector.eval()
 
 
-def lazy_loader(voc):
-    """The batches, for a LazyConfig."""
+def lazy_loader(voc, dataset=None):
+    """The batches, for a LazyConfig, which names the data set as Detectron2's loader would have it."""
     return Cycle(batches(config(Path(voc), '')))
 
 
@@ -150,12 +163,23 @@ def two_processes(voc, out, methods):
     for name, options in methods.items():
         cfg = config(voc, out, options=options)
         torch.manual_seed(0)
-        model = build_model(cfg)
+        model = build_model(with_self_teacher(cfg))
         optimizer = build_optimizer(cfg, model)
         model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
         trainer = SimpleTrainer(model, Cycle([batches(cfg)[rank]]), optimizer)
         hooks = selfkd_hooks(cfg)
         trainer.register_hooks(hooks)
         trainer.train(0, 6)
-        teacher = hooks[0].teacher.state_dict() if hooks else {}
+        teacher = hooks[0].teacher.state_dict() if 'PSKD' in options else {}
         torch.save({'model': model.module.state_dict(), 'teacher': teacher}, out / f'{name}{rank}.pth')
+    torch.save(default_period(cfg), out / f'period{rank}.pth')
+
+
+def default_period(cfg):
+    """After how many iterations the past copy is refreshed by default, with Detectron2's own data loader."""
+    hook = PSKDHook()
+    trainer = SimpleTrainer(build_model(cfg), build_detection_train_loader(cfg), None)
+    trainer.register_hooks([hook])
+    trainer.max_iter = cfg.SOLVER.MAX_ITER
+    trainer.before_train()
+    return hook.period

@@ -17,7 +17,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
 from detectron2.engine import (
     AMPTrainer,
-    DefaultTrainer,
     SimpleTrainer,
     create_ddp_model,
     default_argument_parser,
@@ -26,21 +25,61 @@ from detectron2.engine import (
     hooks,
     launch,
 )
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
-from selfkd_detectron2 import add_selfkd_config, selfkd_hooks
+from selfkd_detectron2 import SelfKDTrainer, add_selfkd_config, check_classes
+
+# For each type of data set, what makes its evaluators: as in Detectron2's tools/train_net.py.
+EVALUATORS = {
+    'coco': [lambda name, out: COCOEvaluator(name, output_dir=out)],
+    'sem_seg': [lambda name, out: SemSegEvaluator(name, output_dir=out)],
+    'coco_panoptic_seg': [
+        lambda name, out: SemSegEvaluator(name, output_dir=out),
+        lambda name, out: COCOEvaluator(name, output_dir=out),
+        lambda name, out: COCOPanopticEvaluator(name, out),
+    ],
+    'lvis': [lambda name, out: LVISEvaluator(name, output_dir=out)],
+    'pascal_voc': [lambda name, out: PascalVOCDetectionEvaluator(name)],
+    'cityscapes_instance': [lambda name, out: CityscapesInstanceEvaluator(name)],
+    'cityscapes_sem_seg': [lambda name, out: CityscapesSemSegEvaluator(name)],
+}
 
 
-class Trainer(DefaultTrainer):
-    def build_hooks(self):
-        return [*super().build_hooks(), *selfkd_hooks(self.cfg)]
+class Trainer(SelfKDTrainer):
+    """Evaluates each data set as its kind wants it, and with test-time augmentation where the config asks for it."""
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        if MetadataCatalog.get(dataset_name).evaluator_type == 'pascal_voc':
-            return PascalVOCDetectionEvaluator(dataset_name)
-        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR, 'inference')))
+    def build_evaluator(cls, cfg, dataset_name, output_dir=None):
+        output_dir = output_dir or str(Path(cfg.OUTPUT_DIR, 'inference'))
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        if kind not in EVALUATORS:
+            raise ValueError(
+                f'the data set {dataset_name} is of the type {kind!r}, and there is an evaluator for '
+                f'{", ".join(EVALUATORS)}: set its MetadataCatalog.get({dataset_name!r}).evaluator_type'
+            )
+        evaluators = [evaluator(dataset_name, output_dir) for evaluator in EVALUATORS[kind]]
+        return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+    @classmethod
+    def test_with_augmentation(cls, cfg, model):
+        folder = str(Path(cfg.OUTPUT_DIR, 'inference_TTA'))
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f'{task}_TTA': values for task, values in results.items()}
 
 
 def base_config() -> CfgNode:
@@ -61,7 +100,7 @@ def register_voc(root: str, classes) -> None:
         MetadataCatalog.get(name).evaluator_type = 'pascal_voc'
 
 
-def train_yaml(args) -> None:
+def train_yaml(args):
     cfg = base_config()
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
@@ -72,17 +111,27 @@ def train_yaml(args) -> None:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        Trainer.test(cfg, model)
-    else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_augmentation(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if cfg.TEST.AUG.ENABLED:
+        augmented = hooks.EvalHook(0, lambda: trainer.test_with_augmentation(cfg, trainer.model))
+        trainer.register_hooks([augmented])
+    return trainer.train()
 
 
-def train_lazy(args) -> None:
+def train_lazy(args):
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
+    self_kd = [instantiate(hook) for hook in cfg.train.get('selfkd', [])]
+    if self_kd or any('self_teacher' in name for name, _ in model.named_modules()):
+        check_lazy_classes(cfg, model)
 
     def evaluate():
         if 'evaluator' in cfg.dataloader:
@@ -92,9 +141,9 @@ def train_lazy(args) -> None:
             return results
 
     if args.eval_only:
+        model = create_ddp_model(model)
         DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
-        evaluate()
-        return
+        return evaluate()
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = create_ddp_model(model, **cfg.train.ddp)
@@ -111,7 +160,7 @@ def train_lazy(args) -> None:
             hooks.PeriodicWriter(default_writers(cfg.train.output_dir, cfg.train.max_iter), cfg.train.log_period)
             if comm.is_main_process()
             else None,
-            *(instantiate(hook) for hook in cfg.train.get('selfkd', [])),
+            *self_kd,
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
@@ -119,8 +168,16 @@ def train_lazy(args) -> None:
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
 
 
-def main(args) -> None:
-    (train_lazy if args.config_file.endswith('.py') else train_yaml)(args)
+def check_lazy_classes(cfg, model) -> None:
+    heads = getattr(model, 'roi_heads', model)
+    names = cfg.dataloader.train.get('dataset', {}).get('names', [])
+    if hasattr(heads, 'num_classes'):
+        setting = 'model.num_classes' if heads is model else 'model.roi_heads.num_classes'
+        check_classes(setting, heads.num_classes, [names] if isinstance(names, str) else names)
+
+
+def main(args):
+    return (train_lazy if args.config_file.endswith('.py') else train_yaml)(args)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,17 @@
 """Self-knowledge distillation for Detectron2."""
 
-from .config import add_selfkd_config, selfkd_hooks
+from .config import SelfKDTrainer, add_selfkd_config, check_classes, selfkd_hooks, with_self_teacher
 from .frskd import FRSKDCascadeROIHeads, FRSKDROIHeads
 from .hooks import CSKDHook, PSKDHook
 
-__all__ = ['CSKDHook', 'FRSKDCascadeROIHeads', 'FRSKDROIHeads', 'PSKDHook', 'add_selfkd_config', 'selfkd_hooks']
+__all__ = [
+    'CSKDHook',
+    'FRSKDCascadeROIHeads',
+    'FRSKDROIHeads',
+    'PSKDHook',
+    'SelfKDTrainer',
+    'add_selfkd_config',
+    'check_classes',
+    'selfkd_hooks',
+    'with_self_teacher',
+]

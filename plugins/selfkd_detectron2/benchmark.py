@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 
 from selfkd.benchmark import Cost, compare
 
-from .config import add_selfkd_config, selfkd_hooks
+from .config import add_selfkd_config, selfkd_hooks, with_self_teacher
 
 __all__ = ['make_step', 'step_suite']
 
@@ -50,7 +50,7 @@ def make_step(options: str = '') -> Callable[[], None]:
     add_selfkd_config(cfg)
     cfg.merge_from_list(f'{R18} {options}'.split())
     torch.manual_seed(0)  # the same weights for all: RoIAlign's cost depends on the regions that the RPN proposes
-    model = build_model(cfg).train()
+    model = build_model(with_self_teacher(cfg)).train()
     trainer = SimpleTrainer(model, _Batches(), build_optimizer(cfg, model))
     trainer.register_hooks(selfkd_hooks(cfg))
     trainer.iter, trainer.max_iter, trainer.storage = 0, 10**4, EventStorage(0)
@@ -75,7 +75,7 @@ def step_suite() -> List[Cost]:
             'Faster R-CNN': make_step(),
             'PS-KD': make_step(f'SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL {BATCHES}'),
             'CS-KD': make_step('SELFKD.CSKD.ENABLED True'),
-            'FRSKD': make_step('MODEL.ROI_HEADS.NAME FRSKDROIHeads'),
+            'FRSKD': make_step('SELFKD.FRSKD.ENABLED True'),
         },
         repeats=32,
     )

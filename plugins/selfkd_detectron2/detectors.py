@@ -8,7 +8,8 @@ from functools import partial
 from typing import Callable, Dict, List, NamedTuple, Optional
 
 import torch
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import FCOS, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOSHead
@@ -18,11 +19,25 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
-from selfkd.teacher import in_background
+from selfkd.teacher import SnapshotTeacher
 
 from .frskd import FRSKDCascadeROIHeads, FRSKDROIHeads
 
-__all__ = ['Classified', 'DenseTap', 'RegionTap', 'make_tap']
+__all__ = ['Classified', 'DenseTap', 'RegionTap', 'Regions', 'make_tap']
+
+
+class Regions(NamedTuple):
+    """What the regions of a batch show.
+
+    Attributes:
+        labels: ``[R]``, in [0, K]; K is background.
+        images: number of the image in the batch, ``[R]``.
+        objects: number of the object in the batch, ``[R]``; of no meaning for background.
+    """
+
+    labels: Tensor
+    images: Tensor
+    objects: Tensor
 
 
 class Classified(NamedTuple):
@@ -31,16 +46,15 @@ class Classified(NamedTuple):
     Attributes:
         name: of the loss in the detector's dict of losses.
         scope: of its logs, ``''`` or ``'stage1/'``.
-        logits: regions: ``[R, K + 1]``, the last class is background; dense: of the anchors that are not ignored,
-            ``[R, K]``.
-        labels: regions: ``[R]``, in [0, K]; dense: None.
-        weight: what the detector multiplies a sum over the R logits with.
+        logits: regions: ``[R, K + 1]``, the last class is background; dense: of each level's anchors.
+        match: regions: matches them with the objects again, as the detector did.
+        weight: what the detector multiplies a sum over the logits with.
     """
 
     name: str
     scope: str
     logits: Tensor
-    labels: Optional[Tensor]
+    match: Optional[Callable[[], Regions]]
     weight: float
 
 
@@ -56,10 +70,8 @@ class RegionTap:
     def __init__(self, model: nn.Module):
         self.heads = heads = model.roi_heads
         self.predictors = list(heads.box_predictor) if isinstance(heads, CascadeROIHeads) else [heads.box_predictor]
-        self.past: Optional[nn.Module] = None  # the copy that classifies the same regions
         self.boxes: List[List[Boxes]] = []  # of each stage, for each image
         self.logits: List[Tensor] = []
-        self._past_logits: List[Callable[[], Tensor]] = []
 
     def attach(self, rewrite: Rewrite) -> list:
         self._rewrite = rewrite
@@ -71,24 +83,12 @@ class RegionTap:
             self.heads.register_forward_hook(self._finish),
         ]
 
-    @torch.no_grad()
     def _start(self, heads, args) -> None:
-        self.boxes, self.logits, self._past_logits = [], [], []
-        if heads.training and self.past is not None:
-            self._past_features = self.past.backbone(args[0].tensor)
+        self.boxes, self.logits = [], []
 
     def _see_boxes(self, pooler, args) -> None:
-        if not pooler.training:
-            return
-        boxes, stage = args[1], len(self.boxes)
-        self.boxes.append(boxes)
-        if self.past is None:
-            return
-        if boxes[0].device.type == 'cpu' and not torch.is_autocast_cpu_enabled():
-            # The student's regions are read on one thread: the past copy is at work meanwhile.
-            self._past_logits.append(in_background(self._classify, stage, boxes).result)
-        else:
-            self._past_logits.append(partial(self._classify, stage, boxes))
+        if pooler.training:
+            self.boxes.append(args[1])
 
     def _see_logits(self, predictor, args, output) -> None:
         if predictor.training:
@@ -102,42 +102,53 @@ class RegionTap:
         matchers = heads.proposal_matchers if cascade else [heads.proposal_matcher]
         calls = []
         for stage, (predictor, logits, boxes) in enumerate(zip(self.predictors, self.logits, self.boxes)):
-            labels = torch.cat([_labels(b, t, matchers[stage], heads.num_classes) for b, t in zip(boxes, targets)])
+            match = partial(_match, boxes, targets, matchers[stage], heads.num_classes)
             weight = predictor.loss_weight.get('loss_cls', 1.0) / max(len(logits), 1)
             name, scope = (f'loss_cls_stage{stage}', f'stage{stage}/') if cascade else ('loss_cls', '')
-            calls.append(Classified(name, scope, logits, labels, weight))
+            calls.append(Classified(name, scope, logits, match, weight))
         self._rewrite(images.tensor, calls, output[1])
-        self.boxes, self.logits, self._past_logits, self._past_features = [], [], [], {}  # lets go of the graph
+        self.boxes, self.logits = [], []  # lets go of the graph
 
-    def past_logits(self, images: Tensor) -> List[Tensor]:
-        """What the past copy says of the same regions, for each stage."""
-        return [logits() for logits in self._past_logits]
-
-    @torch.no_grad()
-    def _classify(self, stage: int, boxes: List[Boxes]) -> Tensor:
-        heads = self.past.roi_heads
-        if isinstance(heads, Res5ROIHeads):
-            pooled = heads.pooler([self._past_features[f] for f in heads.in_features], boxes)
-            return heads.box_predictor(heads.res5(pooled).mean(dim=[2, 3]))[0]
-        pooled = heads.box_pooler([self._past_features[f] for f in heads.box_in_features], boxes)
-        if isinstance(heads, CascadeROIHeads):
-            return heads.box_predictor[stage](heads.box_head[stage](pooled))[0]
-        return heads.box_predictor(heads.box_head(pooled))[0]
-
-    def past_loss(self, call: Classified, past_logits: Tensor, background: bool) -> Tensor:
-        past = past_logits.float().softmax(1)
-        if not background:
-            hard = torch.zeros_like(past).scatter_(1, call.labels[:, None], 1)
-            past = torch.where((call.labels == past.shape[1] - 1)[:, None], hard, past)
-        return call.weight * soft_cross_entropy(call.logits, past, reduction='sum')
+    def past_losses(
+        self, teacher: SnapshotTeacher, images: Tensor, calls: List[Classified], background: bool
+    ) -> List[Tensor]:
+        """The cross-entropy with what the past copy says of the same regions, for each stage."""
+        heads, losses = teacher.model.roi_heads, []
+        features = teacher.run(teacher.model.backbone, images)
+        for stage, (call, boxes) in enumerate(zip(calls, self.boxes)):
+            past = teacher.run(_classify, heads, stage, features, boxes).float().softmax(1)
+            if not background:
+                labels = call.match().labels
+                hard = torch.zeros_like(past).scatter_(1, labels[:, None], 1)
+                past = torch.where((labels == past.shape[1] - 1)[:, None], hard, past)
+            losses.append(call.weight * soft_cross_entropy(call.logits, past, reduction='sum'))
+        return losses
 
 
-def _labels(boxes: Boxes, target: Instances, matcher, background: int) -> Tensor:
-    """The classes that the detector gave an image's regions. It draws them at random, but matches them by rule."""
-    if not len(target):
-        return torch.full((len(boxes),), background, device=boxes.device)
-    matches, kinds = matcher(pairwise_iou(target.gt_boxes, boxes))
-    return torch.where(kinds == 1, target.gt_classes[matches], background)
+def _classify(heads: nn.Module, stage: int, features: Dict[str, Tensor], boxes: List[Boxes]) -> Tensor:
+    """What ROI heads say of given boxes: ``[R, K + 1]`` logits."""
+    if isinstance(heads, Res5ROIHeads):
+        pooled = heads.pooler([features[f] for f in heads.in_features], boxes)
+        return heads.box_predictor(heads.res5(pooled).mean(dim=[2, 3]))[0]
+    pooled = heads.box_pooler([features[f] for f in heads.box_in_features], boxes)
+    if isinstance(heads, CascadeROIHeads):
+        return heads.box_predictor[stage](heads.box_head[stage](pooled))[0]
+    return heads.box_predictor(heads.box_head(pooled))[0]
+
+
+def _match(boxes: List[Boxes], targets: List[Instances], matcher: Matcher, background: int) -> Regions:
+    """What the detector took the regions for. It draws them at random, but matches them by rule."""
+    images, rows, first = [], [], 0
+    for image, (regions, target) in enumerate(zip(boxes, targets)):
+        labels = objects = torch.full((len(regions),), background, device=regions.device)
+        if len(target):
+            objects, kinds = matcher(pairwise_iou(target.gt_boxes, regions))
+            labels = torch.where(kinds == 1, target.gt_classes[objects], background)
+        images.append(torch.full_like(labels, image))
+        rows.append((labels, objects + first))
+        first += len(target)
+    labels, objects = (torch.cat(column) for column in zip(*rows))
+    return Regions(labels, torch.cat(images), objects)
 
 
 class DenseTap:
@@ -147,7 +158,6 @@ class DenseTap:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.past: Optional[nn.Module] = None  # the copy that classifies the same anchors
         self.name = 'loss_fcos_cls' if isinstance(model, FCOS) else 'loss_cls'
 
     def attach(self, rewrite: Rewrite) -> list:
@@ -166,29 +176,32 @@ class DenseTap:
 
     def _finish(self, model, args, losses):
         if model.training:
-            labels, _ = model.label_anchors(
-                model.anchor_generator(self.features), [x['instances'].to(model.device) for x in args[0]]
-            )
-            self.counted = torch.stack(labels) >= 0
-            call = Classified(self.name, '', self._flat(self.logits), None, 1 / model.loss_normalizer)
+            self.targets = [sample['instances'].to(model.device) for sample in args[0]]
+            call = Classified(self.name, '', self.logits, None, 1 / model.loss_normalizer)
             self._rewrite(self.images, [call], losses)
-        self.images = self.features = self.logits = None
+        self.images = self.features = self.logits = self.targets = None
 
-    def _flat(self, logits: List[Tensor]) -> Tensor:
-        return torch.cat([permute_to_N_HWA_K(x, self.model.num_classes) for x in logits], dim=1)[self.counted]
+    def past_losses(
+        self, teacher: SnapshotTeacher, images: Tensor, calls: List[Classified], background: bool
+    ) -> List[Tensor]:
+        """The quality focal loss towards what the past copy says of the same anchors, those ignored left out."""
+        (call,), model = calls, self.model
+        features = teacher.run(teacher.model.backbone, images)
+        past = teacher.run(teacher.model.head, [features[f] for f in model.head_in_features])[0]
+        labels, _ = model.label_anchors(model.anchor_generator(self.features), self.targets)
+        counted = torch.stack(labels) >= 0
+        student, past = (
+            torch.cat([permute_to_N_HWA_K(level, model.num_classes) for level in levels], dim=1)[counted]
+            for levels in (call.logits, past)
+        )
+        past = past.float().sigmoid()
+        loss = quality_focal_loss(student, past, gamma=model.focal_loss_gamma, reduction='sum')
+        return [call.weight * loss]
 
-    @torch.no_grad()
-    def past_logits(self, images: Tensor) -> List[Tensor]:
-        features = self.past.backbone(images)
-        return [self._flat(self.past.head([features[f] for f in self.past.head_in_features])[0])]
 
-    def past_loss(self, call: Classified, past_logits: Tensor, background: bool) -> Tensor:
-        past = past_logits.float().sigmoid()
-        loss = quality_focal_loss(call.logits, past, gamma=self.model.focal_loss_gamma, reduction='sum')
-        return call.weight * loss
-
-
+MODELS = (GeneralizedRCNN, PanopticFPN)
 ROI_HEADS = (Res5ROIHeads, StandardROIHeads, CascadeROIHeads, FRSKDROIHeads, FRSKDCascadeROIHeads)
+DENSE_HEADS = {RetinaNet: RetinaNetHead, FCOS: FCOSHead}
 
 
 def make_tap(model: nn.Module, method: str, dense: bool):
@@ -198,28 +211,29 @@ def make_tap(model: nn.Module, method: str, dense: bool):
         ValueError: a detector, ROI head or predictor that is not supported. Subclasses are not, as they may compute
             their losses otherwise.
     """
-    if dense and type(model) in (RetinaNet, FCOS):
-        if type(model.head) not in (RetinaNetHead, FCOSHead):
-            raise ValueError(
-                f'{method}: the head {type(model.head).__name__} is not supported: use RetinaNetHead or FCOSHead'
-            )
+    if dense and type(model) in DENSE_HEADS:
+        head = DENSE_HEADS[type(model)]
+        if type(model.head) is not head:
+            raise ValueError(f'{method}: the head {type(model.head).__name__} is not supported: use {head.__name__}')
         if 0 < model.focal_loss_gamma < 1:
             raise ValueError(f'{method}: focal_loss_gamma must be 0 or at least 1, got {model.focal_loss_gamma}')
         return DenseTap(model)
     heads = getattr(model, 'roi_heads', None)
-    if type(model) is not GeneralizedRCNN or type(heads) not in ROI_HEADS:
-        names = ', '.join(kind.__name__ for kind in ROI_HEADS)
+    if type(model) not in MODELS or type(heads) not in ROI_HEADS:
+        with_heads = '' if heads is None else f' with the ROI heads {type(heads).__name__}'
+        models, known = (' or '.join(kind.__name__ for kind in kinds) for kinds in (MODELS, ROI_HEADS[:3]))
+        others = ', or RetinaNet or FCOS' if dense else ''
         raise ValueError(
-            f'{method}: {type(model).__name__} with the ROI heads {type(heads).__name__} is not supported: it needs '
-            f'GeneralizedRCNN with {names}' + (', or RetinaNet or FCOS' if dense else '')
+            f'{method}: {type(model).__name__}{with_heads} is not supported (subclasses may compute their losses '
+            f'otherwise): it needs {models} with {known}{others}; remove this method to train without it'
         )
     tap = RegionTap(model)
     for predictor in tap.predictors:
         if type(predictor) is not FastRCNNOutputLayers or predictor.use_sigmoid_ce:
-            sigmoid = ' with use_sigmoid_ce (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)'
+            sigmoid = getattr(predictor, 'use_sigmoid_ce', False)
+            setting = ' with use_sigmoid_ce (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)' if sigmoid else ''
             raise ValueError(
-                f'{method}: the box predictor {type(predictor).__name__}'
-                f'{sigmoid if getattr(predictor, "use_sigmoid_ce", False) else ""} is not supported: it needs '
+                f'{method}: the box predictor {type(predictor).__name__}{setting} is not supported: it needs '
                 f'FastRCNNOutputLayers, which classifies regions with a softmax'
             )
     return tap

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import Dict, List
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
@@ -16,11 +16,16 @@ from detectron2.modeling.roi_heads.cascade_rcnn import _ScaleGradient
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
-from selfkd.checks import at_least_zero, positive
 
 __all__ = ['FRSKDCascadeROIHeads', 'FRSKDROIHeads']
+
+
+def options(node: CfgNode) -> Dict[str, object]:
+    """The settings in a method's node of the config, as arguments of its hook or head."""
+    return {key.lower(): value for key, value in node.items() if key != 'ENABLED' and value is not None}
 
 
 class SelfTaught:
@@ -55,14 +60,14 @@ class SelfTaught:
                     f'{user}: needs FastRCNNOutputLayers that classify with a softmax '
                     f'(MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False), got {type(predictor).__name__}'
                 )
-        # All that is for training only is in here. The pooler (it has no weights) is one of its own: a hook on the
-        # detector's sees the detector's regions only.
+        # All that is for training only is in here. It starts as the detector's own box heads and classifiers do. The
+        # pooler (it has no weights) is one of its own: a hook on the detector's sees the detector's regions only.
         self.self_teacher = nn.ModuleDict(
             {
                 'pyramid': BiFPN([in_channels] * levels, [in_channels] * levels, depth=depth, repeats=repeats),
                 'pooler': copy.deepcopy(self.box_pooler),
                 'classifier': nn.ModuleList(
-                    nn.Sequential(copy.deepcopy(head), nn.Linear(predictor.cls_score.in_features, self.num_classes + 1))
+                    nn.Sequential(copy.deepcopy(head), nn.Flatten(), copy.deepcopy(predictor.cls_score))
                     for head, predictor in zip(_stages(self.box_head), _stages(self.box_predictor))
                 ),
             }
@@ -73,9 +78,14 @@ class SelfTaught:
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        options = {key.lower(): value for key, value in cfg.SELFKD.FRSKD.items()}
+        node = cfg.SELFKD.FRSKD
+        if not node.ENABLED:
+            raise ValueError(
+                f'MODEL.ROI_HEADS.NAME {cls.__name__} is not set by hand: leave the name that the config has, and set '
+                f'SELFKD.FRSKD.ENABLED True'
+            )
         in_channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-        return {**super().from_config(cfg, input_shape), 'in_channels': in_channels, **options}
+        return {**super().from_config(cfg, input_shape), 'in_channels': in_channels, **options(node)}
 
     def _see_regions(self, proposals: List[Instances]) -> None:
         boxes = [p.proposal_boxes for p in proposals]  # not the proposals, whose boxes may be replaced
@@ -132,7 +142,7 @@ class FRSKDROIHeads(SelfTaught, StandardROIHeads):
     labels, and teaches: its prediction of each region by the temperature KL, its refined maps by
     attention transfer. Everything else is ``StandardROIHeads``', with the same parameter names: Detectron2's
     checkpointer loads the weights into that head, and leaves out those of ``self_teacher``. It is one setting,
-    ``MODEL.ROI_HEADS.NAME FRSKDROIHeads``, with options under ``SELFKD.FRSKD``.
+    ``SELFKD.FRSKD.ENABLED True`` on an unmodified config, with options under ``SELFKD.FRSKD``.
 
     Args:
         in_channels: channels of each level of the pyramid.
@@ -154,7 +164,7 @@ class FRSKDROIHeads(SelfTaught, StandardROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class FRSKDCascadeROIHeads(SelfTaught, CascadeROIHeads):
-    """:class:`FRSKDROIHeads` for Cascade R-CNN, with or without masks: ``MODEL.ROI_HEADS.NAME FRSKDCascadeROIHeads``.
+    """:class:`FRSKDROIHeads` for Cascade R-CNN, with or without masks: ``SELFKD.FRSKD.ENABLED True``, too.
 
     The pyramid's maps are refined once a step. In each stage the self-teacher has a classifier of its own, which learns
     the labels of that stage's regions and teaches that stage. As with the head's own losses, the gradients of the

@@ -1,5 +1,6 @@
-"""PS-KD and CS-KD as hooks of Detectron2's trainers."""
+"""PS-KD and CS-KD as hooks of Detectron2's trainers, and the look whether FRSKD is there."""
 
+import logging
 from typing import Dict, List, Optional
 
 import torch.distributed as dist
@@ -9,15 +10,17 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from selfkd.checks import at_least_zero, one_of, positive, share
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
 from selfkd.schedule import linear_growth
-from selfkd.checks import at_least_zero, positive, share
-from selfkd.teacher import SnapshotTeacher
+from selfkd.seeds import step_generator
+from selfkd.teacher import MODES, SnapshotTeacher
 
 from .detectors import Classified, make_tap
+from .frskd import SelfTaught
 
-__all__ = ['CSKDHook', 'PSKDHook']
+__all__ = ['CSKDHook', 'FRSKDCheck', 'PSKDHook']
 
 
 class SelfKDHook(HookBase):
@@ -36,8 +39,14 @@ class SelfKDHook(HookBase):
         """Makes what the hook needs, before the tap is set: copies of the model would copy torch hooks, too."""
 
     def before_train(self) -> None:
+        name = type(self).__name__
+        if sum(type(hook) is type(self) for hook in self.trainer._hooks) > 1:
+            raise ValueError(
+                f'{name} is registered twice, by SELFKD in the config and by the script, perhaps: the two would act on '
+                f"each other's loss. Remove one"
+            )
         model = _unwrap(self.trainer.model)
-        self.tap = make_tap(model, type(self).__name__, self.dense)
+        self.tap = make_tap(model, name, self.dense)
         self.setup(model)
         self._handles = self.tap.attach(self._rewrite)
 
@@ -82,27 +91,36 @@ class PSKDHook(SelfKDHook):
             set, which Detectron2's own data loaders can tell.
         background: also soften the target of background regions, whose class is one like the others. False leaves
             their label hard. One-stage detectors have no such class.
+        teacher_mode: ``'train'``: the past copy predicts as the student does in training (batch norm by the batch's
+            statistics, dropout drawn anew); ``'eval'``: in evaluation mode.
 
     Logged: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of the loss), with the prefix ``stage0/``,
     ``stage1/``, ... for the stages of Cascade R-CNN.
 
+    A checkpoint of the middle of a period holds the past copy. Training that is resumed there without one (PS-KD was
+    off until then) takes the resumed weights as its past copy, and says so in the log.
+
     Raises:
-        ValueError: a setting out of range; at the start of training, for detectors that it does not support.
+        ValueError: a setting out of range; at the start of training, for detectors that it does not support, periods
+            as long as the training, and a second PSKDHook.
     """
 
     dense = True
 
-    def __init__(self, alpha: float = 0.8, interval: Optional[int] = None, background: bool = True):
+    def __init__(
+        self, alpha: float = 0.8, interval: Optional[int] = None, background: bool = True, teacher_mode: str = 'train'
+    ):
         super().__init__()
-        share('PSKDHook (SELFKD.PSKD)', alpha=alpha)
-        if interval is not None and interval < 1:
+        user = 'PSKDHook (SELFKD.PSKD)'
+        share(user, alpha=alpha)
+        one_of(user, MODES, teacher_mode=teacher_mode)
+        if interval is not None and (type(interval) is not int or interval < 1):
             raise ValueError(
                 f'PSKDHook: interval (SELFKD.PSKD.INTERVAL) must be a positive number of iterations, got {interval}'
             )
-        self.alpha, self.interval, self.background = alpha, interval, background
+        self.alpha, self.interval, self.background, self.teacher_mode = alpha, interval, background, teacher_mode
         self.current_alpha = 0.0
         self.teacher: Optional[SnapshotTeacher] = None
-        self.teacher_ready = False
         self._resumed: Optional[dict] = None
 
     def setup(self, model: nn.Module) -> None:
@@ -112,10 +130,26 @@ class PSKDHook(SelfKDHook):
                 f'background class: remove it'
             )
         self.period = self.interval or _epoch_length(self.trainer.data_loader)
-        self.teacher = SnapshotTeacher(model)
+        start, end = self.trainer.start_iter, self.trainer.max_iter
+        if self.period >= end:
+            period = 'interval (SELFKD.PSKD.INTERVAL)' if self.interval else 'a pass over the training set'
+            raise ValueError(
+                f'PSKDHook: {period} is {self.period} iterations, and the whole training {end}: the past copy would '
+                f'never teach, and training would be the plain one. Set interval (SELFKD.PSKD.INTERVAL) well below '
+                f'that, to {max(1, end // 10)}, say'
+            )
+        self.teacher = SnapshotTeacher(model, mode=self.teacher_mode)
+        logger = logging.getLogger('detectron2.selfkd')  # below the logger that Detectron2 sets up
+        logger.info(f'PS-KD: alpha grows to {self.alpha}, the past copy is refreshed every {self.period} iterations')
         if self._resumed is not None:
             self.teacher.load_state_dict(self._resumed)
-            self.teacher_ready, self._resumed = True, None
+            self._resumed = None
+        elif start > self.period and start % self.period:
+            logger.warning(
+                f'PS-KD: training resumes without a past copy (PS-KD was off in the run that saved the checkpoint, or '
+                f'PSKDHook was registered after the checkpoint was loaded): until iteration '
+                f'{(start // self.period + 1) * self.period} the weights as resumed are the past copy'
+            )
 
     def before_step(self) -> None:
         trainer = self.trainer
@@ -127,24 +161,24 @@ class PSKDHook(SelfKDHook):
             if comm.get_world_size() > 1:  # batch-norm statistics differ between ranks: all learn from rank 0's
                 for buffer in self.teacher.model.buffers():
                     dist.broadcast(buffer, 0)
-            self.teacher_ready = True
-        self.tap.past = self.teacher.model if self.teacher_ready and self.current_alpha > 0 else None
+        self.teacher.begin_step(trainer.iter)
 
     def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
-        past = self.tap.past_logits(images) if self.tap.past is not None else None
+        alpha = self.current_alpha
+        past = self.tap.past_losses(self.teacher, images, calls, self.background) if alpha > 0 else None
         storage = get_event_storage()
         for i, call in enumerate(calls):
             hard, soft = losses[call.name], 0.0
             if past is not None:
-                hard = hard if self.tap.keep_hard else (1 - self.current_alpha) * hard
-                soft = self.current_alpha * self.tap.past_loss(call, past[i], self.background)
+                hard, soft = (hard if self.tap.keep_hard else (1 - alpha) * hard), alpha * past[i]
                 losses[call.name] = hard + soft
             storage.put_scalar(f'{call.scope}pskd_hard', float(hard))
             storage.put_scalar(f'{call.scope}pskd_soft', float(soft))
 
     def state_dict(self) -> dict:
-        # At the start of a period the teacher is about to become the saved weights themselves.
-        if not self.teacher_ready or (self.trainer.iter + 1) % self.period == 0:
+        # In the first period nobody asks the copy; at the start of another it is about to become the saved weights.
+        following = self.trainer.iter + 1
+        if following <= self.period or following % self.period == 0:
             return {}
         return {'teacher': {name: value.cpu() for name, value in self.teacher.state_dict().items()}}
 
@@ -158,9 +192,10 @@ class CSKDHook(SelfKDHook):
     Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020
     https://arxiv.org/abs/2003.13964
 
-    For each foreground region of the batch another one of its class is the teacher: ``loss_cskd`` is the sum of the
-    temperature KLs, normalised and weighted as the classification loss is (by the number of sampled regions). No
-    further forward pass.
+    For each foreground region of the batch another one of its class is the teacher, drawn at random: of an object in
+    another image where there is one, else of another object in the image, else another region of the same object
+    (:func:`selfkd.pairing.same_class_partners`). ``loss_cskd`` is the sum of the temperature KLs, normalised and
+    weighted as the classification loss is (by the number of sampled regions). No further forward pass.
 
     Args:
         weight: of the KL, at least 0.
@@ -176,12 +211,29 @@ class CSKDHook(SelfKDHook):
         positive('CSKDHook (SELFKD.CSKD)', temperature=temperature)
         self.weight, self.temperature = weight, temperature
 
-    def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
-        for call in calls:
-            background = call.logits.shape[1] - 1
-            anchors, partners = same_class_partners(call.labels, ignore=background)
+    def rewrite(self, _: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
+        for stage, call in enumerate(calls):
+            labels, images, objects = call.match()
+            anchors, partners = same_class_partners(
+                labels,
+                objects,
+                images,
+                ignore=call.logits.shape[1] - 1,
+                generator=step_generator(self.trainer.iter, stage),
+            )
             kl = distillation_kl(call.logits[anchors], call.logits[partners], self.temperature, reduction='sum')
             losses[call.name.replace('loss_cls', 'loss_cskd')] = self.weight * call.weight * kl
+
+
+class FRSKDCheck(HookBase):
+    """Sees to it that the model has the self-teacher that ``SELFKD.FRSKD.ENABLED`` asks for."""
+
+    def before_train(self) -> None:
+        if not any(isinstance(module, SelfTaught) for module in self.trainer.model.modules()):
+            raise ValueError(
+                'SELFKD.FRSKD.ENABLED is True, but the model was built without a self-teacher: derive the trainer from '
+                'SelfKDTrainer, or build the model from with_self_teacher(cfg)'
+            )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -2,16 +2,19 @@
 
 import copy
 
+import d2_runs
 import pytest
 import torch
 import torch.nn.functional as F
-from d2_runs import FRSKD, FRSKD_CASCADE, batches, config, load, train
+from d2_runs import FRSKD, batches, config, load, train
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.utils.events import EventStorage
 
 from selfkd.publish import publish_checkpoint
+from selfkd_detectron2 import with_self_teacher
 
 
 class Spy(HookBase):
@@ -66,11 +69,10 @@ def one_sample(pooler):
     return ROIPooler(pooler.output_size, scales, sampling_ratio=1, pooler_type='ROIAlignV2')
 
 
-@pytest.mark.parametrize('case', ['faster', 'mask', 'cascade', 'cascade mask'])
+@pytest.mark.parametrize('case', ['faster', 'mask', 'panoptic', 'cascade', 'cascade mask'])
 def test_losses_recomputed(voc, tmp_path, case):
     suffixes = [f'_stage{k}' for k in range(3)] if 'cascade' in case else ['']
-    options = FRSKD_CASCADE if 'cascade' in case else FRSKD
-    options += 'SELFKD.FRSKD.ALPHA 0.5 SELFKD.FRSKD.BETA 3.0 SELFKD.FRSKD.TEMPERATURE 2.0 SOLVER.MAX_ITER 2'
+    options = FRSKD + 'SELFKD.FRSKD.ALPHA 0.5 SELFKD.FRSKD.BETA 3 SELFKD.FRSKD.TEMPERATURE 2 SOLVER.MAX_ITER 2'
     trainer = train(config(voc, tmp_path, case, options), spy := Spy())
     heads = trainer.model.roi_heads
     assert len(heads.self_teacher['classifier']) == len(suffixes)
@@ -91,22 +93,33 @@ def test_losses_recomputed(voc, tmp_path, case):
         assert len(distances) == 4
         assert step['loss_feature'] == pytest.approx(3 * sum(distances).item(), rel=1e-3)
         assert sum(name.startswith('loss_feature') for name in step) == 1
-    assert ('loss_mask' in step) == ('mask' in case)
+    assert ('loss_mask' in step) == ('mask' in case or case == 'panoptic')
 
 
-@pytest.mark.parametrize(('model', 'options'), [('faster', FRSKD), ('cascade', FRSKD_CASCADE)])
-def test_self_teacher_learns_and_is_gone_at_inference(voc, tmp_path, model, options):
+def twin(name, model):
+    """Of which of the detector's parameters this one of the self-teacher's classifiers is a copy."""
+    stage, part, rest = name.split('classifier.')[1].split('.', 2)
+    return f'roi_heads.{"box_head" if part == "0" else "box_predictor"}' + (
+        ('.' + stage if model == 'cascade' else '') + ('.' if part == '0' else '.cls_score.') + rest
+    )
+
+
+@pytest.mark.parametrize('model', ['faster', 'cascade'])
+def test_self_teacher_learns_and_is_gone_at_inference(voc, tmp_path, model):
     shown = 'MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0'
-    cfg, plain = config(voc, tmp_path, model, f'{options} {shown}'), config(voc, tmp_path, model, shown)
+    cfg, plain = config(voc, tmp_path, model, FRSKD + shown), config(voc, tmp_path, model, shown)
     trainer = train(cfg)
     torch.manual_seed(0)
-    start = build_model(cfg).state_dict()
+    start = build_model(with_self_teacher(cfg)).state_dict()
     state = torch.load(tmp_path / 'model_final.pth')['model']
     own = [name for name in state if 'self_teacher' in name.split('.')]
     learnt = {n.split('self_teacher.')[1] for n in own if not torch.equal(state[n], start[n])}
     stages = range(3 if model == 'cascade' else 1)
-    assert {*(f'classifier.{k}.1.weight' for k in stages), 'pyramid.layers.0.top_down.0.0.weight'} <= learnt
-    # The detector itself starts as it would without it.
+    assert {*(f'classifier.{k}.2.weight' for k in stages), 'pyramid.layers.0.top_down.0.0.weight'} <= learnt
+    # The detector itself starts as it would without it, and the self-teacher's classifiers start as the detector's.
+    for name in own:
+        if 'classifier' in name:
+            torch.testing.assert_close(start[name], start[twin(name, model)], rtol=0, atol=0)
     torch.manual_seed(0)
     vanilla = build_model(plain).state_dict()
     torch.testing.assert_close({n: v for n, v in start.items() if n not in own}, vanilla, rtol=0, atol=0)
@@ -124,15 +137,23 @@ def test_self_teacher_learns_and_is_gone_at_inference(voc, tmp_path, model, opti
         assert torch.equal(a.pred_classes, b.pred_classes)
 
 
+@ROI_HEADS_REGISTRY.register()
+class OtherROIHeads(StandardROIHeads):
+    """Somebody's own."""
+
+
 @pytest.mark.parametrize(
     ('model', 'options', 'message'),
     [
-        ('faster', 'SELFKD.FRSKD.ALPHA -1.0', r'\(SELFKD.FRSKD\): alpha must be at least 0'),
-        ('faster', 'SELFKD.FRSKD.TEMPERATURE 0.0', 'temperature must be above 0'),
+        ('faster', 'SELFKD.FRSKD.ALPHA -1', r'\(SELFKD.FRSKD\): alpha must be at least 0'),
+        ('faster', 'SELFKD.FRSKD.TEMPERATURE 0', 'temperature must be above 0'),
         ('faster', 'MODEL.ROI_HEADS.IN_FEATURES ["p4"]', 'pyramid of two levels or more'),
         ('faster', 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True', 'USE_SIGMOID_CE False'),
         ('faster', 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'NUM_CLASSES is 20, .* has 10 classes'),
-        ('retinanet', '', 'RetinaNet has no ROI heads'),
+        ('faster', 'MODEL.ROI_HEADS.NAME OtherROIHeads', 'does not work with MODEL.ROI_HEADS.NAME OtherROIHeads'),
+        ('faster', 'SELFKD.FRSKD.ENABLED False MODEL.ROI_HEADS.NAME FRSKDROIHeads', 'set SELFKD.FRSKD.ENABLED True'),
+        ('c4', '', 'does not work with MODEL.ROI_HEADS.NAME Res5ROIHeads: .* feature pyramid'),
+        ('retinanet', '', 'does not work with MODEL.META_ARCHITECTURE RetinaNet'),
         ('cascade', 'MODEL.ROI_HEADS.IN_FEATURES ["p4"]', 'FRSKDCascadeROIHeads: .* pyramid of two levels or more'),
         ('cascade', 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True', 'FRSKDCascadeROIHeads: .*USE_SIGMOID_CE False'),
         ('cascade', 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'NUM_CLASSES is 20, .* has 10 classes'),
@@ -140,18 +161,38 @@ def test_self_teacher_learns_and_is_gone_at_inference(voc, tmp_path, model, opti
 )
 def test_what_cannot_work_is_refused_at_the_start(voc, tmp_path, model, options, message):
     with pytest.raises(ValueError, match=message):
-        train(config(voc, tmp_path, model, f'{FRSKD_CASCADE if model == "cascade" else FRSKD} {options}'))
+        train(config(voc, tmp_path, model, FRSKD + options))
 
 
-@pytest.mark.parametrize(('model', 'options'), [('faster', FRSKD), ('cascade', FRSKD_CASCADE)])
-def test_backbone_learns_from_the_self_teachers_labels_alone(voc, tmp_path, model, options):
+def test_model_without_the_self_teacher_that_the_config_asks_for_is_refused(voc, tmp_path):
+    """A trainer that is not derived from ours would train the plain detector."""
+
+    class OtherTrainer(d2_runs.Trainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return build_model(cfg)
+
+    with pytest.raises(ValueError, match='without a self-teacher: derive the trainer from SelfKDTrainer'):
+        train(config(voc, tmp_path, options=FRSKD), kind=OtherTrainer)
+
+
+def test_box_head_that_ends_in_maps(voc, tmp_path):
+    """A box head of convolutions alone hands maps to the classifier, which flattens them; so does the self-teacher."""
+    convolutions = 'MODEL.ROI_BOX_HEAD.NUM_FC 0 MODEL.ROI_BOX_HEAD.NUM_CONV 1 MODEL.ROI_BOX_HEAD.CONV_DIM 8 '
+    spy = Spy()
+    train(config(voc, tmp_path, options=FRSKD + convolutions + 'SOLVER.MAX_ITER 2'), spy)
+    assert spy.steps[-1]['loss_teacher'] > 0
+
+
+@pytest.mark.parametrize('model', ['faster', 'cascade'])
+def test_backbone_learns_from_the_self_teachers_labels_alone(voc, tmp_path, model):
     """As in the paper: the KL and attention transfer send no gradient into the self-teacher, its labels do.
 
     Cascade R-CNN divides the gradients that its stages send into the maps by their number; so does the self-teacher.
     """
-    cfg = config(voc, tmp_path, model, f'{options} SELFKD.FRSKD.ALPHA 1.0 SELFKD.FRSKD.BETA 1.0')
+    cfg = config(voc, tmp_path, model, FRSKD + 'SELFKD.FRSKD.ALPHA 1 SELFKD.FRSKD.BETA 1')
     stages = 3 if model == 'cascade' else 1
-    detector = build_model(cfg).train()
+    detector = build_model(with_self_teacher(cfg)).train()
     own = detector.roi_heads.self_teacher
     regions, pooled = [], []
     own['pooler'].register_forward_pre_hook(lambda _, args: regions.append(args))
@@ -179,8 +220,8 @@ def test_backbone_learns_from_the_self_teachers_labels_alone(voc, tmp_path, mode
 
 def test_stage_without_regions(voc, tmp_path):
     """All boxes of a stage may leave the image: its terms are 0, and training goes on."""
-    cfg = config(voc, tmp_path, 'cascade', FRSKD_CASCADE)
-    detector = build_model(cfg).train()
+    cfg = config(voc, tmp_path, 'cascade', FRSKD)
+    detector = build_model(with_self_teacher(cfg)).train()
     predictor = detector.roi_heads.box_predictor[0]
     method = predictor.predict_boxes
     predictor.predict_boxes = lambda *args: [boxes * 0 for boxes in method(*args)]

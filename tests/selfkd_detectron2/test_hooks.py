@@ -2,17 +2,22 @@
 
 import copy
 import functools
+import logging
 import shutil
 
 import d2_runs
 import pytest
 import torch
 import torch.nn.functional as F
-from d2_runs import CSKD, FRSKD, FRSKD_CASCADE, PSKD, Reseed, batches, config, load, scalars, train
-from detectron2.engine import HookBase, launch
+from d2_runs import CSKD, DROPOUT, FRSKD, PSKD, Reseed, batches, config, load, scalars, train
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor, HookBase, launch
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 
-from selfkd_detectron2 import PSKDHook
+from selfkd.pairing import same_class_partners
+from selfkd.seeds import step_generator
+from selfkd_detectron2 import CSKDHook, PSKDHook, with_self_teacher
 
 assert_same_state = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
@@ -57,16 +62,31 @@ def region_logits(heads, features, proposals, stage):
     return heads.box_predictor(heads.box_head(heads.box_pooler(features, boxes)))[0]
 
 
-BESIDE = {'faster, FRSKD': FRSKD, 'cascade, FRSKD': FRSKD_CASCADE}
+BESIDE = {'faster, FRSKD': FRSKD, 'cascade, FRSKD': FRSKD}
+EVAL = 'SELFKD.PSKD.TEACHER_MODE eval '
 
 
-@pytest.mark.parametrize('case', ['faster', 'faster, hard background', 'mask', 'cascade', 'c4', *BESIDE])
+@pytest.mark.parametrize(
+    'case',
+    [
+        'faster',
+        'faster, hard background',
+        'faster, eval',
+        'mask',
+        'panoptic',
+        'cascade',
+        'cascade, eval',
+        'c4',
+        *BESIDE,
+    ],
+)
 def test_region_loss_recomputed_from_the_checkpoint_at_the_start_of_the_period(voc, tmp_path, case):
     model, hard = case.split(',')[0], 'hard' in case
     options = f'{PSKD} {BESIDE.get(case, "")} SELFKD.PSKD.BACKGROUND {not hard} MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16'
+    options += f' {EVAL if "eval" in case else ""}'
     cfg = config(voc, tmp_path, model, options)
     train(cfg, spy := Spy())
-    teacher = load(cfg, tmp_path / 'model_0000002.pth')
+    teacher = load(cfg, tmp_path / 'model_0000002.pth').train('eval' not in case)
     stages = 3 if model == 'cascade' else 1
     assert [step for step, _ in spy.calls] == [step for step in range(6) for _ in range(stages)]
     objects = 0
@@ -90,17 +110,20 @@ def test_region_loss_recomputed_from_the_checkpoint_at_the_start_of_the_period(v
         assert losses['pskd_alpha'] == pytest.approx(alpha)
         assert losses[f'{scope}pskd_hard'] + losses[f'{scope}pskd_soft'] == pytest.approx(expected, rel=1e-4)
     assert objects > 12  # there were digits among the regions
-    assert ('loss_mask' in spy.losses[0]) == (model == 'mask')
+    assert ('loss_mask' in spy.losses[0]) == (model in ('mask', 'panoptic'))
 
 
 @pytest.mark.parametrize('case', ['retinanet', 'retinanet, autocast', 'fcos'])
 def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, case):
-    """Mixed precision: as a CPU can, which has it for one-stage detectors only, and forwards only."""
+    """Mixed precision: as a CPU can, which has it for one-stage detectors only, and forwards only.
+
+    Nothing is learnt there, so in training mode the past copy says what the student says: it is in evaluation mode.
+    """
     model, autocast = case.split(',')[0], 'autocast' in case
-    cfg = config(voc, tmp_path, model, PSKD)
+    cfg = config(voc, tmp_path, model, PSKD + (EVAL if autocast else ''))
     train(cfg, spy := Spy(), model=model, kind=d2_runs.AutocastTrainer if autocast else d2_runs.Trainer)
     assert spy.calls[0][1][1][0].dtype == (torch.bfloat16 if autocast else torch.float32)
-    teacher = load(cfg, tmp_path / 'model_0000002.pth', model)
+    teacher = load(cfg, tmp_path / 'model_0000002.pth', model).train(not autocast)
     normalizer, ignored = {'retinanet': 100, 'fcos': 300}[model], 0
     for step, (_, logits, label, *_) in spy.calls:
         logits, label = torch.cat(logits, 1).double(), torch.stack(label)
@@ -134,59 +157,77 @@ def test_dense_loss_recomputed_in_the_quality_focal_form(voc, tmp_path, case):
 def test_cskd_recomputed_pair_by_pair(voc, tmp_path, case):
     model = case.split(',')[0]
     options = f'{CSKD} {BESIDE.get(case, "")} SELFKD.CSKD.WEIGHT 0.5 SELFKD.CSKD.TEMPERATURE 2.0 SOLVER.MAX_ITER 2'
-    train(config(voc, tmp_path, model, options), spy := Spy())
-    stages, compared = 3 if model == 'cascade' else 1, 0
+    cfg = config(voc, tmp_path, model, options)
+    train(cfg, spy := Spy())
+    stages, kinds = 3 if model == 'cascade' else 1, set()
     for i, (step, ((logits, _), proposals)) in enumerate(spy.calls):
         label, expected = torch.cat([p.gt_classes for p in proposals]), 0.0
-        for cls in range(10):
-            members = (label == cls).nonzero().flatten().tolist()
-            for anchor, partner in zip(members, members[1:] + members[:1]):
-                teacher, student = (logits[j].double().div(2).softmax(0) for j in (partner, anchor))
-                expected += 0.5 * 2**2 * (teacher * (teacher / student).log()).sum().item() / len(label)
-                compared += anchor != partner
+        image = torch.cat([p.gt_classes * 0 + k for k, p in enumerate(proposals)])
+        truth = [sample['instances'].gt_boxes.tensor for sample in batches(cfg)[step]]
+        thing = torch.cat([(p.gt_boxes.tensor[:, None] == t).all(2).int().argmax(1) for p, t in zip(proposals, truth)])
+        draw = step_generator(step, i % stages)
+        for anchor, partner in zip(*same_class_partners(label, thing, image, ignore=10, generator=draw)):
+            teacher, student = (logits[j].double().div(2).softmax(0) for j in (partner, anchor))
+            expected += 0.5 * 2**2 * (teacher * (teacher / student).log()).sum().item() / len(label)
+            kinds.add('other image' if image[anchor] != image[partner] else 'same image')
         suffix = f'_stage{i % stages}' if stages > 1 else ''
         assert spy.losses[step][f'loss_cskd{suffix}'] == pytest.approx(expected, rel=1e-3, abs=1e-9)
         plain = F.cross_entropy(logits, label).item()
         assert spy.losses[step][f'loss_cls{suffix}'] == pytest.approx(plain, rel=1e-5)
-    assert compared
+    assert 'other image' in kinds
 
 
 @pytest.mark.parametrize(
     ('model', 'options'),
     [
-        ('faster', PSKD + 'SELFKD.PSKD.ALPHA 0.0'),
-        ('faster', PSKD + 'SELFKD.PSKD.ALPHA 1e-30'),
-        ('cascade', PSKD + 'SELFKD.PSKD.ALPHA 1e-30 ' + CSKD + 'SELFKD.CSKD.WEIGHT 0.0'),
+        ('faster', PSKD + 'SELFKD.PSKD.ALPHA 0'),
+        ('faster', PSKD + 'SELFKD.PSKD.ALPHA 1e-30 ' + DROPOUT),
+        ('cascade', PSKD + 'SELFKD.PSKD.ALPHA 1e-30 ' + CSKD + 'SELFKD.CSKD.WEIGHT 0'),
         ('retinanet', PSKD + 'SELFKD.PSKD.ALPHA 1e-30'),
     ],
 )
 def test_weight_0_trains_to_the_vanilla_weights(voc, tmp_path, model, options):
     """At 1e-30 the teacher runs: it uses up no random number, and touches no statistic of the student."""
     sampled = 'MODEL.RPN.BATCH_SIZE_PER_IMAGE 16 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 '
+    sampled += DROPOUT if DROPOUT in options else ''
     vanilla = train(config(voc, tmp_path / 'vanilla', model, sampled)).model.state_dict()
     ours = train(config(voc, tmp_path / 'ours', model, sampled + options)).model.state_dict()
     assert_same_state(ours, vanilla)
 
 
-@pytest.mark.parametrize('model', ['faster', 'cascade', 'c4', 'retinanet', 'fcos'])
-def test_checkpoint_is_the_vanilla_detectors_and_predicts_the_same(voc, tmp_path, model):
-    options = f'{PSKD} {CSKD if model in ("faster", "cascade", "c4") else ""} SOLVER.MAX_ITER 4'
-    options += ' MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 MODEL.RETINANET.SCORE_THRESH_TEST 0.0'
-    cfg = config(voc, tmp_path, model, options)
-    trainer = train(cfg, model=model)
-    vanilla = load(cfg, tmp_path / 'model_final.pth', model)
-    if model == 'fcos':
-        trainer.model.test_score_thresh = vanilla.test_score_thresh = 0.0
+@pytest.mark.parametrize('case', ['faster', 'panoptic', 'cascade', 'c4', 'retinanet', 'fcos', *BESIDE])
+def test_checkpoint_is_the_vanilla_detectors_and_predicts_the_same(voc, tmp_path, case):
+    """Through Detectron2's own DefaultPredictor, from the config without self-distillation."""
+    model = case.split(',')[0]
+    shown = ' MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 MODEL.RETINANET.SCORE_THRESH_TEST 0.0 SOLVER.MAX_ITER 4'
+    options = f'{PSKD} {"" if model in ("retinanet", "fcos") else CSKD} {BESIDE.get(case, "")} {shown}'
+    trainer = train(config(voc, tmp_path, model, options), model=model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
+    plain = config(voc, tmp_path, model, shown)
+    plain.MODEL.WEIGHTS = str(tmp_path / 'model_final.pth')
+    if model == 'fcos':  # which no YAML config builds
+        predictor, vanilla = None, load(plain, plain.MODEL.WEIGHTS, model)
+        trainer.model.test_score_thresh = vanilla.test_score_thresh = 0.0
+    else:
+        predictor = DefaultPredictor(plain)
+        vanilla = predictor.model
+    assert vanilla.state_dict().keys() == {n for n in trainer.model.state_dict() if 'self_teacher' not in n.split('.')}
     trainer.model.eval()
-    with torch.no_grad():
-        ours, theirs = ([x['instances'] for x in m(batches(cfg)[0])] for m in (trainer.model, vanilla))
-    assert sum(len(x) for x in ours) > 0
-    for a, b in zip(ours, theirs):
-        assert_same_state(
-            {k: getattr(v, 'tensor', v) for k, v in a.get_fields().items()},
-            {k: getattr(v, 'tensor', v) for k, v in b.get_fields().items()},
-        )
+    for sample in batches(plain)[0]:
+        sample = dict(sample, height=100, width=90)
+        if predictor is None:
+            with torch.no_grad():
+                theirs = vanilla([sample])[0]['instances']
+        else:
+            image = read_image(sample['file_name'], 'BGR')
+            theirs = predictor(image)['instances']
+            sample = dict(sample, height=image.shape[0], width=image.shape[1])
+            resized = predictor.aug.get_transform(image).apply_image(image)
+            sample['image'] = torch.as_tensor(resized.astype('float32').transpose(2, 0, 1))
+        with torch.no_grad():
+            ours = trainer.model([sample])[0]['instances']
+        assert len(ours) > 0
+        assert_same_state(*({k: getattr(v, 'tensor', v) for k, v in x.get_fields().items()} for x in (ours, theirs)))
 
 
 @pytest.mark.parametrize('frskd', ['', FRSKD])
@@ -198,16 +239,16 @@ def test_past_copy_costs_the_vanilla_weights_alone(voc, tmp_path, frskd):
     assert not ours & {id(p) for group in trainer.optimizer.param_groups for p in group['params']}
     vanilla = build_model(config(voc, tmp_path))
     assert past.state_dict().keys() == vanilla.state_dict().keys()
-    vanilla = build_model(trainer.cfg)
+    vanilla = build_model(with_self_teacher(trainer.cfg))
     assert trainer.model.state_dict().keys() == vanilla.state_dict().keys()
     assert len(trainer.optimizer.state) == len(list(vanilla.parameters()))
 
 
 @pytest.mark.parametrize('model', ['faster', 'cascade, FRSKD'])
-@pytest.mark.parametrize('start', [4, 6])  # between two refreshes of the past copy, and at one
+@pytest.mark.parametrize('start', [2, 4, 6])  # before the first period ends, between two refreshes, and at one
 def test_resume_is_exact(voc, tmp_path, start, model):
-    """Given the same batches and seeds: Detectron2 itself restores neither."""
-    options = f'{PSKD} {CSKD} {BESIDE.get(model, "")} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD {start}'
+    """Given the same batches and seeds: Detectron2 itself restores neither. The past copy's noise is its own."""
+    options = f'{PSKD} {CSKD} {DROPOUT} {BESIDE.get(model, "")} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD {start}'
     model = model.split(',')[0]
     train(config(voc, tmp_path / 'straight', model, options), Reseed())
     cfg = config(voc, tmp_path / 'resumed', model, options)
@@ -223,11 +264,29 @@ def test_resume_is_exact(voc, tmp_path, start, model):
     assert_same_state(resumed['trainer']['_trainer']['optimizer'], straight['trainer']['_trainer']['optimizer'])
 
 
+def test_resumed_without_a_past_copy_it_learns_from_the_resumed_weights(voc, tmp_path, caplog):
+    """PS-KD switched on at --resume, between two refreshes: alpha is above 0, so there must be a past."""
+    options = 'SOLVER.CHECKPOINT_PERIOD 5 '
+    train(config(voc, tmp_path, options=options), Reseed())
+    (tmp_path / 'last_checkpoint').write_text('model_0000004.pth')
+    logging.getLogger('detectron2.selfkd').addHandler(caplog.handler)
+    cfg = config(voc, tmp_path, options=options + PSKD)
+    train(cfg, spy := Spy(), Reseed(), resume=True)
+    assert 'training resumes without a past copy' in caplog.text
+    assert 'until iteration 6' in caplog.text
+    (step, ((logits, _), _)), losses = spy.calls[0], spy.losses[0]
+    assert step == 5
+    # The copy is the student itself as resumed, on the same regions: the soft part is alpha times its entropy.
+    p = logits.double().softmax(1)
+    assert losses['pskd_alpha'] == pytest.approx(0.8 * 3 / 6)
+    assert losses['pskd_soft'] == pytest.approx(-0.8 * 3 / 6 * (p * p.log()).sum(1).mean().item(), rel=1e-4)
+
+
 def test_two_processes_train_one_detector(voc, tmp_path):
     methods = {
         'hooks': PSKD + CSKD,
         'frskd': FRSKD,
-        'cascade': f'{d2_runs.MODELS["cascade"]} {FRSKD_CASCADE} {PSKD} {CSKD}',
+        'cascade': f'{d2_runs.MODELS["cascade"]} {FRSKD} {PSKD} {CSKD}',
     }
     launch(d2_runs.two_processes, 2, dist_url='auto', args=(voc, tmp_path, methods))
     for name in methods:
@@ -236,6 +295,8 @@ def test_two_processes_train_one_detector(voc, tmp_path):
         differ = {n for n, value in first['model'].items() if not torch.equal(value, second['model'][n])}
         assert 'backbone.bottom_up.stem.conv1.norm.running_mean' in differ
         assert all('running' in n for n in differ)
+    # The batch size of a config is that of all processes together: a pass has as many iterations as with one.
+    assert [torch.load(tmp_path / f'period{rank}.pth') for rank in range(2)] == [2, 2]
 
 
 def test_default_interval_is_a_pass_over_the_training_set(voc, tmp_path):
@@ -243,7 +304,13 @@ def test_default_interval_is_a_pass_over_the_training_set(voc, tmp_path):
     trainer = d2_runs.train_detectron2.Trainer(cfg)
     trainer.train()
     assert next(hook for hook in trainer._hooks if isinstance(hook, PSKDHook)).period == 2  # 4 images, batches of 2
+    assert d2_runs.default_period(cfg) == 2
     assert scalars(tmp_path)[4]['pskd_alpha'] == pytest.approx(0.8 * 4 / 5)
+
+
+@ROI_HEADS_REGISTRY.register()
+class OwnROIHeads(StandardROIHeads):
+    """Somebody's own."""
 
 
 SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
@@ -254,24 +321,47 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
     [
         ('faster', PSKD + 'SELFKD.PSKD.ALPHA 1.5', r'\(SELFKD.PSKD\): alpha must lie in \[0, 1\], got 1.5'),
         ('faster', PSKD + 'SELFKD.PSKD.INTERVAL 0', 'SELFKD.PSKD.INTERVAL.* positive number of iterations, got 0'),
+        (
+            'faster',
+            'SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 2.5',
+            'SELFKD.PSKD.INTERVAL.* positive number of iterations, got 2.5',
+        ),
+        ('faster', PSKD + 'SELFKD.PSKD.INTERVAL 6', 'SELFKD.PSKD.INTERVAL. is 6 iterations, and the whole training 6'),
+        (
+            'faster',
+            PSKD + 'SELFKD.PSKD.TEACHER_MODE test',
+            r"teacher_mode must be one of \['train', 'eval'\], got 'test'",
+        ),
         ('faster', PSKD + 'SELFKD.PSKD.INTERVAL None', 'Cycle how many iterations .*SELFKD.PSKD.INTERVAL'),
-        ('faster', CSKD + 'SELFKD.CSKD.WEIGHT -1.0', r'\(SELFKD.CSKD\): weight must be at least 0'),
-        ('faster', CSKD + 'SELFKD.CSKD.TEMPERATURE 0.0', r'\(SELFKD.CSKD\): temperature must be above 0'),
+        ('faster', CSKD + 'SELFKD.CSKD.WEIGHT -1', r'\(SELFKD.CSKD\): weight must be at least 0'),
+        ('faster', CSKD + 'SELFKD.CSKD.TEMPERATURE 0', r'\(SELFKD.CSKD\): temperature must be above 0'),
         ('faster', PSKD + 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'ROI_HEADS.NUM_CLASSES is 20, .* has 10 classes'),
         ('retinanet', PSKD + 'MODEL.RETINANET.NUM_CLASSES 20', 'RETINANET.NUM_CLASSES is 20, .* has 10 classes'),
         ('faster', PSKD + SIGMOID, 'FastRCNNOutputLayers with use_sigmoid_ce .* is not supported'),
         ('faster', CSKD + SIGMOID, 'FastRCNNOutputLayers with use_sigmoid_ce .* is not supported'),
-        ('retinanet', CSKD, 'CSKDHook: RetinaNet with the ROI heads NoneType is not supported'),
+        ('retinanet', CSKD, 'CSKDHook: RetinaNet is not supported'),
         ('retinanet', PSKD + 'SELFKD.PSKD.BACKGROUND False', 'RetinaNet has no background class'),
         ('retinanet', PSKD + 'MODEL.RETINANET.FOCAL_LOSS_GAMMA 0.5', 'focal_loss_gamma must be 0 or at least 1'),
-        ('faster', PSKD + 'MODEL.META_ARCHITECTURE ProposalNetwork', 'ProposalNetwork with the ROI heads NoneType'),
-        ('faster', PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor', 'SemanticSegmentor with the ROI heads NoneType'),
-        ('mask', PSKD + 'MODEL.META_ARCHITECTURE PanopticFPN', 'PanopticFPN with the ROI heads StandardROIHeads'),
+        ('faster', PSKD + 'MODEL.META_ARCHITECTURE ProposalNetwork', 'ProposalNetwork is not supported'),
+        ('faster', PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor', 'SemanticSegmentor is not supported'),
+        ('faster', PSKD + 'MODEL.ROI_HEADS.NAME OwnROIHeads', 'with the ROI heads OwnROIHeads is not supported'),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(voc, tmp_path, model, options, message):
     with pytest.raises(ValueError, match=message):
         train(config(voc, tmp_path, model, options))
+
+
+def test_run_shorter_than_a_pass_over_the_data_is_refused(voc, tmp_path):
+    cfg = config(voc, tmp_path, options='SELFKD.PSKD.ENABLED True SOLVER.MAX_ITER 2')
+    with pytest.raises(ValueError, match='a pass over the training set is 2 iterations, .* training 2.*INTERVAL'):
+        d2_runs.train_detectron2.Trainer(cfg).train()
+
+
+@pytest.mark.parametrize(('options', 'hook'), [(PSKD, PSKDHook(interval=3)), (CSKD, CSKDHook())])
+def test_one_method_twice_is_refused(voc, tmp_path, options, hook):
+    with pytest.raises(ValueError, match=f'{type(hook).__name__} is registered twice'):
+        train(config(voc, tmp_path, options=options), hook)
 
 
 def test_a_tap_that_never_fires_is_an_error(voc, tmp_path):
