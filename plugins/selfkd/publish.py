@@ -11,6 +11,7 @@ __all__ = ['publish_checkpoint', 'strip_self_teacher']
 
 TRAINING_ONLY = (SELF_TEACHER, 'auxiliary')  # sub-modules of our heads
 WEIGHTS = ('state_dict', 'model')  # where mmengine and Detectron2 keep them
+META = ('dataset_meta', 'epoch', 'iter', 'mmengine_version')  # what OpenMMLab's init_model and the like read, and whence
 
 
 def strip_self_teacher(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -24,17 +25,36 @@ def strip_self_teacher(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def publish_checkpoint(source: str, target: str) -> int:
-    """Writes a checkpoint with the weights for inference only; returns the number of weights that were dropped.
+    """Writes a checkpoint with what inference needs only; returns the number of weights that were dropped.
 
     Args:
         source: a checkpoint of mmengine's runner or of Detectron2's trainer, or a state dict. Load only files you
             trust: it is unpickled.
-        target: the file to write, under the same key; it loads with ``torch.load(..., weights_only=True)``, and
-            strictly into the vanilla config.
+        target: the file to write: the weights under the same key, and the names of the classes where the source has
+            them. It loads with ``torch.load(..., weights_only=True)``, strictly into the vanilla config, and with
+            the toolkit's own ``init_model``, ``init_detector``, ``get_model`` or ``DetectionCheckpointer``.
+
+    Raises:
+        ValueError: the file holds no weights.
     """
-    checkpoint = torch.load(source, map_location='cpu')
+    checkpoint = torch.load(source, map_location='cpu', weights_only=False)
     key = next((key for key in WEIGHTS if isinstance(checkpoint.get(key), dict)), None)
     state = checkpoint if key is None else checkpoint[key]
-    kept = strip_self_teacher(state)
-    torch.save({key or 'state_dict': kept}, target)
-    return len(state) - len(kept)
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ValueError(f'{source}: holds no weights, neither under {" or ".join(WEIGHTS)} nor as a state dict itself')
+    kept = strip_self_teacher(weights)
+    meta = {name: _plain(value) for name, value in checkpoint.get('meta', {}).items() if name in META}
+    torch.save({'meta': meta, key or 'state_dict': kept}, target)
+    return len(weights) - len(kept)
+
+
+def _plain(value: object) -> object:
+    """Dicts, lists, texts and numbers for arrays and whatever else they came as, so that any torch.load takes it."""
+    if isinstance(value, dict):
+        return {_plain(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return (tuple if isinstance(value, tuple) else list)(map(_plain, value))
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return value.tolist() if hasattr(value, 'tolist') else str(value)

@@ -1,5 +1,6 @@
 """A backbone trained in MMPretrain as the start of a detector in MMDetection or Detectron2: the paper's protocol."""
 
+import inspect
 import pickle
 import re
 from typing import Dict, List, NamedTuple, Optional, Tuple
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 __all__ = ['Converted', 'convert_backbone', 'detectron2_name']
 
 TOLERANCE = 1e-4
-# Options of MMPretrain's ResNet that change no weight and no feature of the trained network.
-HARMLESS = {'type', 'depth', 'out_indices', 'frozen_stages', 'norm_eval', 'norm_cfg', 'with_cp', 'zero_init_residual'}
-HARMLESS |= {'drop_path_rate', 'init_cfg'}
+# Options of MMPretrain's ResNet that change no weight and no feature of the trained network, and those converted too.
+HARMLESS = {'type', 'out_indices', 'frozen_stages', 'norm_eval', 'norm_cfg', 'with_cp', 'zero_init_residual'}
+HARMLESS |= {'drop_path_rate', 'init_cfg', 'depth', 'style'}
 DETECTRON2_NAMES = (
     (r'^(conv1|bn1)\.', r'stem.\1.'),
     (r'^layer(\d)\.', lambda match: f'res{int(match[1]) + 1}.'),
@@ -66,18 +67,18 @@ def convert_backbone(
         raise ValueError(f'target: Detectron2 reads such weights from a file that ends in .pkl, got {target}')
     cfg = Config.fromfile(config)
     backbone = _source_backbone(cfg.model.backbone, source)
-    weights = backbone.state_dict()
+    weights, (depth, style) = backbone.state_dict(), (backbone.depth, backbone.style)
     mean, std = _normalization(cfg)
     if to == 'mmdet':
         torch.save({'state_dict': weights}, target)
-        other, usage = _mmdet_backbone(backbone.depth, target), MMDET.format(depth=backbone.depth, target=target)
+        other, usage = _mmdet_backbone(depth, style, target), MMDET.format(depth=depth, style=style, target=target)
     else:
         arrays = {detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')}
         with open(target, 'wb') as file:
             pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
-        other = _detectron2_backbone(backbone.depth, target)
-        small = '\n    RES2_OUT_CHANNELS: 64' if backbone.depth < 50 else ''
-        usage = DETECTRON2.format(depth=backbone.depth, target=target, small=small, mean=mean, std=std)
+        other, caffe = _detectron2_backbone(depth, style, target), style == 'caffe'
+        small = '\n    RES2_OUT_CHANNELS: 64' if depth < 50 else ''
+        usage = DETECTRON2.format(depth=depth, caffe=caffe, target=target, small=small, mean=mean, std=std)
     difference = None
     if other is not None:
         difference = _difference(backbone, other, _input(image, mean, std))
@@ -85,7 +86,7 @@ def convert_backbone(
             raise RuntimeError(
                 f'{target}: its features differ from those of {source} by {difference:.1e}: do not use it'
             )
-    return Converted(backbone.depth, difference, usage)
+    return Converted(depth, difference, usage)
 
 
 def detectron2_name(name: str) -> str:
@@ -102,7 +103,7 @@ def detectron2_name(name: str) -> str:
 
 MMDET = """model = dict(
     backbone=dict(
-        type='ResNet', depth={depth}, style='pytorch', init_cfg=dict(type='Pretrained', checkpoint='{target}')))"""
+        type='ResNet', depth={depth}, style='{style}', init_cfg=dict(type='Pretrained', checkpoint='{target}')))"""
 
 DETECTRON2 = """MODEL:
   WEIGHTS: {target}
@@ -110,7 +111,7 @@ DETECTRON2 = """MODEL:
   PIXEL_STD: {std}
   RESNETS:
     DEPTH: {depth}
-    STRIDE_IN_1X1: False{small}
+    STRIDE_IN_1X1: {caffe}{small}
 INPUT:
   FORMAT: RGB"""
 
@@ -118,16 +119,21 @@ INPUT:
 def _source_backbone(options: dict, source: str) -> nn.Module:
     from mmpretrain.models.backbones import ResNet
 
-    other = sorted(set(options) - HARMLESS)
+    usual = inspect.signature(ResNet).parameters
+    other = sorted(
+        name
+        for name, value in options.items()
+        if name not in HARMLESS and not (name in usual and _same(value, usual[name].default))
+    )
     if options.type.split('.')[-1] != 'ResNet' or other:
         raise ValueError(
-            f'config: the backbone {options.type}' + (f' with {", ".join(other)}' if other else '') + ' is not '
-            'supported: only ResNet (depth 18 to 152) of the usual layout has the same form in all three toolkits'
+            f'config: the backbone {options.type}{" with " * bool(other)}{", ".join(other)} is not supported: '
+            'only ResNet (depth 18 to 152) of the usual layout has the same form in all three toolkits'
         )
-    state = torch.load(source, map_location='cpu')
+    state = torch.load(source, map_location='cpu', weights_only=False)
     state = state.get('state_dict', state)
     state = {name[len('backbone.') :]: value for name, value in state.items() if name.startswith('backbone.')}
-    backbone = ResNet(depth=options.depth, out_indices=(0, 1, 2, 3))
+    backbone = ResNet(options.depth, style=options.get('style', 'pytorch'), out_indices=(0, 1, 2, 3))
     try:
         load_state_dict(backbone, state, strict=True)
     except RuntimeError as error:
@@ -135,15 +141,19 @@ def _source_backbone(options: dict, source: str) -> nn.Module:
     return backbone
 
 
-def _mmdet_backbone(depth: int, target: str) -> nn.Module:
+def _same(value: object, other: object) -> bool:
+    return (list(value) == list(other)) if isinstance(value, (list, tuple)) and other else value == other
+
+
+def _mmdet_backbone(depth: int, style: str, target: str) -> nn.Module:
     from mmdet.models.backbones import ResNet
 
-    backbone = ResNet(depth, style='pytorch', init_cfg=dict(type='Pretrained', checkpoint=target))
+    backbone = ResNet(depth, style=style, init_cfg=dict(type='Pretrained', checkpoint=target))
     backbone.init_weights()
     return backbone
 
 
-def _detectron2_backbone(depth: int, target: str) -> Optional[nn.Module]:
+def _detectron2_backbone(depth: int, style: str, target: str) -> Optional[nn.Module]:
     try:
         from detectron2.checkpoint import DetectionCheckpointer
         from detectron2.config import get_cfg
@@ -153,7 +163,7 @@ def _detectron2_backbone(depth: int, target: str) -> Optional[nn.Module]:
     from detectron2.layers import ShapeSpec
 
     cfg = get_cfg()
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = depth, False
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = depth, style == 'caffe'
     cfg.MODEL.RESNETS.OUT_FEATURES = ['res2', 'res3', 'res4', 'res5']
     if depth < 50:
         cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64

@@ -1,0 +1,335 @@
+"""Tries every method on a config of each family in a toolkit's own config zoo: what trains, and what is refused.
+
+A config stays as it is but for what a small machine without data cannot have: its data are a few generated images, its
+pre-trained weights and schedule are left out. It trains two steps, of an epoch each, plain and with each method.
+"""
+
+import copy
+import json
+import os
+import re
+import signal
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from PIL import Image
+
+__all__ = ['METHODS', 'Outcome', 'classify', 'families', 'shrink', 'survey', 'table', 'train_two_steps']
+
+METHODS: Dict[str, Dict[str, dict]] = {
+    'mmpretrain': {
+        'PS-KD': {'default_hooks.pskd.type': 'selfkd_mmpretrain.PSKDHook'},
+        'PS-KD, snapshot': {
+            'default_hooks.pskd.type': 'selfkd_mmpretrain.PSKDHook',
+            'default_hooks.pskd.teacher': 'snapshot',
+        },
+        'CS-KD': {'default_hooks.cskd.type': 'selfkd_mmpretrain.CSKDHook'},
+        'FRSKD': {'model.type': 'selfkd_mmpretrain.FRSKDImageClassifier'},
+    },
+    'mmdet': {
+        'PS-KD': {'default_hooks.pskd.type': 'selfkd_mmdet.PSKDHook'},
+        'CS-KD': {'default_hooks.cskd.type': 'selfkd_mmdet.CSKDHook'},
+        'FRSKD': {'model.roi_head.type': 'selfkd_mmdet.FRSKDRoIHead'},
+    },
+    'mmseg': {
+        'PS-KD': {'default_hooks.pskd.type': 'selfkd_mmseg.PSKDHook'},
+        'FRSKD': {'model.type': 'selfkd_mmseg.FRSKDEncoderDecoder', 'model.self_teacher.warmup': 0.0},
+    },
+}
+LEFT_OUT = ('benchmarks', 'deploy')
+SMALL = ('atto', 'nano', 'tiny', 'x0-', '_xs', 'xxs', 'b0', '-s0', '050', 'r18', 'small', '_s_', '-s_', 'resnet18')
+SMALL += ('r34', 'd20', '-t_', '_t_', 'a0', 'b1', '400mf', 'r50', 'resnet50', 'base', '-b_', 'p16', 'r101', 'large')
+SIZE = {'mmdet': 128, 'mmseg': 128}
+OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refusal of ours begins with
+SECONDS = 600  # for one training of two steps
+
+
+class Outcome(NamedTuple):
+    """How a training of two steps ended.
+
+    Attributes:
+        losses: what each step logged, name -> value; fewer than two where it ended early.
+        error: the message it ended with, or None.
+    """
+
+    losses: List[Dict[str, float]]
+    error: Optional[str] = None
+
+
+def families(toolkit: str) -> Dict[str, str]:
+    """A config of each family in the installed toolkit's zoo, the smallest by its name."""
+    package = __import__(toolkit)
+    zoo = Path(package.__file__).parent / '.mim' / 'configs'
+    chosen = {}
+    for folder in sorted(zoo.iterdir()):
+        configs = [str(path.relative_to(zoo)) for path in folder.rglob('*.py') if 'metafile' not in path.name]
+        configs = [c for c in configs if not any(part[0] == '_' or part in LEFT_OUT for part in Path(c).parts)]
+        if configs:
+            chosen[folder.name] = min(configs, key=_size)
+    return chosen
+
+
+def _size(config: str) -> tuple:
+    name = Path(config).name
+    unusual = any(mark in name for mark in ('headless', 'zeroshot', '_voc', '-g-'))
+    return unusual, next((i for i, mark in enumerate(SMALL) if mark in name), len(SMALL)), len(name), config
+
+
+def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
+    """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step."""
+    cfg = copy.deepcopy(cfg)
+    _forget_weights(cfg._cfg_dict)
+    classes = _find(cfg.model, 'num_classes') or 10
+    loader = cfg.get('train_dataloader') or {}
+    pipeline = _find(loader, 'pipeline') or cfg.get('train_pipeline') or []
+    dataset = DATA[toolkit](Path(folder), int(classes), pipeline)
+    cfg.train_dataloader = dict(
+        batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset
+    )
+    if loader.get('collate_fn'):
+        cfg.train_dataloader.collate_fn = loader['collate_fn']
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=2, val_interval=1000)
+    for name in ('val', 'test'):
+        for part in ('cfg', 'dataloader', 'evaluator'):
+            cfg[f'{name}_{part}'] = None
+    cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3))
+    cfg.param_scheduler, cfg.custom_hooks = None, []
+    cfg.default_hooks = dict(checkpoint=None)
+    cfg.merge_from_dict({'work_dir': str(folder), 'log_level': 'ERROR', 'randomness': dict(seed=0), 'load_from': None})
+    cfg.launcher, cfg.resume, cfg.auto_scale_lr = 'none', False, None
+    return cfg
+
+
+def train_two_steps(cfg: Config) -> Outcome:
+    """Trains in a process of its own, which may crash or hang."""
+    with tempfile.NamedTemporaryFile('r') as result:
+        child = os.fork()
+        if child == 0:
+            _in_child(lambda: _train(cfg, result.name))
+        deadline = time.time() + SECONDS
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.time() > deadline:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return Outcome([], f'took more than {SECONDS} seconds')
+            time.sleep(0.05)
+        text = result.read()
+        return Outcome(**json.loads(text)) if text else Outcome([], 'the process died')
+
+
+def _in_child(function: Callable) -> None:
+    """Ends this process after the call, whatever it does."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2)
+    try:
+        function()
+    finally:
+        os._exit(0)
+
+
+def _train(cfg: Config, result: str) -> None:
+    from mmengine.registry import RUNNERS  # noqa: F401  (registers the toolkit's scope)
+    from mmengine.runner import Runner
+
+    losses, error = [], None
+    try:
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(_Losses(losses), priority='LOWEST')
+        runner.train()
+    except BaseException as problem:  # a toolkit may also exit
+        where = traceback.extract_tb(problem.__traceback__)[-1]
+        error = f'{type(problem).__name__}: {str(problem) or where.line}'
+    Path(result).write_text(json.dumps({'losses': losses, 'error': error}))
+
+
+class _Losses(Hook):
+    def __init__(self, losses: list):
+        self.losses = losses
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        self.losses.append({name: float(value) for name, value in outputs.items() if torch.as_tensor(value).numel() == 1})
+
+
+def classify(method: str, plain: Outcome, trained: Outcome) -> str:
+    """One of ``trains``, ``refused: ...``, ``toolkit: ...`` (it cannot run the config here) and ``DEFECT: ...``."""
+    message = (trained.error or '').strip().split('\n')[0]
+    refusal = re.match(rf'\w+: (?:class `\w+` in \S+: )*({OURS}: .*)', message)
+    if refusal and not trained.losses:
+        return f'refused: {refusal[1]}'
+    if plain.error:
+        return 'toolkit: ' + plain.error.strip().split('\n')[0]
+    if method == 'FRSKD' and "unexpected keyword argument 'roi_head'" in message:
+        return 'refused: the detector has no roi_head'
+    if trained.error:
+        return f'DEFECT: after {len(trained.losses)} steps {message}'
+    if not all(np.isfinite(value) for step in plain.losses for name, value in step.items() if 'loss' in name):
+        return 'toolkit: its plain loss is not finite here'
+    first, second = (_total(trained.losses[i]) - _total(plain.losses[i]) for i in (0, 1))
+    if method.startswith('PS-KD') and abs(first) > 1e-4 * abs(_total(plain.losses[0])):
+        return f'DEFECT: the first step, without a past, differs from the plain one by {first:.2e}'
+    if not np.isfinite(second) or abs(second) <= 1e-7 * abs(_total(plain.losses[1])):
+        return f'DEFECT: the second loss differs from the plain one by {second:.2e}'
+    return 'trains'
+
+
+def _total(step: Dict[str, float]) -> float:
+    """What was trained on; BaseModel.train_step logs it as ``loss`` unless an entry has that name."""
+    parts = [value for name, value in step.items() if 'loss' in name and name != 'loss']
+    return sum(parts) if parts and not step.get('loss') else max(step.get('loss', 0.0), sum(parts))
+
+
+def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print) -> Dict[str, Dict[str, str]]:
+    """Family -> ``config``, and the outcome of each method.
+
+    Args:
+        toolkit: ``'mmpretrain'``, ``'mmdet'`` or ``'mmseg'``; its plugin must be importable.
+        names: some families only.
+        report: is given a line for each family.
+    """
+    from mmengine.hub import get_config
+    from mmengine.utils import import_modules_from_strings
+
+    import_modules_from_strings([f'{toolkit}.models', f'{toolkit}.datasets', f'selfkd_{toolkit}'])
+    rows = {}
+    for family, name in families(toolkit).items():
+        if names and family not in names:
+            continue
+        started, rows[family] = time.time(), {'config': name}
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                cfg = shrink(get_config(f'{toolkit}::{name}'), toolkit, folder)
+                plain = train_two_steps(cfg)
+            except Exception as problem:  # a config that cannot even be read here
+                rows[family].update(dict.fromkeys(METHODS[toolkit], f'toolkit: {type(problem).__name__}: {problem}'))
+                continue
+            for method, options in METHODS[toolkit].items():
+                switched = copy.deepcopy(cfg)
+                switched.merge_from_dict(options)
+                outcome = classify(method, plain, train_two_steps(switched))
+                rows[family][method] = re.sub(r'\s+', ' ', outcome)
+        report(f'{family} ({time.time() - started:.0f} s): ' + json.dumps(rows[family]))
+    return rows
+
+
+def table(rows: Dict[str, Dict[str, str]]) -> str:
+    """Markdown: a row for each family, and below it the messages, numbered."""
+    methods = [name for name in next(iter(rows.values())) if name != 'config']
+    messages: Dict[str, int] = {}
+    lines = ['| family | config | ' + ' | '.join(methods) + ' |', '| --- ' * (len(methods) + 2) + '|']
+    for family, row in rows.items():
+        cells = []
+        for method in methods:
+            kind, _, message = row[method].partition(': ')
+            cells.append(f'{kind} [{messages.setdefault(row[method], len(messages) + 1)}]' if message else kind)
+        lines.append(f'| {family} | `{Path(row["config"]).stem}` | ' + ' | '.join(cells) + ' |')
+    lines += ['', *(f'{number}. {_escape(message)}' for message, number in messages.items())]
+    return '\n'.join(lines)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r'/\S*/', '', text)[:300].replace('<', '&lt;').replace('|', '\\|')
+
+
+def _forget_weights(node) -> None:
+    """Drops whatever names a file of weights."""
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            _forget_weights(child)
+    if not isinstance(node, dict):
+        return
+    if isinstance(node.get('init_cfg'), dict) and node['init_cfg'].get('type') == 'Pretrained':
+        node['init_cfg'] = None
+    if isinstance(node.get('pretrained'), str):
+        node['pretrained'] = None
+    for key, child in list(node.items()):
+        if key not in ('init_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
+            _forget_weights(child)
+
+
+def _find(node, key: str):
+    """The first value of a key in nested dicts and lists, nearest the top."""
+    level = [node]
+    while level:
+        for child in level:
+            if isinstance(child, dict) and child.get(key):
+                return child[key]
+        level = [
+            grandchild
+            for child in level
+            if isinstance(child, (dict, list, tuple))
+            for grandchild in (child.values() if isinstance(child, dict) else child)
+        ]
+    return None
+
+
+def _image(path: Path, size: int, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(seed).randint(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def _classification(folder: Path, classes: int, pipeline: list) -> dict:
+    for i in range(2):
+        _image(folder / f'{i}.png', 256, i)
+    (folder / 'train.txt').write_text('0.png 1\n1.png 1\n')
+    pipeline = [step for step in pipeline if step['type'] not in ('LoadImageFromFile', 'mmpretrain.LoadImageFromFile')]
+    return dict(
+        type='CustomDataset',
+        data_root=str(folder),
+        ann_file='train.txt',
+        metainfo=dict(classes=[str(i) for i in range(classes)]),
+        pipeline=[dict(type='LoadImageFromFile'), *pipeline],
+    )
+
+
+def _detection(folder: Path, classes: int, pipeline: list) -> dict:
+    size, images, annotations = SIZE['mmdet'], [], []
+    for i in range(2):
+        _image(folder / f'{i}.jpg', size, i)
+        images.append(dict(id=i, file_name=f'{i}.jpg', height=size, width=size))
+        Image.fromarray(np.zeros((size, size), np.uint8)).save(folder / f'{i}.png')
+        for x, y, side, label in ((8, 8, 48, 1), (60, 56, 64, 1), (20, 70, 30, 2)):
+            box = dict(bbox=[x, y, side, side], area=side * side, iscrowd=0, image_id=i)
+            corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+            annotations.append(dict(box, id=len(annotations), category_id=label, segmentation=[corners]))
+    categories = [dict(id=i, name=str(i)) for i in range(classes)]
+    file = dict(images=images, annotations=annotations, categories=categories)
+    (folder / 'train.json').write_text(json.dumps(file))
+    kinds = ' '.join(step['type'] for step in pipeline if isinstance(step, dict) and 'type' in step)
+    load = next((step for step in pipeline if isinstance(step, dict) and step.get('type') == 'LoadAnnotations'), {})
+    load = dict(type='LoadAnnotations', with_bbox=True, with_mask=bool(load.get('with_mask') or 'Panoptic' in kinds))
+    return dict(
+        type='CocoDataset',
+        data_root=str(folder),
+        ann_file='train.json',
+        metainfo=dict(classes=[str(i) for i in range(classes)]),
+        pipeline=[dict(type='LoadImageFromFile'), load, dict(type='PackDetInputs')],
+    )
+
+
+def _segmentation(folder: Path, classes: int, pipeline: list) -> dict:
+    size = SIZE['mmseg']
+    for i in range(2):
+        _image(folder / 'images' / f'{i}.jpg', size, i)
+        labels = np.random.RandomState(i).randint(0, min(classes, 5), (8, 8)).astype(np.uint8)
+        (folder / 'labels').mkdir(exist_ok=True)
+        Image.fromarray(labels).resize((size, size), Image.NEAREST).save(folder / 'labels' / f'{i}.png')
+    keep = [step for step in pipeline if step.get('type') in ('GenerateEdge',)]
+    return dict(
+        type='BaseSegDataset',
+        data_prefix=dict(img_path=str(folder / 'images'), seg_map_path=str(folder / 'labels')),
+        img_suffix='.jpg',
+        seg_map_suffix='.png',
+        metainfo=dict(classes=[str(i) for i in range(classes)]),
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), *keep, dict(type='PackSegInputs')],
+    )
+
+
+DATA = {'mmpretrain': _classification, 'mmdet': _detection, 'mmseg': _segmentation}
