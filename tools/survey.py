@@ -42,7 +42,9 @@ versions = ', '.join(
 text = (
     f'{datetime.date.today()}, {versions}, torch {torch.__version__}, Python {platform.python_version()}. '
     f'{len(rows)} families, {len(cells)} trainings: '
-    + ', '.join(f'{sum(c.startswith(kind) for c in cells)} {kind}' for kind in ('trains', 'refused', 'toolkit', 'DEFECT'))
+    + ', '.join(
+        f'{sum(c.startswith(kind) for c in cells)} {kind}' for kind in ('trains', 'refused', 'toolkit', 'DEFECT')
+    )
     + '.\n\n'
     + table(rows)
 )

@@ -11,7 +11,12 @@ __all__ = ['publish_checkpoint', 'strip_self_teacher']
 
 TRAINING_ONLY = (SELF_TEACHER, 'auxiliary')  # sub-modules of our heads
 WEIGHTS = ('state_dict', 'model')  # where mmengine and Detectron2 keep them
-META = ('dataset_meta', 'epoch', 'iter', 'mmengine_version')  # what OpenMMLab's init_model and the like read, and whence
+META = (
+    'dataset_meta',
+    'epoch',
+    'iter',
+    'mmengine_version',
+)  # what OpenMMLab's init_model and the like read, and whence
 
 
 def strip_self_teacher(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:

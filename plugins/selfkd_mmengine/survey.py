@@ -64,22 +64,30 @@ class Outcome(NamedTuple):
 
 
 def families(toolkit: str) -> Dict[str, str]:
-    """A config of each family in the installed toolkit's zoo, the smallest by its name."""
+    """A config of each family in the installed toolkit's zoo: the smallest by its name that says what it trains."""
+    from mmengine.hub import get_config
+
     package = __import__(toolkit)
     zoo = Path(package.__file__).parent / '.mim' / 'configs'
     chosen = {}
-    for folder in sorted(zoo.iterdir()):
-        configs = [str(path.relative_to(zoo)) for path in folder.rglob('*.py') if 'metafile' not in path.name]
-        configs = [c for c in configs if not any(part[0] == '_' or part in LEFT_OUT for part in Path(c).parts)]
-        if configs:
-            chosen[folder.name] = min(configs, key=_size)
+    for folder in sorted(path for path in zoo.iterdir() if path.name != '_base_'):
+        paths = [path.relative_to(zoo) for path in folder.rglob('*.py')]
+        paths = [path for path in paths if not any(part[0] == '_' or part in LEFT_OUT for part in path.parts)]
+        for path in sorted(paths, key=_size):
+            try:
+                cfg = get_config(f'{toolkit}::{path}')
+            except Exception:  # some import what is not installed, or name files that are not there
+                continue
+            if {'type', 'backbone', 'detector', 'image_encoder'} & set(cfg.get('model') or ()):
+                chosen[folder.name] = str(path)
+                break
     return chosen
 
 
-def _size(config: str) -> tuple:
-    name = Path(config).name
+def _size(config: Path) -> tuple:
+    name = config.name
     unusual = any(mark in name for mark in ('headless', 'zeroshot', '_voc', '-g-'))
-    return unusual, next((i for i, mark in enumerate(SMALL) if mark in name), len(SMALL)), len(name), config
+    return unusual, next((i for i, mark in enumerate(SMALL) if mark in name), len(SMALL)), len(name), str(config)
 
 
 def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
@@ -154,7 +162,9 @@ class _Losses(Hook):
         self.losses = losses
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        self.losses.append({name: float(value) for name, value in outputs.items() if torch.as_tensor(value).numel() == 1})
+        self.losses.append(
+            {name: float(value) for name, value in outputs.items() if torch.as_tensor(value).numel() == 1}
+        )
 
 
 def classify(method: str, plain: Outcome, trained: Outcome) -> str:
@@ -197,8 +207,8 @@ def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print)
     from mmengine.utils import import_modules_from_strings
 
     import_modules_from_strings([f'{toolkit}.models', f'{toolkit}.datasets', f'selfkd_{toolkit}'])
-    rows = {}
-    for family, name in families(toolkit).items():
+    rows, zoo = {}, families(toolkit)
+    for family, name in zoo.items():
         if names and family not in names:
             continue
         started, rows[family] = time.time(), {'config': name}
@@ -309,6 +319,7 @@ def _detection(folder: Path, classes: int, pipeline: list) -> dict:
         type='CocoDataset',
         data_root=str(folder),
         ann_file='train.json',
+        data_prefix=dict(img=''),
         metainfo=dict(classes=[str(i) for i in range(classes)]),
         pipeline=[dict(type='LoadImageFromFile'), load, dict(type='PackDetInputs')],
     )

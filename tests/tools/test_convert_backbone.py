@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+import re
 import subprocess
 import sys
 
@@ -61,6 +62,35 @@ def test_mmdet_starts_from_it(tmp_path, depth):
     start = {k[9:]: v for k, v in torch.load(source)['state_dict'].items() if k.startswith('backbone.')}
     assert weights.keys() == start.keys()
     assert all(torch.equal(weights[name], start[name]) for name in start)
+
+
+def documented_configs():
+    """The configs of MMPretrain that the pages give to the tool."""
+    pages = '\n'.join(page.read_text() for page in ROOT.glob('docs/*.md'))
+    commands = re.findall(r'tools/convert_backbone\.py(?:[^\n]|(?<=\\)\n)*', pages)
+    return sorted({re.search(r'--config (\S+)', command)[1] for command in commands})
+
+
+@pytest.mark.parametrize('config', documented_configs())
+@pytest.mark.parametrize('to', ['mmdet', 'detectron2'])
+def test_the_documented_command_on_the_config_it_names(tmp_path, config, to):
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    weights = MODELS.build(Config.fromfile(ROOT / config).model).state_dict()
+    torch.save({'meta': {}, 'state_dict': weights}, tmp_path / 'epoch.pth')
+    target = str(tmp_path / ('backbone.pth' if to == 'mmdet' else 'backbone.pkl'))
+    found = tool.convert_backbone(str(tmp_path / 'epoch.pth'), target, to=to, config=str(ROOT / config))
+    assert found.depth == 152
+    assert found.difference is None or found.difference <= 1e-4
+
+
+def test_caffe_style_moves_the_stride(tmp_path):
+    source, config = pretrained(tmp_path, 50, style='caffe', num_stages=4)
+    found = tool.convert_backbone(source, str(tmp_path / 'b.pth'), to='mmdet', config=config)
+    assert found.difference <= 1e-4
+    assert "style='caffe'" in found.usage
+    found = tool.convert_backbone(source, str(tmp_path / 'b.pkl'), to='detectron2', config=config)
+    assert 'STRIDE_IN_1X1: True' in found.usage
 
 
 def test_detectron2_names(tmp_path):

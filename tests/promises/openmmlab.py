@@ -1,0 +1,194 @@
+"""MMPretrain, MMDetection and MMSegmentation as the promises drive them: small real runs of mmengine's Runner."""
+
+import copy
+import functools
+import os
+import signal
+from pathlib import Path
+
+import torch
+from forks import in_processes
+from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from selfkd_mmengine.launch import prepare_cpu_launch
+
+BATCH = {'mmpretrain': 8, 'mmdet': 2, 'mmseg': 2}
+
+
+class Steps(Hook):
+    """Keeps what each step logged; may kill the process after so many, or use every second batch of the data only."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, kill_at=None):
+        self.steps, self.kill_at = [], kill_at
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.steps.append({k: float(v) for k, v in outputs.items() if torch.as_tensor(v).numel() == 1})
+        if runner.iter + 1 == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Bypass(Hook):
+    """A model that computes its loss by other means than its loss module."""
+
+    def before_train(self, runner):
+        parameter = next(runner.model.parameters())
+        runner.model.loss = lambda *args, **kwargs: {'loss_own': parameter.square().sum()}
+
+
+class Driver:
+    """Trains a row's method, or the plain model.
+
+    Args:
+        row: of the table.
+        data: the generated data set.
+        folder: for work dirs.
+    """
+
+    def __init__(self, row, request, folder):
+        self.row, self.folder, self.name = row, folder, row.toolkit.name
+        self.data = request.getfixturevalue('digits' if self.name == 'mmpretrain' else 'voc')
+        self.monkeypatch, self.count = request.getfixturevalue('monkeypatch'), 0
+
+    def config(self, *, on=True, settings=None, loop='epoch', batch=None, **options):
+        """The toolkit's toy config; ``settings`` go to the method, ``options`` to the config."""
+        import mm_runs
+
+        make = {
+            'mmpretrain': lambda: mm_runs.digits_config,
+            'mmdet': lambda: __import__('det_runs').config,
+            'mmseg': lambda: __import__('seg_runs').config,
+        }[self.name]()
+        self.count += 1
+        cfg = make(self.data, self.folder / f'run{self.count}', **self.row.model)
+        cfg.train_dataloader.batch_size = batch or BATCH[self.name]
+        steps = {'mmpretrain': 5, 'mmdet': 2, 'mmseg': 2}[self.name]
+        cfg.optim_wrapper.clip_grad = None
+        cfg.param_scheduler = ConfigDict(type='ConstantLR', factor=1.0, by_epoch=False)
+        checkpoint = ConfigDict(type='CheckpointHook', by_epoch=loop == 'epoch', max_keep_ckpts=50)
+        if loop == 'epoch':
+            cfg.train_cfg = ConfigDict(by_epoch=True, max_epochs=3, val_interval=100)
+            cfg.train_dataloader.sampler = ConfigDict(type='DefaultSampler', shuffle=True)
+            checkpoint.interval = 1
+        else:
+            cfg.train_cfg = ConfigDict(by_epoch=False, max_iters=3 * steps, val_interval=1000)
+            cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=True)
+            checkpoint.interval = steps // 2 + 1  # in mid-pass
+            if self.row.pairs:
+                cfg.train_dataloader.batch_sampler = ConfigDict(type='selfkd_mmengine.PairBatchSampler')
+        cfg.default_hooks.checkpoint = checkpoint
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        cfg.randomness = ConfigDict(seed=0)
+        if on:
+            cfg.merge_from_dict(copy.deepcopy(self.row.options))
+            cfg.custom_hooks = [ConfigDict({**hook, **(settings or {})}) for hook in self.row.hooks]
+            if settings and not self.row.hooks:
+                cfg.merge_from_dict(settings)
+        cfg.merge_from_dict(options)
+        return cfg
+
+    def train(self, cfg, *, processes=1, kill_at=None, resume=False, hooks=()):
+        """Trains in processes of their own; what rank 0 (or each of several) ends with."""
+        work = functools.partial(self._train, cfg, processes, kill_at, resume, hooks)
+        results = in_processes(self.folder, work, processes, dies=kill_at is not None)
+        return results if processes > 1 or kill_at is not None else results[0]
+
+    def _train(self, cfg, processes, kill_at, resume, hooks, rank):
+        cfg.launcher, cfg.resume = ('pytorch' if processes > 1 else 'none'), resume
+        if self.row.unused:
+            cfg.find_unused_parameters = True
+        prepare_cpu_launch(cfg)
+        runner = Runner.from_cfg(cfg)
+        steps = Steps(kill_at)
+        for hook in (steps, *hooks):
+            runner.register_hook(hook, priority='LOWEST')
+        runner.train()
+        model = getattr(runner.model, 'module', runner.model)
+        own = next((hook for hook in runner.hooks if hasattr(hook, 'teacher')), None)
+        bank, teacher = getattr(own, 'bank', None), getattr(own, 'teacher', None)
+        return {
+            'weights': copy.deepcopy(model.state_dict()),
+            'steps': steps.steps,
+            'bank': bank and bank.state_dict(),
+            'teacher': teacher and {k: v.clone() for k, v in teacher.state_dict().items()},
+            'checkpoint': str(Path(cfg.work_dir, 'last_checkpoint').read_text().strip()) if rank == 0 else None,
+        }
+
+    @property
+    def batch(self):
+        return BATCH[self.name]
+
+    @property
+    def classes(self):
+        """The names that the training set gives its classes."""
+        from mmengine.registry import DefaultScope
+
+        with DefaultScope.overwrite_default_scope(self.name):
+            return tuple(Runner.build_dataloader(self.config(on=False).train_dataloader).dataset.metainfo['classes'])
+
+    def load_strictly(self, cfg, weights):
+        self._build(cfg).load_state_dict(weights, strict=True)
+
+    def trained(self, weights):
+        """Names of what is equal on all ranks: parameters, not the statistics of batch norms, which each rank keeps."""
+        return [name for name in weights if 'running_' not in name]
+
+    def accumulate(self, cfg):
+        """Two batches to a step."""
+        cfg.optim_wrapper.accumulative_counts = 2
+        return cfg
+
+    def bfloat16(self, cfg):
+        """Mixed precision on the CPU."""
+        if self.name == 'mmdet':
+            import det_runs
+
+            det_runs.bfloat16(self.monkeypatch, cfg)
+        else:
+            where = 'mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available'
+            self.monkeypatch.setattr(where, lambda: True)  # mmengine asks for an accelerator, bfloat16 or not
+            cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+        return cfg
+
+    def bypass(self):
+        return Bypass()
+
+    def _build(self, cfg):
+        from mmengine.registry import MODELS, DefaultScope
+
+        with DefaultScope.overwrite_default_scope(self.name):
+            return MODELS.build(copy.deepcopy(cfg.model))
+
+    def total(self, step):
+        """What a step trained on."""
+        parts = [value for name, value in step.items() if 'loss' in name and name != 'loss']
+        return max(step.get('loss', 0.0), sum(parts)) if parts else step['loss']
+
+    def predictions(self, cfg, checkpoint):
+        """Of the toolkit's own inference API on a picture: a tensor of numbers, and the names of the classes."""
+        import numpy as np
+        from mmengine.registry import DefaultScope
+
+        picture = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
+        cfg = copy.deepcopy(cfg)
+        with DefaultScope.overwrite_default_scope(self.name):
+            if self.name == 'mmpretrain':
+                from mmpretrain import ImageClassificationInferencer, get_model
+
+                cfg.test_dataloader = cfg.test_dataloader or cfg.train_dataloader
+                model = get_model(cfg, pretrained=checkpoint, device='cpu')
+                found = ImageClassificationInferencer(model)(picture)[0]
+                return torch.tensor(found['pred_scores']), tuple(model._dataset_meta['classes'])
+            if self.name == 'mmdet':
+                from mmdet.apis import inference_detector, init_detector
+
+                model = init_detector(cfg, checkpoint, device='cpu')
+                found = inference_detector(model, picture).pred_instances
+                return torch.cat([found.bboxes, found.scores[:, None]], dim=1), tuple(model.dataset_meta['classes'])
+            from mmseg.apis import inference_model, init_model
+
+            model = init_model(cfg, checkpoint, device='cpu')
+            return inference_model(model, picture).seg_logits.data, tuple(model.dataset_meta['classes'])

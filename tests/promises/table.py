@@ -1,0 +1,87 @@
+"""Every method in every toolkit, and how it is switched on: what the promises are tested over.
+
+A method added here has every promise tested; a promise added in test_promises.py covers every method.
+"""
+
+import importlib.util
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
+
+import pytest
+
+
+class Toolkit(NamedTuple):
+    """A toolkit, and the class that drives it."""
+
+    name: str
+    driver: Callable
+
+
+class Row(NamedTuple):
+    """A method in a toolkit.
+
+    Attributes:
+        method: its name.
+        toolkit: where.
+        hooks: hooks of the config that are the method.
+        options: other settings that switch it on.
+        zero: settings with which it weighs nothing; None where training has more to learn than the plain model.
+        model: options of the toy model.
+        pairs: whether batches are pairs, which an iteration-based loop's config must ask for.
+        acts_at_once: whether the first step's loss already differs from the plain one.
+        unused: whether a step may leave parameters of its own unused.
+    """
+
+    method: str
+    toolkit: Toolkit
+    hooks: Tuple[dict, ...] = ()
+    options: Dict[str, object] = {}
+    zero: Optional[dict] = None
+    model: Dict[str, object] = {}
+    pairs: bool = False
+    acts_at_once: bool = True
+    unused: bool = False
+
+    def __str__(self) -> str:
+        return f'{self.toolkit.name}-{self.method}'
+
+
+def _openmmlab(row, request, folder):
+    from openmmlab import Driver
+
+    return Driver(row, request, folder)
+
+
+MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
+PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
+
+ROWS = [
+    Row('PSKD-bank', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8),), **PAST),
+    Row('PSKD-bank-top_k', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, top_k=3),), **PAST),
+    Row('PSKD-snapshot', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, teacher='snapshot'),), **PAST),
+    Row('CSKD', MMPRETRAIN, (dict(type='selfkd_mmpretrain.CSKDHook'),), zero=dict(weight=0.0), pairs=True),
+    Row('FRSKD', MMPRETRAIN, options={'model.type': 'selfkd_mmpretrain.FRSKDImageClassifier'}),
+    Row('PSKD', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), **PAST),
+    Row(
+        'PSKD-RetinaNet', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), model={'model': 'retinanet'}, **PAST
+    ),
+    Row('CSKD', MMDET, (dict(type='selfkd_mmdet.CSKDHook'),), zero=dict(weight=0.0)),
+    Row('FRSKD', MMDET, options={'model.roi_head.type': 'selfkd_mmdet.FRSKDRoIHead'}),
+    Row('PSKD', MMSEG, (dict(type='selfkd_mmseg.PSKDHook', alpha=0.8),), **PAST),
+    Row(
+        'FRSKD',
+        MMSEG,
+        options={'model.type': 'selfkd_mmseg.FRSKDEncoderDecoder', 'model.self_teacher.warmup': 0.0},
+    ),
+]
+
+
+def rows(*, where: Callable = lambda row: True):
+    """The rows as parameters of a test; those of a toolkit that is not installed are skipped with that reason."""
+    return pytest.mark.parametrize(
+        'row', [pytest.param(row, id=str(row), marks=_marks(row)) for row in ROWS if where(row)]
+    )
+
+
+def _marks(row: Row):
+    there = importlib.util.find_spec(row.toolkit.name) is not None
+    return () if there else pytest.mark.skip(reason=f'{row.toolkit.name} is not installed')
