@@ -1,11 +1,12 @@
 """Past predictions, a row per training sample: PS-KD's p_past as a table."""
 
-from typing import Dict, Optional, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from .losses import TopK, _check_sums
+from .checks import DIVERGED, check_probs
+from .losses import TopK
 
 __all__ = ['PredictionBank']
 
@@ -19,6 +20,10 @@ class PredictionBank:
     Sample indices are integers in [0, num_samples), each the same sample all through training. Pass them as a
     CPU tensor, as a data loader gives them: which rows are known is book-kept on the CPU, so that neither reading nor
     writing waits for the accelerator.
+
+    Rows that are not finite are not written: the row that was there stays, known or not. On the CPU, where looking is
+    free, they are an error; rows of an accelerator (a float16 step that overflowed, which GradScaler skips) are counted
+    in :attr:`skipped`.
 
     Args:
         num_samples: number of rows, N.
@@ -71,7 +76,10 @@ class PredictionBank:
         self._values = torch.zeros(num_samples, columns, dtype=dtype, device=self.device)
         self._classes = None if top_k is None else torch.zeros(num_samples, columns, dtype=id_dtype, device=self.device)
         self._seen = torch.zeros(num_samples, dtype=torch.bool)
-        self._pending = []  # rows on their way from an accelerator: (indices, rows, event), oldest first
+        # What is on its way from an accelerator, oldest first: (indices, rows, whether each is finite, event). With the
+        # table on the accelerator there are no rows.
+        self._pending: List[Tuple[Tensor, Tuple[Tensor, ...], Tensor, Optional[torch.cuda.Event]]] = []
+        self._skipped = 0
 
     def _refuse_if_too_large(self, nbytes: int, dtype: torch.dtype) -> None:
         free = _free_memory(self.device)
@@ -118,7 +126,6 @@ class PredictionBank:
         if not allow_unseen and not seen.all():
             first = indices.cpu()[~seen][:5].tolist()
             raise KeyError(f'PredictionBank: rows {first} were never written; pass return_seen=True to allow for it')
-        self._land(indices.cpu())
         where = indices.to(self.device, non_blocking=True)
         values = self._values[where].float()
         unseen = (~seen).to(self.device, non_blocking=True)[:, None]
@@ -140,7 +147,8 @@ class PredictionBank:
                 ``top_k``.
 
         Raises:
-            ValueError: shapes that do not match; on the CPU, where looking is free, rows that are not distributions.
+            ValueError: shapes that do not match; on the CPU, where looking is free, rows that are not distributions or
+                not finite.
             IndexError: an index outside the table.
         """
         indices = self._check_indices(indices)
@@ -152,30 +160,44 @@ class PredictionBank:
         last = _last_of_each(indices)
         if len(last) < len(indices):
             indices, rows = indices[last], [row[last.to(row.device)] for row in rows]
-        self._seen[indices] = True
-        if self.device.type == 'cpu' and rows[0].is_cuda:
-            host = [
-                torch.empty(row.shape, dtype=row.dtype, pin_memory=True).copy_(row, non_blocking=True) for row in rows
-            ]
-            event = torch.cuda.Event()
-            event.record()
-            self._pending.append((indices, host, event))
-        else:
+        if rows[0].device.type == 'cpu':  # encode() has looked at them
             self._land(indices)
             self._put(indices, rows)
+            self._seen[indices] = True
+        else:
+            self._write_later(indices, rows)
+
+    def _write_later(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
+        """Takes rows of an accelerator without waiting for it: whether they are finite is known when they arrive."""
+        self._land(indices[:0])
+        finite = rows[0].isfinite().all(1)
+        if self.device.type == 'cpu':
+            arriving = tuple(_to_host(row) for row in rows)
+        else:
+            where, here = indices.to(self.device, non_blocking=True), finite.to(self.device)[:, None]
+            rows = tuple(row.to(self.device) for row in rows)
+            self._put(indices, tuple(torch.where(here, row, old[where]) for row, old in zip(rows, self._tables)))
+            arriving = ()
+        finite = _to_host(finite)
+        event = None
+        if rows[0].is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((indices, arriving, finite, event))
 
     def encode(self, probs: Union[Tensor, TopK]) -> Tuple[Tensor, ...]:
         """Rows in the form they are stored and exchanged in: ``(values,)``, or ``(values, class ids)`` with top_k."""
         if isinstance(probs, TopK):
-            if probs.values.shape[1] != self.top_k:
+            if self.top_k is None or probs.values.shape[1] != self.top_k:
                 raise ValueError(f'probs: TopK must keep top_k={self.top_k} classes, got {probs.values.shape[1]}')
+            if probs.values.device.type == 'cpu' and not probs.values.isfinite().all():
+                raise ValueError(f'probs: holds values that are not finite: {DIVERGED}')
             return probs.values.to(self._values.dtype), probs.classes.to(self._classes.dtype)
         if probs.dim() != 2 or probs.shape[1] != self.num_classes or not probs.is_floating_point():
             raise ValueError(
                 f'probs: must be floating, [B, {self.num_classes}], got {probs.dtype}, {tuple(probs.shape)}'
             )
-        if probs.device.type == 'cpu' and probs.numel():
-            _check_sums('probs', probs.sum(1, dtype=torch.float32))
+        check_probs('probs', probs, probs.shape)
         if self.top_k:
             top = probs.topk(self.top_k, dim=1)
             return top.values.to(self._values.dtype), top.indices.to(self._classes.dtype)
@@ -190,28 +212,48 @@ class PredictionBank:
         indices = self._check_indices(indices)
         self._land(indices)
         where = indices.to(self.device)
-        return (self._values[where],) if self._classes is None else (self._values[where], self._classes[where])
+        return tuple(table[where] for table in self._tables)
 
-    def _put(self, indices: Tensor, rows) -> None:
+    @property
+    def _tables(self) -> Tuple[Tensor, ...]:
+        return (self._values,) if self._classes is None else (self._values, self._classes)
+
+    def _put(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
         where = indices.to(self.device, non_blocking=True)
-        self._values[where] = rows[0].to(self.device)
-        if self._classes is not None:
-            self._classes[where] = rows[1].to(self.device)
+        for table, row in zip(self._tables, rows):
+            table[where] = row.to(self.device)
 
     def _land(self, wanted: Optional[Tensor] = None) -> None:
-        """Puts rows that have arrived into the table; waits for rows under way only if they hold a wanted sample."""
+        """Takes in what has arrived; waits for what is under way only if it is of a wanted sample (None: of any)."""
         last = -1
-        for i, (indices, _, event) in enumerate(self._pending):
-            if event.query() or wanted is None or bool(torch.isin(wanted, indices).any()):
+        for i, (indices, _, _, event) in enumerate(self._pending):
+            arrived = event is None or event.query()
+            if arrived or wanted is None or bool(torch.isin(wanted, indices).any()):
                 last = i
-        for indices, rows, event in self._pending[: last + 1]:  # in order, so that the newest row of a sample stays
-            event.synchronize()
+        for indices, rows, finite, event in self._pending[: last + 1]:  # in order: the newest row of a sample stays
+            if event is not None:
+                event.synchronize()
+            if not finite.all():
+                self._skipped += int((~finite).sum())
+                indices, rows = indices[finite], tuple(row[finite] for row in rows)
             self._put(indices, rows)
+            self._seen[indices] = True
         del self._pending[: last + 1]
+
+    @property
+    def skipped(self) -> int:
+        """Rows that were not written because they are not finite, since the bank was made: for logs.
+
+        Of what has arrived from the accelerator so far: looking does not wait.
+        """
+        self._land(torch.zeros(0, dtype=torch.long))
+        return self._skipped
 
     def seen(self, indices: Tensor) -> Tensor:
         """Whether a prediction of each sample is known: bool ``[B]``, on the CPU."""
-        return self._seen[self._check_indices(indices)]
+        indices = self._check_indices(indices)
+        self._land(indices)
+        return self._seen[indices]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -242,9 +284,8 @@ class PredictionBank:
         for name, theirs, own in zip(('num_samples', 'num_classes', 'top_k', 'dtype'), saved, ours):
             if theirs != own:
                 raise ValueError(
-                    f'PredictionBank: the saved bank has {name}={theirs}, this one {name}={own}: resume with '
-                    f'the settings '
-                    f'and the training set of the saved run, or start without it'
+                    f'PredictionBank: the saved bank has {name}={theirs}, this one {name}={own}: resume with the '
+                    'settings and the training set of the saved run, or start without it'
                 )
         self._pending.clear()
         self._values.copy_(values)
@@ -262,6 +303,13 @@ class PredictionBank:
                 f'{indices.max().item()}'
             )
         return indices
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, complete when the accelerator has come to it."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _last_of_each(indices: Tensor) -> Tensor:

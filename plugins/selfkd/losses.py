@@ -3,7 +3,8 @@
 Shape letters used on this page: N samples, C classes, ``...`` any further dimensions. The class dimension is 1,
 as in :func:`torch.nn.functional.cross_entropy`, so ``[N, C]``, ``[N, C, H, W]`` and ``[tokens, C]`` all work.
 *Logits* are unnormalised; *probs* are non-negative and sum to 1 over the class dimension. Mixing, softmax and
-KL are computed in float32 (float64 for float64 logits), whatever the logits' dtype.
+KL are computed in float32 (float64 for float64 logits), whatever the logits' dtype. Classes may be masked by logits of
+-inf: a term of probability 0 is 0, whatever its logarithm.
 
 Everything that stands for a teacher (past predictions, partners) is treated as a constant: no gradient flows into it.
 """
@@ -14,6 +15,21 @@ from typing import Dict, NamedTuple, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import (
+    REDUCTIONS,
+    check_alpha,
+    check_labels,
+    check_logits,
+    check_probs,
+    check_reduction,
+    check_same_shape,
+    check_temperature,
+    check_top_k,
+    check_weight,
+    tracing,
+    wide,
+)
 
 __all__ = [
     'PSKDParts',
@@ -35,10 +51,6 @@ __all__ = [
     'tfkd_regularization',
 ]
 
-REDUCTIONS = ('none', 'mean', 'sum')
-# Storage in float16 and top-k renormalisation leave sums of about 1 +- 1e-3; anything further off is not a
-# distribution.
-SUM_TOLERANCE = 1e-2
 UNIT_NORMAL_MARGIN = -math.sqrt(2 / math.pi)  # the mean of the negative values of a unit normal
 
 
@@ -101,12 +113,12 @@ def soft_cross_entropy(logits: Tensor, target_probs: Tensor, *, class_weight=Non
         >>> soft_cross_entropy(logits, torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
         tensor(0.4701)
     """
-    _check_logits(logits, reduction)
-    _check_probs('target_probs', target_probs, logits)
+    check_logits(logits, reduction)
+    check_probs('target_probs', target_probs, logits.shape)
     if class_weight is not None:
         factors = torch.as_tensor(class_weight, dtype=target_probs.dtype, device=target_probs.device)
         target_probs = target_probs * factors.view(-1, *[1] * (logits.dim() - 2))
-    losses = _MixedNLL.apply(_log_softmax(logits), None, target_probs, None, 1.0, 0.0)[0]
+    losses, *_ = _mixed_nll(_log_softmax(logits), None, target_probs, None, 1.0, 0.0, None)
     return _reduce(losses, reduction)
 
 
@@ -141,14 +153,14 @@ def progressive_targets(
         past_probs = past_probs.dense(num_classes)
     if num_classes is not None and num_classes != past_probs.shape[1]:
         raise ValueError(f'num_classes: past_probs has {past_probs.shape[1]} classes, got {num_classes}')
-    past = past_probs.detach().to(_wide(past_probs.dtype))
-    _check_probs('past_probs', past, past)
-    alpha = _check_alpha(alpha, past)
+    past = past_probs.detach().to(wide(past_probs.dtype))
+    check_probs('past_probs', past, past.shape)
+    alpha = check_alpha(alpha, past)
     if hard_is_ids:
-        labels = _check_labels(labels_or_probs, past)
-        hard = torch.zeros_like(past).scatter_(1, labels.unsqueeze(1), 1)
+        labels = check_labels(labels_or_probs, past)
+        hard = torch.zeros_like(past).scatter(1, labels.unsqueeze(1), 1)
     else:
-        _check_probs('labels_or_probs', labels_or_probs, past)
+        check_probs('labels_or_probs', labels_or_probs, past.shape)
         hard = labels_or_probs.to(past.dtype)
     share = alpha.unsqueeze(1) if isinstance(alpha, Tensor) and alpha.dim() else alpha
     return hard + share * (past - hard)
@@ -180,7 +192,8 @@ def pskd_loss(
         labels_or_probs: y, class ids ``[N, ...]`` or probs ``[N, C, ...]`` (smoothed or mixed labels).
         past_probs: ``[N, C, ...]``, or :class:`TopK` for logits ``[N, C]``; a constant. None only with ``alpha=0``.
         alpha: in [0, 1], a number, or a tensor ``[N, ...]`` with one per sample: 0 for samples that have no past yet.
-        ignore_index: class ids of this value contribute nothing and are not counted by ``'mean'``.
+        ignore_index: class ids of this value contribute nothing, whatever is predicted there (in the past as well), and
+            are not counted by ``'mean'``.
         reduction: ``'none'`` (``[N, ...]``), ``'mean'`` over the samples and positions not ignored, or ``'sum'``.
             Where nothing is left to average, the result is a zero that is joined to the graph.
         label_smoothing: share of y that is spread evenly over the other C - 1 classes before mixing, for class ids. It
@@ -202,47 +215,44 @@ def pskd_loss(
         >>> round(loss.item(), 4)
         0.5955
     """
-    _check_logits(logits, reduction)
-    dense_hard = labels_or_probs.is_floating_point()
-    alpha = _check_alpha(alpha, logits)
-    labels, valid = labels_or_probs, None
-    if dense_hard:
-        _check_probs('labels_or_probs', labels_or_probs, logits)
+    check_logits(logits, reduction)
+    alpha = check_alpha(alpha, logits)
+    if past_probs is None and (isinstance(alpha, Tensor) or alpha != 0):
+        raise ValueError(f'past_probs: None is allowed with alpha=0 only, got alpha={alpha}')
+    if not isinstance(alpha, Tensor) and alpha == 0:
+        past_probs = None
+
+    labels, ignored = labels_or_probs, None
+    if labels.is_floating_point():
         if ignore_index is not None:
             raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
         if label_smoothing or return_parts:
             raise ValueError('label_smoothing, return_parts: need class ids, but labels_or_probs holds probs')
+        check_probs('labels_or_probs', labels, logits.shape)
     else:
         if not 0 <= label_smoothing < 1:
             raise ValueError(f'label_smoothing: must lie in [0, 1), got {label_smoothing}')
         if ignore_index is not None:
-            valid = labels_or_probs != ignore_index
-            labels = labels_or_probs.masked_fill(~valid, 0)
-        labels = _check_labels(labels, logits)
-    if past_probs is None or (not isinstance(alpha, Tensor) and alpha == 0):
-        if past_probs is None and (isinstance(alpha, Tensor) or alpha != 0):
-            raise ValueError(f'past_probs: None is allowed with alpha=0 only, got alpha={alpha}')
-        past_probs, alpha = None, 0.0
-    elif isinstance(past_probs, TopK):
-        _check_top_k(past_probs, logits)
-    else:
-        _check_probs('past_probs', past_probs, logits)
+            ignored = labels == ignore_index
+            labels = labels.masked_fill(ignored, 0)
+        labels = check_labels(labels, logits)
+    past, classes = past_probs, None
+    if isinstance(past, TopK):
+        check_top_k('past_probs', *past, logits)
+        past, classes = past
+    elif past is not None:
+        check_probs('past_probs', past, logits.shape, ignored)
 
     log_probs = logits if normalized else _log_softmax(logits)
-    if dense_hard:
-        past = progressive_targets(labels, past_probs, alpha) if past_probs is not None else labels
-        terms = _MixedNLL.apply(log_probs, None, past, None, 1.0, 0.0)
-    elif isinstance(past_probs, TopK):
-        past, classes = past_probs.values, past_probs.classes.long()
-        terms = _MixedNLL.apply(log_probs, labels, past, classes, alpha, label_smoothing)
+    if labels.is_floating_point():
+        target = labels if past is None else progressive_targets(labels, past_probs, alpha)
+        terms = _mixed_nll(log_probs, None, target, None, 1.0, 0.0, None)
     else:
-        terms = _MixedNLL.apply(log_probs, labels, past_probs, None, alpha, label_smoothing)
+        terms = _mixed_nll(log_probs, labels, past, classes, alpha, label_smoothing, ignored)
+    loss = _reduce(terms[0], reduction, ignored)
     if not return_parts:
-        terms = terms[:1]
-    if valid is not None:
-        terms = [term * valid for term in terms]
-    loss, *parts = (_reduce(term, reduction, valid) for term in terms)
-    return (loss, PSKDParts(*parts)) if return_parts else loss
+        return loss
+    return loss, PSKDParts(*(_reduce(term.detach(), reduction, ignored) for term in terms[1:]))
 
 
 def quality_focal_loss(logits: Tensor, target_probs: Tensor, *, gamma: float = 2.0, reduction: str = 'mean') -> Tensor:
@@ -264,13 +274,11 @@ def quality_focal_loss(logits: Tensor, target_probs: Tensor, *, gamma: float = 2
         >>> quality_focal_loss(logits, torch.tensor([[0.5, 0.0]]), reduction='none')  # p = 0.5, 0.982
         tensor([[0.0000, 3.8749]])
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction: must be one of {REDUCTIONS}, got {reduction!r}')
+    check_reduction(reduction)
     if gamma != 0 and not 1 <= gamma < math.inf:  # below 1 the gradient at p = t is not defined
         raise ValueError(f'gamma: must be 0 or at least 1, got {gamma}')
-    if target_probs.shape != logits.shape:
-        raise ValueError(f'target_probs: must have shape {tuple(logits.shape)}, got {tuple(target_probs.shape)}')
-    logits = logits.to(_wide(logits.dtype))
+    check_same_shape('target_probs', target_probs, 'logits', logits)
+    logits = logits.to(wide(logits.dtype))
     target = target_probs.detach().to(logits.dtype)
     distance = (target - logits.sigmoid()).abs()
     return _reduce(distance**gamma * F.binary_cross_entropy_with_logits(logits, target, reduction='none'), reduction)
@@ -297,18 +305,12 @@ def distillation_kl(
         >>> distillation_kl(student, teacher, temperature=2.0)
         tensor(0.3610)
     """
-    _check_logits(student_logits, reduction, (*REDUCTIONS, 'batchmean'))
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f'teacher_logits: must have the shape of student_logits, {tuple(student_logits.shape)}, '
-            f'got {tuple(teacher_logits.shape)}'
-        )
-    if not temperature > 0:
-        raise ValueError(f'temperature: must be above 0, got {temperature}')
+    check_logits(student_logits, reduction, (*REDUCTIONS, 'batchmean'))
+    check_same_shape('teacher_logits', teacher_logits, 'student_logits', student_logits)
+    check_temperature(temperature)
     if temperature != 1:  # on large maps the division itself takes time
         student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
-    student, teacher = _log_softmax(student_logits), _log_softmax(teacher_logits.detach())
-    losses = temperature**2 * F.kl_div(student, teacher, reduction='none', log_target=True).sum(1)
+    losses = temperature**2 * _kl(_log_softmax(teacher_logits.detach()), _log_softmax(student_logits))
     if reduction == 'batchmean':
         return losses.sum() / max(len(losses), 1)
     return _reduce(losses, reduction)
@@ -337,7 +339,7 @@ def cskd_loss(
         >>> cskd_loss(logits, torch.tensor([0]), partners, temperature=2.0)  # 0.3133 + 0.3610
         tensor(0.6742)
     """
-    _check_weight('weight', weight)
+    check_weight('weight', weight)
     return _cross_entropy(logits, labels) + weight * distillation_kl(logits, partner_logits, temperature)
 
 
@@ -361,8 +363,7 @@ def attention_transfer(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     if student_map.dim() < 3 or _without_channels(student_map) != _without_channels(teacher_map):
         raise ValueError(
             'student_map, teacher_map: must be [N, C, ...] and differ in channels only, got '
-            f'{tuple(student_map.shape)} '
-            f'and {tuple(teacher_map.shape)}'
+            f'{tuple(student_map.shape)} and {tuple(teacher_map.shape)}'
         )
     difference = _attention(student_map) - _attention(teacher_map.detach())
     return difference.pow(2).sum() / max(difference.numel(), 1)
@@ -380,8 +381,8 @@ def hint_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
         >>> hint_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
         tensor(2.)
     """
-    _check_same_shape(student_map, teacher_map)
-    difference = student_map.to(_wide(student_map.dtype)) - teacher_map.detach()
+    check_same_shape('student_map', student_map, 'teacher_map', teacher_map, ' (an adapter is missing?)')
+    difference = student_map.to(wide(student_map.dtype)) - teacher_map.detach()
     return difference.pow(2).sum() / max(difference.numel(), 1)
 
 
@@ -402,8 +403,8 @@ def overhaul_loss(student_map: Tensor, teacher_map: Tensor, *, margin=UNIT_NORMA
         >>> overhaul_loss(torch.tensor([[-2.0, 1.0]]), torch.tensor([[-5.0, 3.0]]), margin=-1.0)
         tensor(4.)
     """
-    _check_same_shape(student_map, teacher_map)
-    student = student_map.to(_wide(student_map.dtype))
+    check_same_shape('student_map', student_map, 'teacher_map', teacher_map, ' (an adapter is missing?)')
+    student = student_map.to(wide(student_map.dtype))
     margin = torch.as_tensor(margin, dtype=student.dtype, device=student.device)
     teacher = torch.maximum(teacher_map.detach().to(student.dtype), margin)
     counted = (student > teacher) | (teacher > 0)
@@ -447,8 +448,8 @@ def byot_loss(
         >>> {name: round(term.item(), 4) for name, term in terms.items()}
         {'loss_kd': 0.0, 'loss_feature': 1.2}
     """
-    _check_alpha(alpha, logits)
-    _check_weight('beta', beta)
+    check_alpha(alpha, logits)
+    check_weight('beta', beta)
     if len(aux_logits) != len(aux_feats):
         raise ValueError(f'aux_feats: needs one for each of {len(aux_logits)} aux_logits, got {len(aux_feats)}')
     losses = {}
@@ -491,12 +492,12 @@ def ddgsd_loss(
         >>> ddgsd_loss(z, z, f, f + 2, weight=1.0, mmd_weight=0.5)
         tensor(6.)
     """
-    _check_weight('weight', weight)
-    _check_weight('mmd_weight', mmd_weight)
-    _check_same_shape(feats, other_feats)
+    check_weight('weight', weight)
+    check_weight('mmd_weight', mmd_weight)
+    check_same_shape('other_feats', other_feats, 'feats', feats)
     kl = distillation_kl(logits, other_logits, temperature) + distillation_kl(other_logits, logits, temperature)
-    wide = _wide(feats.dtype)
-    difference = (feats.to(wide).sum(0) - other_feats.to(wide).sum(0)) / max(len(feats), 1)
+    dtype = wide(feats.dtype)
+    difference = (feats.sum(0, dtype=dtype) - other_feats.sum(0, dtype=dtype)) / max(len(feats), 1)
     return weight * kl + mmd_weight * difference.pow(2).sum()
 
 
@@ -523,7 +524,7 @@ def sla_loss(joint_logits: Tensor, logits: Tensor, labels: Tensor, *, weight: fl
         >>> round(joint.item(), 4), kl.item(), tuple(aggregated.shape)  # log 8
         (2.0794, 0.0, (1, 2))
     """
-    _check_weight('weight', weight)
+    check_weight('weight', weight)
     if joint_logits.shape != (4 * logits.shape[0], 4 * logits.shape[1]):
         raise ValueError(
             f'joint_logits: must be [4 N, 4 C], 4 times logits {tuple(logits.shape)}, got {tuple(joint_logits.shape)}'
@@ -558,7 +559,7 @@ def tfkd_loss(
         >>> round(tfkd_loss(torch.zeros(1, 4), torch.tensor([0]), alpha=0.0).item(), 4)  # log 4
         1.3863
     """
-    alpha = _check_alpha(alpha, logits)
+    alpha = check_alpha(alpha, logits)
     regularization = tfkd_regularization(logits, labels, temperature=temperature, correct_prob=correct_prob)
     return (1 - alpha) * _cross_entropy(logits, labels) + alpha * regularization
 
@@ -576,18 +577,15 @@ def tfkd_regularization(
         >>> tfkd_regularization(torch.zeros(1, 4), torch.tensor([0]), temperature=1e6).item() < 1e-6  # both uniform
         True
     """
-    _check_logits(logits, 'mean')
-    labels = _check_labels(labels, logits)
-    if not temperature > 0:
-        raise ValueError(f'temperature: must be above 0, got {temperature}')
+    check_logits(logits, 'mean')
+    labels = check_labels(labels, logits)
+    check_temperature(temperature)
     if not 0 < correct_prob <= 1:
         raise ValueError(f'correct_prob: must lie in (0, 1], got {correct_prob}')
     log_probs = _log_softmax(logits)
-    teacher = torch.full_like(log_probs, (1 - correct_prob) / (logits.shape[1] - 1))
-    teacher = teacher.scatter_(1, labels.unsqueeze(1), correct_prob)
-    return F.kl_div(log_probs, _log_softmax(teacher / temperature), reduction='none', log_target=True).sum(
-        1
-    ).sum() / max(len(logits), 1)
+    teacher = torch.full_like(log_probs.detach(), (1 - correct_prob) / _others(logits))
+    teacher = teacher.scatter(1, labels.unsqueeze(1), correct_prob)
+    return _kl(_log_softmax(teacher / temperature), log_probs).sum() / max(len(logits), 1)
 
 
 FEATURE_LOSSES = {'attention': attention_transfer, 'hint': hint_loss, 'overhaul': overhaul_loss}
@@ -636,8 +634,8 @@ def frskd_loss(
         >>> {name: round(term.item(), 4) for name, term in terms.items()}
         {'loss_cls': 0.3133, 'loss_teacher': 0.0486, 'loss_kd': 0.361, 'loss_feature': 0.0}
     """
-    _check_weight('alpha', alpha)
-    _check_weight('beta', beta)
+    check_weight('alpha', alpha)
+    check_weight('beta', beta)
     if feature_loss not in FEATURE_LOSSES:
         raise ValueError(f'feature_loss: must be one of {tuple(FEATURE_LOSSES)}, got {feature_loss!r}')
     if beta and len(feats) != len(teacher_feats):
@@ -655,10 +653,44 @@ def frskd_loss(
     return losses
 
 
-class _MixedNLL(torch.autograd.Function):
-    """(1-a) hard + a soft per sample, linear in ``log_probs``: hard = -log p_y (smoothed), soft = -sum_c q_c log p_c.
+def _mixed_nll(log_probs, labels, past, classes, alpha, smoothing, ignored):
+    """(1-a) hard + a soft per sample: hard = -log p_y (smoothed), soft = -sum_c q_c log p_c, and 0 where ignored.
 
-    Returns that and, without gradient, its hard part, its soft part and -log p_y.
+    q is ``past``, probs ``[N, C, ...]``, or with ``classes`` top-k values. Without ``labels`` hard is 0, without
+    ``past`` soft. Returns that and, as constants, its hard part, its soft part and -log p_y.
+    """
+    if tracing():  # torch.func and torch.compile differentiate (and compile) the plain operations
+        past = past if past is None else past.detach()
+        return _mixed_nll_terms(log_probs, labels, past, classes, alpha, smoothing, ignored)[:4]
+    return _MixedNLL.apply(log_probs, labels, past, classes, alpha, smoothing, ignored)
+
+
+def _mixed_nll_terms(log_probs, labels, past, classes, alpha, smoothing, ignored):
+    """What :func:`_mixed_nll` returns, and the probability of each class that a top-k past has not kept."""
+    zero = log_probs.new_zeros(()).expand(log_probs.shape[:1] + log_probs.shape[2:])
+    total = log_probs.sum(1) if smoothing or classes is not None else None
+    nll = hard = soft = zero
+    rest = None
+    if classes is not None:
+        classes = classes.long()
+        kept, rest = log_probs.gather(1, classes), TopK(past, classes).rest(log_probs.shape[1])
+        others = total - kept.sum(1)
+        rest = rest.masked_fill(~others.isfinite(), 0)  # next to masked classes, what was not kept is left out
+        soft = -(_class_dot(past, kept) + _times(rest, others))
+    elif past is not None:
+        soft = -_class_dot(past, log_probs)
+    if labels is not None:
+        nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
+        each = smoothing / _others(log_probs)
+        hard = (1 - smoothing - each) * nll - each * total if smoothing else nll.clone()
+    terms = [_times(1 - alpha, hard) + _times(alpha, soft), hard, soft, nll]
+    if ignored is not None:
+        terms = [term.masked_fill(ignored, 0) for term in terms]
+    return (*terms, rest)
+
+
+class _MixedNLL(torch.autograd.Function):
+    """:func:`_mixed_nll_terms`, which is linear in ``log_probs``, with its gradient in one piece.
 
     The only thing plain autograd does worse: the gradient with respect to ``log_probs`` is minus the mixed target,
     and here it is written once (-a q, or for a top-k past a constant row, then the label's share on top)
@@ -666,61 +698,74 @@ class _MixedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, log_probs, labels, past, past_classes, alpha, smoothing):
+    def forward(ctx, log_probs, labels, past, classes, alpha, smoothing, ignored):
         if past is not None and past.dtype == torch.float64:
             past = past.to(log_probs.dtype)
-        ctx.save_for_backward(labels, past, past_classes, alpha if isinstance(alpha, Tensor) else None)
+        *terms, rest = _mixed_nll_terms(log_probs, labels, past, classes, alpha, smoothing, ignored)
+        ctx.save_for_backward(labels, past, classes, rest, alpha if isinstance(alpha, Tensor) else None, ignored)
         ctx.alpha, ctx.smoothing, ctx.shape = alpha, smoothing, log_probs.shape
-        zero = log_probs.new_zeros(()).expand(log_probs.shape[:1] + log_probs.shape[2:])
-        total = log_probs.sum(1) if smoothing or past_classes is not None else None
-        nll = hard = soft = zero
-        if past_classes is not None:
-            kept, rest = log_probs.gather(1, past_classes), TopK(past, past_classes).rest(log_probs.shape[1])
-            soft = -((past * kept).sum(1) + rest * (total - kept.sum(1)))
-        elif past is not None:
-            soft = -_class_dot(past, log_probs)
-        if labels is not None:
-            nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
-            each = smoothing / (log_probs.shape[1] - 1)  # of the other classes
-            hard = (1 - smoothing - each) * nll - each * total if smoothing else nll.clone()
-        ctx.mark_non_differentiable(hard, soft, nll)
-        return (1 - alpha) * hard + alpha * soft, hard, soft, nll
+        ctx.mark_non_differentiable(*terms[1:])
+        return tuple(terms)
 
     @staticmethod
     def backward(ctx, grad, *unused):
-        labels, past, past_classes, alpha = ctx.saved_tensors
+        labels, past, classes, rest, alpha, ignored = ctx.saved_tensors
         alpha = ctx.alpha if alpha is None else alpha
+        if ignored is not None:
+            grad = grad.masked_fill(ignored, 0)
         soft, hard = (-alpha * grad).unsqueeze(1), (grad * (alpha - 1)).unsqueeze(1)
-        each = ctx.smoothing / (ctx.shape[1] - 1)
+        each = ctx.smoothing / max(ctx.shape[1] - 1, 1)
         row = hard * each  # what every class of the sample gets from the smoothed label
-        if past_classes is not None:
-            rest = TopK(past, past_classes).rest(ctx.shape[1]).unsqueeze(1)
-            grad_log_probs = (row + soft * rest).repeat(1, ctx.shape[1])
-            grad_log_probs.scatter_(1, past_classes, row + soft * past)
+        if classes is not None:
+            grad_log_probs = (row + soft * rest.unsqueeze(1)).repeat(1, ctx.shape[1])
+            grad_log_probs.scatter_(1, classes.long(), row + soft * past)
         elif past is not None:
             grad_log_probs = soft * past
             if ctx.smoothing:
                 grad_log_probs += row
+            if ignored is not None:  # whose past may hold anything
+                grad_log_probs.masked_fill_(ignored.unsqueeze(1), 0)
         else:
             grad_log_probs = row.expand(ctx.shape).clone()
         if labels is not None:
             grad_log_probs.scatter_add_(1, labels.unsqueeze(1), hard * (1 - ctx.smoothing - each))
-        return grad_log_probs, None, None, None, None, None
+        return grad_log_probs, None, None, None, None, None, None
 
 
-def _class_dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum over dimension 1 of a * b.
+def _class_dot(probs: Tensor, log_probs: Tensor) -> Tensor:
+    """sum over dimension 1 of probs * log_probs, in which 0 times infinity is 0.
 
     On the CPU a few samples at a time, in one buffer: fresh pages for N x C products cost three times the arithmetic.
     """
-    if a.device.type != 'cpu' or a.numel() <= 2**22:
-        return (a * b).sum(1)
-    samples = max(1, 2**22 * len(a) // a.numel())
-    buffer, out = b.new_empty((samples, *b.shape[1:])), b.new_empty((len(b), *b.shape[2:]))
-    for i in range(0, len(a), samples):
-        x, y = a[i : i + samples], b[i : i + samples]
-        torch.sum(torch.mul(x, y, out=buffer[: len(x)]), 1, out=out[i : i + samples])
-    return out
+    samples = max(1, 2**22 * len(probs) // max(probs.numel(), 1))
+    if probs.device.type != 'cpu' or samples >= len(probs) or tracing():
+        out = (probs * log_probs).nansum(1)
+    else:
+        buffer = log_probs.new_empty((samples, *log_probs.shape[1:]))
+        out = log_probs.new_empty((len(log_probs), *log_probs.shape[2:]))
+        for i in range(0, len(probs), samples):
+            x, y = probs[i : i + samples], log_probs[i : i + samples]
+            torch.nansum(torch.mul(x, y, out=buffer[: len(x)]), 1, out=out[i : i + samples])
+    # A softmax of what is not finite is NaN for every class.
+    return out.masked_fill((probs.select(1, 0) + log_probs.select(1, 0)).isnan(), math.nan)
+
+
+def _times(weight, losses: Tensor) -> Tensor:
+    """weight * losses, in which 0 times infinity is 0."""
+    if isinstance(weight, Tensor):
+        return (weight * losses).masked_fill(weight == 0, 0)
+    return weight * losses if weight else torch.zeros_like(losses)
+
+
+def _kl(log_target: Tensor, log_probs: Tensor) -> Tensor:
+    """sum over dimension 1 of q (log q - log p), in which a term with q = 0 is 0."""
+    distance = (log_target - log_probs).masked_fill_(log_target == -math.inf, 0)
+    return (log_target.exp() * distance).sum(1)
+
+
+def _others(logits: Tensor) -> int:
+    """The number of classes beside the label's, of a single class 1: nothing is spread over them."""
+    return max(logits.shape[1] - 1, 1)
 
 
 def _without_channels(maps: Tensor):
@@ -728,10 +773,13 @@ def _without_channels(maps: Tensor):
 
 
 def _attention(maps: Tensor) -> Tensor:
-    maps = maps.to(_wide(maps.dtype))
+    maps = maps.to(wide(maps.dtype)).flatten(2)
+    # Squares of very large and very small values are beyond float32; a(F) is the same for any multiple of F.
+    low, high = maps.detach().flatten(1).aminmax(dim=1)
+    maps = maps / torch.maximum(high, -low).clamp(min=torch.finfo(maps.dtype).tiny).view(-1, 1, 1)
     if not maps.requires_grad:  # without the tensor of squares
-        return F.normalize((torch.linalg.vector_norm(maps, dim=1).pow(2) / maps.shape[1]).flatten(1))
-    return F.normalize(maps.pow(2).mean(1).flatten(1))
+        return F.normalize(torch.linalg.vector_norm(maps, dim=1).pow(2) / maps.shape[1])
+    return F.normalize(maps.pow(2).mean(1))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -739,100 +787,15 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return pskd_loss(logits, labels, None, 0.0)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _log_softmax(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits, dim=1, dtype=_wide(logits.dtype))
+    return F.log_softmax(logits, dim=1, dtype=wide(logits.dtype))
 
 
-def _reduce(losses: Tensor, reduction: str, valid: Optional[Tensor] = None) -> Tensor:
+def _reduce(losses: Tensor, reduction: str, ignored: Optional[Tensor] = None) -> Tensor:
     if reduction == 'none':
         return losses
     if reduction == 'sum':
         return losses.sum()
-    if valid is not None:
-        return losses.sum() / valid.sum().clamp(min=1)
+    if ignored is not None:
+        return losses.sum() / (~ignored).sum().clamp(min=1)
     return losses.sum() / max(losses.numel(), 1)
-
-
-def _check_logits(logits: Tensor, reduction: str, allowed=REDUCTIONS) -> None:
-    if logits.dim() < 2 or not logits.is_floating_point():
-        raise ValueError(f'logits: must be floating, [N, C, ...], got {logits.dtype}, {tuple(logits.shape)}')
-    if reduction not in allowed:
-        raise ValueError(f'reduction: must be one of {allowed}, got {reduction!r}')
-
-
-def _check_weight(name: str, weight: float) -> None:
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(f'{name}: must be a number of at least 0, got {weight}')
-
-
-def _check_same_shape(student_map: Tensor, teacher_map: Tensor) -> None:
-    if student_map.shape != teacher_map.shape:
-        raise ValueError(
-            f'student_map: must have the shape of teacher_map, {tuple(teacher_map.shape)}, got '
-            f'{tuple(student_map.shape)} '
-            f'(an adapter is missing?)'
-        )
-
-
-def _check_labels(labels: Tensor, logits: Tensor) -> Tensor:
-    expected = (logits.shape[0], *logits.shape[2:])
-    if labels.shape != expected:
-        raise ValueError(
-            f'labels_or_probs: class ids must have shape {tuple(expected)} or probs {tuple(logits.shape)}, '
-            f'got {tuple(labels.shape)}'
-        )
-    labels = labels.long()
-    if labels.device.type == 'cpu' and labels.numel():
-        low, high = labels.aminmax()
-        if low < 0 or high >= logits.shape[1]:
-            raise ValueError(
-                f'labels_or_probs: class ids must lie in [0, {logits.shape[1]}) (or equal ignore_index), '
-                f'got values from {low.item()} to {high.item()}'
-            )
-    return labels
-
-
-def _check_alpha(alpha, logits: Tensor):
-    """A number or tensor alpha as it came, after checking it (a tensor's values on the CPU only)."""
-    if isinstance(alpha, Tensor):
-        samples = (logits.shape[0], *logits.shape[2:])
-        if alpha.dim() and alpha.shape != samples:
-            raise ValueError(f'alpha: a tensor must have shape {tuple(samples)} or (), got {tuple(alpha.shape)}')
-        if alpha.device.type == 'cpu' and alpha.numel() and not (alpha.min() >= 0 and alpha.max() <= 1):
-            raise ValueError(f'alpha: must lie in [0, 1], got values from {alpha.min()} to {alpha.max()}')
-        return alpha.detach().to(logits.device, _wide(logits.dtype), non_blocking=True)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f'alpha: must lie in [0, 1], got {alpha}')
-    return alpha
-
-
-def _check_probs(name: str, probs: Tensor, logits: Tensor) -> None:
-    if probs.shape != logits.shape or not probs.is_floating_point():
-        raise ValueError(
-            f'{name}: must be floating with shape {tuple(logits.shape)}, got {probs.dtype}, {tuple(probs.shape)}'
-        )
-    if probs.device.type == 'cpu' and probs.numel():
-        _check_sums(name, probs.detach().sum(1, dtype=_wide(probs.dtype)))
-
-
-def _check_top_k(past: TopK, logits: Tensor) -> None:
-    values, classes = past
-    if logits.dim() != 2 or values.shape != classes.shape or values.dim() != 2 or len(values) != len(logits):
-        raise ValueError(
-            f'past_probs: TopK needs values and classes [N, k] beside logits [N, C], got {tuple(values.shape)} and '
-            f'{tuple(classes.shape)} beside {tuple(logits.shape)}'
-        )
-
-
-def _check_sums(name: str, sums: Tensor) -> None:
-    low, high = sums.aminmax()
-    # written so that NaN fails
-    if not (low >= 1 - SUM_TOLERANCE and high <= 1 + SUM_TOLERANCE):
-        raise ValueError(
-            f'{name}: each distribution must be finite and sum to 1 over dimension 1, got sums from '
-            f'{low.item():.4g} to {high.item():.4g} (logits instead of probabilities?)'
-        )

@@ -9,6 +9,8 @@ from typing import Dict
 import torch
 from torch import Tensor
 
+from .checks import wide
+
 __all__ = ['aurc', 'brier', 'calibration_error', 'excess_aurc', 'nll', 'ood_scores', 'recall_at_1']
 
 
@@ -162,9 +164,10 @@ def recall_at_1(features: Tensor, labels: Tensor, *, chunk: int = 1024) -> float
     _check(features, labels, 'features')
     if len(features) < 2:
         raise ValueError(f'features: needs at least 2 samples, got {len(features)}')
-    features, hits = features.float(), 0
+    features, hits = features.to(wide(features.dtype)), 0
     for start in range(0, len(features), chunk):
-        distance = torch.cdist(features[start : start + chunk], features)
+        # By differences: by a matrix product, features far from the origin would lose their digits.
+        distance = torch.cdist(features[start : start + chunk], features, compute_mode='donot_use_mm_for_euclid_dist')
         rows = torch.arange(len(distance), device=features.device)
         distance[rows, rows + start] = float('inf')
         hits += (labels[distance.argmin(1)] == labels[start : start + chunk]).sum().item()
@@ -181,9 +184,8 @@ def confidence_of(probs: Tensor, labels: Tensor):
 def _check(values: Tensor, labels: Tensor, name: str = 'probs') -> None:
     if values.dim() != 2 or not values.is_floating_point() or labels.shape != values.shape[:1] or not len(values):
         raise ValueError(
-            f'{name}: must be floating, [N, C] with labels [N] and N > 0, got {values.dtype}, '
-            f'{tuple(values.shape)} and '
-            f'labels {tuple(labels.shape)}'
+            f'{name}: must be floating, [N, C] with labels [N] and N > 0, got {values.dtype}, {tuple(values.shape)} '
+            f'and labels {tuple(labels.shape)}'
         )
     if not torch.isfinite(values).all():
         raise ValueError(f'{name}: holds values that are not finite')

@@ -139,7 +139,14 @@ def test_free_memory_is_that_of_this_machine():
         (
             lambda b: b.write(torch.tensor([0]), torch.full((1, 3), float('nan'))),
             ValueError,
-            r'probs: each distribution',
+            r'probs: holds values that are not finite: training has diverged',
+        ),
+        (
+            lambda b: PredictionBank(5, 3, top_k=1).write(
+                torch.tensor([0]), TopK(torch.tensor([[float('nan')]]), torch.tensor([[1]]))
+            ),
+            ValueError,
+            r'probs: holds values that are not finite: training has diverged',
         ),
         (lambda b: b.write(torch.tensor([0]), probs(1, 4)), ValueError, r'probs: must be floating, \[B, 3\]'),
         (lambda b: b.write(torch.tensor([0, 1]), probs(1, 3)), ValueError, r'a row for each of 2 indices, got 1'),
@@ -160,6 +167,42 @@ def test_free_memory_is_that_of_this_machine():
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call(PredictionBank(5, 3))
+
+
+@pytest.mark.parametrize('settings_', [{}, {'dtype': torch.float16}, {'top_k': 2}])
+def test_rows_of_an_accelerator_that_are_not_finite_are_left_out_and_counted(settings_):
+    """The part of write() that an accelerator's rows take; here they are the CPU's, and arrive at once."""
+    bank, old, new = PredictionBank(6, 4, **settings_), probs(2, 4), probs(4, 4, seed=1)
+    bank.write(torch.tensor([0, 1]), old)
+    before = bank.read(torch.tensor([0, 1]))
+    new[[0, 2]] = float('nan')
+    rows = PredictionBank(6, 4, **settings_)
+    rows.write(torch.tensor([1, 3]), new[[1, 3]])
+    encoded = [torch.full((4, r.shape[1]), float('nan')).to(r.dtype) for r in rows.read_encoded(torch.tensor([1, 3]))]
+    for target, source in zip(encoded, rows.read_encoded(torch.tensor([1, 3]))):
+        target[[1, 3]] = source
+    bank._write_later(torch.tensor([0, 1, 2, 3]), tuple(encoded))
+    assert bank.skipped == 2
+    read, seen = bank.read(torch.arange(6), return_seen=True)
+    assert seen.tolist() == [True, True, False, True, False, False]
+    torch.testing.assert_close(read[0], before[0], rtol=0, atol=0)
+    torch.testing.assert_close(read[[1, 3]], rows.read(torch.tensor([1, 3])), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+@pytest.mark.parametrize('top_k', [None, 2])
+def test_a_step_that_overflowed_on_an_accelerator(device, top_k):
+    bank, rows = PredictionBank(8, 5, device=device, top_k=top_k), probs(4, 5).cuda()
+    bank.write(torch.tensor([1, 2]), rows[:2])
+    before = bank.read(torch.tensor([1, 2]))
+    rows[2] = float('nan')
+    bank.write(torch.tensor([3, 1, 2]), rows[[2, 2, 3]])
+    read, seen = bank.read(torch.tensor([1, 2, 3]), return_seen=True)
+    assert seen.tolist() == [True, True, False]
+    torch.testing.assert_close(read[0], before[0])
+    assert (read[1] != before[1]).any()
+    assert bank.skipped == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device: rows on their way from GPU to CPU')

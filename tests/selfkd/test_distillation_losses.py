@@ -90,7 +90,7 @@ def test_quality_focal_loss_is_least_at_its_target_unlike_the_focal_loss():
     torch.testing.assert_close(quality_focal_loss(p.logit(), target, gamma=0), bce)
     with pytest.raises(ValueError, match='gamma: must be 0 or at least 1'):
         quality_focal_loss(p, target, gamma=0.5)
-    with pytest.raises(ValueError, match='target_probs: must have shape'):
+    with pytest.raises(ValueError, match='target_probs: must have the shape of logits'):
         quality_focal_loss(p, target[:5])
 
 
@@ -220,3 +220,18 @@ def test_refusals_name_the_argument(call, message):
 def test_kl_is_zero_for_equal_predictions_and_shifts():
     z = random_logits(0, 4, 5)
     assert distillation_kl(z, z + 7.0).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e-20, 1e20, 1e30])
+def test_attention_transfer_is_the_same_at_any_scale(scale):
+    """Squares of such values are beyond float32."""
+    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    expected = attention_transfer(student, teacher)
+    small = (student * scale).requires_grad_()
+    loss = attention_transfer(small, teacher * scale)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    whole = student.clone().requires_grad_()
+    attention_transfer(whole, teacher).backward()
+    torch.testing.assert_close(small.grad * scale, whole.grad)
+    assert attention_transfer(student * 0, teacher * 0) == 0

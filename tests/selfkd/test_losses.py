@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfkd.losses import TopK, distillation_kl, progressive_targets, pskd_loss, soft_cross_entropy
+from selfkd.losses import (
+    TopK,
+    cskd_loss,
+    distillation_kl,
+    progressive_targets,
+    pskd_loss,
+    soft_cross_entropy,
+    tfkd_regularization,
+)
 
 
 def restated_pskd(logits, labels, past, alpha):
@@ -196,6 +204,127 @@ def test_distillation_kl_reductions():
     assert distillation_kl(student, student).item() == pytest.approx(0, abs=1e-6)
 
 
+def masked(logits, *classes):
+    return logits.index_fill(1, torch.tensor(classes), -math.inf)
+
+
+@pytest.mark.parametrize('shape', [(5, 7), (2, 7, 3, 4)])
+def test_classes_masked_by_minus_infinity_are_as_if_they_were_not_there(shape):
+    logits, labels, _ = draw_batch(13, *shape)
+    labels %= 4
+    past_logits = draw_batch(14, *shape)[0]
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    x, past = masked(a, 4, 6), masked(past_logits, 4, 6)
+    y, past_of_five = b[:, [0, 1, 2, 3, 5]], past_logits[:, [0, 1, 2, 3, 5]]
+    pairs = [
+        (pskd_loss(x, labels, past.softmax(1), 0.5), pskd_loss(y, labels, past_of_five.softmax(1), 0.5)),
+        (soft_cross_entropy(x, past.softmax(1)), soft_cross_entropy(y, past_of_five.softmax(1))),
+        (distillation_kl(x, past), distillation_kl(y, past_of_five)),
+        (cskd_loss(x, labels, past), cskd_loss(y, labels, past_of_five)),
+    ]
+    if len(shape) == 2:
+        top, top_of_five = TopK(*past.softmax(1).topk(6, 1)), TopK(*past_of_five.softmax(1).topk(5, 1))
+        pairs.append((pskd_loss(x, labels, top, 0.5), pskd_loss(y, labels, top_of_five, 0.5)))
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected)
+    sum(ours for ours, _ in pairs).backward()
+    sum(expected for _, expected in pairs).backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_share_of_0_stays_0_where_the_past_does_not_know_the_mask():
+    """A sample without a past comes with alpha 0 and the uniform distribution, masked classes included."""
+    logits, labels, _ = draw_batch(15, 4, 5)
+    labels %= 3
+    uniform = torch.full((4, 5), 0.2)
+    for past in (uniform, TopK(*uniform.topk(2, 1))):
+        for alpha in (torch.zeros(4), 0.0):
+            x = logits.clone().requires_grad_()
+            loss = pskd_loss(masked(x, 4), labels, past, alpha)
+            torch.testing.assert_close(loss, F.cross_entropy(logits[:, :4], labels))
+            loss.backward()
+            assert x.grad.isfinite().all()
+    top = TopK(torch.full((4, 2), 0.4), torch.tensor([[0, 1]]).repeat(4, 1))  # 0.2 spread over classes 2, 3 and 4
+    x = logits.clone().requires_grad_()
+    loss = pskd_loss(masked(x, 4), labels, top, 0.5)
+    log_probs = logits[:, :4].log_softmax(1)
+    expected = -0.5 * log_probs.gather(1, labels[:, None]).mean() - 0.2 * log_probs[:, :2].sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('past', [None, 'dense', 'top_k'])
+def test_predictions_that_are_not_finite_stay_visible(past):
+    logits, labels, probs = draw_batch(16, 4, 5)
+    logits[2] = math.nan
+    past = {'dense': probs, 'top_k': TopK(*probs.topk(2, 1)), None: None}[past]
+    losses = pskd_loss(logits, labels, past, 0.0 if past is None else 1.0, reduction='none')
+    assert losses.isnan().tolist() == [False, False, True, False]
+    assert distillation_kl(logits, probs, reduction='none').isnan().tolist() == [False, False, True, False]
+
+
+def test_what_is_ignored_may_hold_anything():
+    logits, labels, past = draw_batch(17, 4, 5)
+    labels[1] = 255
+    expected = pskd_loss(logits[[0, 2, 3]], labels[[0, 2, 3]], past[[0, 2, 3]], 0.5)
+    past[1] = math.nan
+    logits.requires_grad_()
+    loss = pskd_loss(logits, labels, past, 0.5, ignore_index=255)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert not logits.grad[1].any()
+    with torch.no_grad():
+        logits[1] = math.nan
+    torch.testing.assert_close(pskd_loss(logits, labels, past, 0.5, ignore_index=255), expected)
+
+
+def test_a_single_class_costs_nothing():
+    logits, labels, past = torch.randn(3, 1, requires_grad=True), torch.zeros(3, dtype=torch.long), torch.ones(3, 1)
+    for loss in (
+        pskd_loss(logits, labels, past, 0.5),
+        pskd_loss(logits, labels, past, 0.5, label_smoothing=0.1),
+        pskd_loss(logits, labels, TopK(past, labels[:, None]), 0.5),
+        tfkd_regularization(logits, labels),
+    ):
+        loss.backward()
+        assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_a_million_classes_in_float16_are_a_distribution():
+    """Each probability is rounded to float16's smallest steps: the uniform distribution adds up to 1.013."""
+    past = torch.full((1, 10**6), 1e-6).half()
+    assert past.float().sum() > 1.01
+    soft_cross_entropy(torch.zeros(1, 10**6), past)
+
+
+@pytest.mark.parametrize('past', ['dense', 'top_k', 'probs', 'ignored', 'smoothed'])
+def test_torch_func_and_compile_see_the_same_function(past):
+    """Gradients by autograd, by torch.func, per sample by vmap, and by torch.compile without a graph break."""
+    logits, labels, probs = draw_batch(18, 4, 6)
+    settings = {'ignored': {'ignore_index': 3}, 'smoothed': {'label_smoothing': 0.1}}.get(past, {})
+    hard = probs.flip(0) if past == 'probs' else labels
+    past = TopK(*probs.topk(2, 1)) if past == 'top_k' else probs
+
+    def loss(z, hard, past):
+        return pskd_loss(z, hard, past, 0.5, reduction='sum', **settings) + distillation_kl(z, z.flip(1)).sum()
+
+    z = logits.clone().requires_grad_()
+    loss(z, hard, past).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(logits, hard, past), z.grad)
+
+    def of_sample(z, hard, past):
+        past = TopK(past.values[None], past.classes[None]) if isinstance(past, TopK) else past[None]
+        kl = distillation_kl(z[None], z.flip(0)[None]) / len(logits)  # averaged over the samples
+        return pskd_loss(z[None], hard[None], past, 0.5, reduction='sum', **settings) + kl
+
+    torch.testing.assert_close(torch.vmap(torch.func.grad(of_sample))(logits, hard, past), z.grad)
+    z = logits.clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend='aot_eager')(z, hard, past).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(logits, hard, past), z.grad)
+
+
 Z, Y, P = draw_batch(12, 3, 4)
 
 
@@ -207,8 +336,10 @@ Z, Y, P = draw_batch(12, 3, 4)
         (lambda: pskd_loss(Z, Y, P, torch.tensor([0.0, 2.0, 1.0])), r'alpha: must lie in \[0, 1\], got values from'),
         (lambda: pskd_loss(Z, Y, P, torch.zeros(2)), r'alpha: a tensor must have shape \(3,\)'),
         (lambda: pskd_loss(Z, Y, P[:, :3], 0.5), r'past_probs: must be floating with shape \(3, 4\)'),
-        (lambda: pskd_loss(Z, Y, Z, 0.5), r'past_probs: each distribution must be finite and sum to 1'),
-        (lambda: pskd_loss(Z, Y, P * float('nan'), 0.5), r'past_probs: each distribution must be finite'),
+        (lambda: pskd_loss(Z, Y, Z, 0.5), r'past_probs: each distribution .* sum to 1 .*logits instead'),
+        (lambda: pskd_loss(Z, Y, P * float('nan'), 0.5), r'past_probs: .* not finite: training has diverged'),
+        (lambda: soft_cross_entropy(Z[:1, :3], torch.tensor([[2.0, -1, 0]])), r'non-negative .* values from -1'),
+        (lambda: pskd_loss(Z, Y, TopK(P[:, :2] - 1, P[:, :2].long()), 0.5), r'past_probs: each distribution must'),
         (lambda: pskd_loss(Z, Y, None, 0.5), r'past_probs: None is allowed with alpha=0 only'),
         (lambda: pskd_loss(Z, Y + 4, P, 0.5), r'labels_or_probs: class ids must lie in \[0, 4\)'),
         (lambda: pskd_loss(Z, Y[:2], P, 0.5), r'labels_or_probs: class ids must have shape \(3,\)'),

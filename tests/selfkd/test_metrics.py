@@ -105,6 +105,16 @@ def test_recall_at_1_equals_nearest_neighbours():
     assert recall_at_1(features, labels, chunk=16) == pytest.approx(expected)
 
 
+def test_recall_at_1_does_not_depend_on_where_the_origin_is():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (60,), generator=generator)
+    features = torch.nn.functional.one_hot(labels, 8) + 0.3 * torch.randn(60, 8, generator=generator)
+    expected = recall_at_1(features, labels)
+    assert expected > 0.6
+    assert recall_at_1(features + 1e4, labels) == pytest.approx(expected, abs=0.02)
+    assert recall_at_1(features.double() + 1e8, labels) == expected  # float64 stays float64
+
+
 @pytest.mark.parametrize('function', [calibration_error, nll, brier, aurc, excess_aurc])
 def test_inputs_are_checked(function):
     probs, labels = draw(4)

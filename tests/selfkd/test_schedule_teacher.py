@@ -25,20 +25,71 @@ def small_net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(2))
 
 
-def test_teacher_is_frozen_in_eval_mode_and_follows_only_update():
+def test_in_eval_mode_it_is_without_noise_and_follows_only_update():
     x, model = torch.randn(2, 3, 5, 5), small_net()
     model(x)
-    teacher = SnapshotTeacher(model)
+    teacher = SnapshotTeacher(model, mode='eval')
     random_state, expected = torch.get_rng_state(), copy.deepcopy(model).eval()(x)
     model[0].weight.data.add_(1)
     model(x)  # the student's batch-norm statistics move on
     torch.set_rng_state(random_state)
     torch.testing.assert_close(teacher(x), expected)
-    assert torch.equal(torch.get_rng_state(), random_state)  # dropout is off: no random number is drawn
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(p.requires_grad for p in teacher.model.parameters())
     teacher.update(model)
     torch.testing.assert_close(teacher(x), copy.deepcopy(model).eval()(x))
     assert model.training
+
+
+def test_in_train_mode_dropout_is_drawn_anew_from_the_step():
+    x, model = torch.ones(4, 50), nn.Dropout(0.5)
+    teacher = SnapshotTeacher(nn.Sequential(nn.Linear(50, 50), model))
+    state = torch.get_rng_state()
+    teacher.begin_step(7)
+    first, second = teacher(x), teacher(x)
+    teacher.begin_step(8)
+    other = teacher(x)
+    assert torch.equal(torch.get_rng_state(), state)  # torch's own numbers are the student's
+    for a, b in ((first, second), (first, other)):
+        assert ((a == 0) != (b == 0)).float().mean() > 0.2
+    torch.manual_seed(1)  # whatever else was drawn in between
+    teacher.begin_step(7)
+    assert torch.equal(teacher(x), first)
+    assert torch.equal(teacher.run(teacher.model.forward, x), second)
+    assert not first.requires_grad
+
+
+def test_in_train_mode_batch_norm_is_by_the_batch_and_keeps_no_account():
+    model = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.BatchNorm1d(3, affine=False))
+    model[1].eval()  # frozen by its owner: stays in evaluation mode, as in the student
+    with torch.no_grad():
+        model[0].running_mean.fill_(7)
+        model[1].running_mean.fill_(5)
+    teacher = SnapshotTeacher(model)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    x = 100 + torch.randn(64, 3)
+    out = teacher(x)
+    torch.testing.assert_close(out.mean(0), torch.full((3,), -5.0), rtol=0, atol=1e-3)  # the batch's mean, then 5
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    model(x)  # the student's own account goes on
+    assert model[0].running_mean[0] > 7
+    teacher.update(model)
+    assert torch.equal(teacher.model[0].running_mean, model[0].running_mean)
+    model[1].train()  # its owner thaws it: the copy follows at its next refresh
+    assert not teacher.model[1].training
+    teacher.update(model)
+    assert teacher.model[1].training
+
+
+def test_a_model_in_evaluation_mode_is_copied_for_training():
+    """Hooks may make the copy while the student is still as validation left it."""
+    teacher = SnapshotTeacher(nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()).eval())
+    assert all(module.training for module in teacher.model.modules())
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match=r"SnapshotTeacher: mode must be one of \['train', 'eval'\], got 'test'"):
+        SnapshotTeacher(nn.Linear(2, 2), mode='test')
 
 
 def test_teacher_is_no_submodule_of_its_holder():
