@@ -11,7 +11,7 @@ from .cifar_backbones import (
 from .cskd_hook import CSKDHook
 from .data import SVHN, FloatColorJitter
 from .ddgsd_hook import DDGSDHook
-from .frskd_head import FRSKDClsHead, SLAImageClassifier
+from .frskd import FRSKDImageClassifier
 from .metrics import CalibrationMetric, KeepFeaturesHook, MarkOOD, OODMetric, RecallAt1, SelectiveMetric
 from .preact_resnet import PreActResNet
 from .pskd_hook import PSKDHook
@@ -23,7 +23,7 @@ __all__ = [
     'CalibrationMetric',
     'DDGSDHook',
     'DenseNet_CIFAR',
-    'FRSKDClsHead',
+    'FRSKDImageClassifier',
     'FloatColorJitter',
     'KeepFeaturesHook',
     'MarkOOD',
@@ -34,7 +34,6 @@ __all__ = [
     'PyramidNet_CIFAR',
     'RecallAt1',
     'ResNeXt_CIFAR',
-    'SLAImageClassifier',
     'SVHN',
     'SelectiveMetric',
     'TFKDHook',

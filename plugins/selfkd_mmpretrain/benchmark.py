@@ -60,11 +60,10 @@ def make_step(hook: Optional[dict], work_dir: str, frskd: bool = False, straight
         )
     )
     if frskd:
-        cfg.model.backbone.out_indices, cfg.model.neck = (0, 1, 2, 3), None
-        cfg.model.head.update(type='selfkd_mmpretrain.FRSKDClsHead', in_channels=LEVELS)
+        cfg.model.type = 'selfkd_mmpretrain.FRSKDImageClassifier'
     runner = Runner.from_cfg(cfg)
     if straightforward:
-        runner.model.head.self_teacher['pyramid'] = PlainPyramid(LEVELS, 100)
+        runner.model.self_teacher.pyramid = PlainPyramid(LEVELS, 100)
     return step_of(runner)
 
 

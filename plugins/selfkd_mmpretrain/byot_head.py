@@ -8,10 +8,10 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from selfkd.losses import byot_loss
 from selfkd.checks import at_least_zero, positive, share
+from selfkd.losses import byot_loss
 
-from .frskd_head import target_of
+from .heads import target_of
 
 __all__ = ['BYOTClsHead']
 
@@ -23,7 +23,7 @@ class BYOTClsHead(LinearClsHead):
     Zhang et al., "Be Your Own Teacher", ICCV 2019
     https://arxiv.org/abs/1905.08094
 
-    As FRSKDClsHead it takes the maps of several stages (``neck=None``), classifies from the last one exactly as
+    It takes the maps of several stages (``neck=None``), classifies from the last one exactly as
     pooling and ``LinearClsHead`` do, and ``tools/publish_model.py`` drops the rest.
 
     Args:

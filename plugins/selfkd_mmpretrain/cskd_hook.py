@@ -9,8 +9,8 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
-from selfkd.losses import distillation_kl
 from selfkd.checks import at_least_zero, positive
+from selfkd.losses import distillation_kl
 from selfkd_mmengine import SelfKDHook
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler

@@ -6,8 +6,8 @@ from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
-from selfkd.losses import ddgsd_loss
 from selfkd.checks import at_least_zero, positive
+from selfkd.losses import ddgsd_loss
 from selfkd_mmengine.pair_sampler import ViewBatchSampler
 
 from .cskd_hook import PairedHook

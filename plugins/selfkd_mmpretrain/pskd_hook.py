@@ -12,9 +12,9 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.bank import PredictionBank
+from selfkd.bank_sync import exchange_rows
 from selfkd.losses import soft_cross_entropy
 from selfkd_mmengine import PSKDHookBase, SampleIndex
-from selfkd.bank_sync import exchange_rows
 from selfkd_mmengine.hook import is_iter_based, saves_after_this_iter
 
 __all__ = ['PSKDHook']

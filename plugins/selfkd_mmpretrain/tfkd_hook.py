@@ -7,8 +7,8 @@ from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
-from selfkd.losses import tfkd_regularization
 from selfkd.checks import positive, share
+from selfkd.losses import tfkd_regularization
 from selfkd_mmengine import PSKDHookBase, SelfKDHook
 
 __all__ = ['TFKDHook']

@@ -12,7 +12,7 @@ from mmpretrain.registry import MODELS
 
 from selfkd.losses import byot_loss, ddgsd_loss, tfkd_loss
 from selfkd.publish import publish_checkpoint
-from selfkd_mmpretrain.frskd_head import target_of
+from selfkd_mmpretrain.heads import target_of
 
 TFKD = dict(type='selfkd_mmpretrain.TFKDHook', alpha=0.3, temperature=5.0, correct_prob=0.9)
 

@@ -1,12 +1,7 @@
 _base_ = './resnet18-cifar_1xb128-200e_cifar100_plain.py'
 model = dict(
-    backbone=dict(out_indices=(0, 1, 2, 3)),
-    neck=None,
-    head=dict(
-        _delete_=True,
-        type='selfkd_mmpretrain.FRSKDClsHead',
-        num_classes=100,
-        in_channels=[64, 128, 256, 512],
+    type='selfkd_mmpretrain.FRSKDImageClassifier',
+    self_teacher=dict(
         alpha=2,
         beta=100,
         feature_loss='hint',  # (beta is attention transfer's: the paper's for hints is not in the released code)

@@ -1,12 +1,7 @@
 _base_ = './resnet18_1xb256-90e_imagenet_plain.py'
 model = dict(
-    backbone=dict(out_indices=(0, 1, 2, 3)),
-    neck=None,
-    head=dict(
-        _delete_=True,
-        type='selfkd_mmpretrain.FRSKDClsHead',
-        num_classes=1000,
-        in_channels=[64, 128, 256, 512],
+    type='selfkd_mmpretrain.FRSKDImageClassifier',
+    self_teacher=dict(
         alpha=2,  # CIFAR-100's; the paper's for this data set are not in the released code
         beta=100,
     ),

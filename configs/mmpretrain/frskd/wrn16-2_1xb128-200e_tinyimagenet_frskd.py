@@ -1,12 +1,7 @@
 _base_ = './wrn16-2_1xb128-200e_tinyimagenet_plain.py'
 model = dict(
-    backbone=dict(out_indices=(0, 1, 2)),
-    neck=None,
-    head=dict(
-        _delete_=True,
-        type='selfkd_mmpretrain.FRSKDClsHead',
-        num_classes=200,
-        in_channels=[32, 64, 128],
+    type='selfkd_mmpretrain.FRSKDImageClassifier',
+    self_teacher=dict(
         alpha=2,  # CIFAR-100's; the paper's for this data set are not in the released code
         beta=100,
     ),

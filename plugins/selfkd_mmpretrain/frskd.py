@@ -1,0 +1,361 @@
+"""FRSKD for MMPretrain classifiers: a self-teacher on the feature maps of the backbone's stages, in training only."""
+
+import copy
+import inspect
+import math
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmpretrain.models.classifiers import ImageClassifier
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch import Tensor, nn
+
+from selfkd.checks import at_least_zero, one_of, positive
+from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
+from selfkd.pyramid import SelfTeacherPyramid
+
+from .heads import check_head, has_plain_loss
+
+__all__ = ['FRSKDImageClassifier', 'SelfTeacher', 'Stage', 'find_stages']
+
+MAX_STAGES = 4  # the released networks have three or four; finer maps cost most and say least of the class
+
+
+@MODELS.register_module()
+class FRSKDImageClassifier(ImageClassifier):
+    """An ``ImageClassifier`` that in training has a self-teacher on the feature maps of its backbone's stages.
+
+    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
+    https://arxiv.org/abs/2103.08273
+
+    Backbone, neck and head are those of the config, and keep their names: with the self-teacher dropped
+    (``tools/publish_model.py``) its weights load strictly into that config. They start as they would without it.
+    Inference does not call the self-teacher. One setting over any config whose ``model.type`` is ``ImageClassifier``::
+
+        model = dict(type='selfkd_mmpretrain.FRSKDImageClassifier')
+
+    Stages and their channels are found by looking at the network (:func:`find_stages`).
+
+    Args:
+        self_teacher: options of :class:`SelfTeacher`, and ``stages``: the names of the backbone's modules whose
+            outputs are the feature maps, fine to coarse, where others than those found are wanted.
+        kwargs: of ``ImageClassifier``.
+
+    Losses: ``loss_cls`` (the head's own), ``loss_teacher`` (the self-teacher on the labels), ``loss_kd``,
+    ``loss_feature``; with SLA also ``loss_joint`` and ``loss_sla``, each the sum over both classifiers.
+
+    Raises:
+        ValueError: the config is no ``ImageClassifier``'s, the head does not train one softmax over classes as
+            ``ClsHead`` does, or the backbone has no feature maps of two sizes or more (a ViT).
+    """
+
+    def __init__(self, *, self_teacher: Optional[dict] = None, **kwargs):
+        known = list(inspect.signature(ImageClassifier.__init__).parameters)[1:]
+        foreign = sorted(set(kwargs) - set(known))
+        if foreign or 'backbone' not in kwargs:
+            raise ValueError(
+                f'FRSKDImageClassifier: stands for an ImageClassifier, whose settings are {known}, got '
+                f'{foreign or sorted(kwargs)}: models of other types are not supported'
+            )
+        super().__init__(**kwargs)
+        check_head('FRSKDImageClassifier', self)
+        if not has_plain_loss(self.head):
+            raise ValueError(
+                f'FRSKDImageClassifier: {type(self.head).__name__} computes a loss of its own, and not as ClsHead '
+                'does: use a LinearClsHead or the like'
+            )
+        options = dict(self_teacher or {})
+        self._stages, num_classes = find_stages(self, options.pop('stages', None))
+        with torch.random.fork_rng(devices=[]):  # what is drawn after it is what would be drawn without it
+            torch.manual_seed(torch.initial_seed() + 1)
+            channels = [stage.channels for stage in self._stages]
+            self.self_teacher = SelfTeacher(channels, num_classes, copy.deepcopy(self.head.loss_module), **options)
+
+    def init_weights(self) -> None:
+        """As the config says, but for the self-teacher, which keeps torch's initialisation, as released.
+
+        An ``init_cfg`` of the model (Swin's, ConvNeXt's) would redraw every linear layer below it.
+        """
+        self_teacher = self._modules.pop('self_teacher')
+        super().init_weights()
+        self.self_teacher = self_teacher
+
+    def loss(self, inputs: Tensor, data_samples: List[DataSample]) -> dict:
+        """Losses of a batch, see the class."""
+        teacher, calls = self.self_teacher, []
+        with self._tapped(inputs) as maps:
+            feats = self.extract_feat(inputs)
+        tap = self.head.loss_module.register_forward_pre_hook(
+            lambda module, *call: calls.append(call), with_kwargs=True
+        )
+        try:
+            losses = self.head.loss(feats, data_samples)
+        finally:
+            tap.remove()
+        ((cls_score, target, *_), _), *more = calls
+        if more:
+            raise RuntimeError(f'FRSKDImageClassifier: {type(self.head).__name__} computed its loss more than once')
+        rotated = None
+        if teacher.sla:
+            if target.dim() != 1 or inputs.shape[2] != inputs.shape[3]:
+                raise ValueError(
+                    f'FRSKDImageClassifier: self_teacher.sla needs class ids (without Mixup, CutMix, ...: remove '
+                    f'augments from model.train_cfg) and square images, got {tuple(inputs.shape[2:])} and targets '
+                    f'{tuple(target.shape)}'
+                )
+            turned = torch.stack([inputs.rot90(k, (2, 3)) for k in range(4)], 1).flatten(0, 1)
+            with self._tapped(turned) as rotated:
+                self.backbone(turned)
+        losses['loss_cls'] = losses.pop('loss')  # mmengine logs the sum as 'loss'
+        losses.update(teacher.loss(maps, calls[0], rotated))
+        return losses
+
+    @contextmanager
+    def _tapped(self, inputs: Tensor) -> Iterator[List[Tensor]]:
+        """A list that holds the stages' maps, fine to coarse, once the backbone has run on the inputs."""
+        size, maps, handles = inputs.shape[2:], [None] * len(self._stages), []
+
+        def keep(i: int, x: Tensor) -> None:
+            maps[i] = as_map(x, size)
+
+        for i, stage in enumerate(self._stages):
+            if self.self_teacher.preact and stage.relu:  # which may work in place
+                module = self.backbone.get_submodule(stage.relu)
+                hook = module.register_forward_pre_hook(lambda m, args, i=i: keep(i, args[0].clone()))
+            else:
+                module = self.backbone.get_submodule(stage.module)
+                hook = module.register_forward_hook(
+                    lambda m, args, out, i=i, stage=stage: keep(i, out if stage.index is None else out[stage.index])
+                )
+            handles.append(hook)
+        try:
+            yield maps
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [stage.module for stage, x in zip(self._stages, maps) if x is None]
+        if missing:
+            raise RuntimeError(
+                f'FRSKDImageClassifier: {missing} of {type(self.backbone).__name__} gave no feature maps for images '
+                f'of {tuple(size)} pixels: name other modules in self_teacher.stages'
+            )
+
+
+class SelfTeacher(nn.Module):
+    """FRSKD's self-teacher for classifiers: a :class:`selfkd.pyramid.SelfTeacherPyramid` and what its losses need.
+
+    Args:
+        in_channels: channels of the feature maps, fine to coarse.
+        num_classes: C.
+        loss_module: of its own classifier; called as the head's is.
+        alpha: weight of the KL from the self-teacher's prediction, the paper's for CIFAR-100 is 2.
+        beta: weight of the feature loss, the paper's for CIFAR-100 is 100; 0 for soft labels only.
+        temperature: T.
+        feature_loss: ``'attention'`` (attention transfer), ``'hint'`` (FitNet; with learnt adapters) or ``'overhaul'``
+            (with learnt adapters; of the maps before the stages' last ReLU, where a stage ends in one).
+        width: of the pyramid, times ``in_channels``.
+        depth: separable convolutions per fusion in the pyramid.
+        repeats: passes of the pyramid.
+        sla: weight of self-supervised label augmentation, the released code's is 1; 0 is none. The images in four
+            rotations, four times as many, go through the backbone in a pass of their own.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        loss_module: nn.Module,
+        *,
+        alpha: float = 2.0,
+        beta: float = 100.0,
+        temperature: float = 4.0,
+        feature_loss: str = 'attention',
+        width: int = 2,
+        depth: int = 2,
+        repeats: int = 1,
+        sla: float = 0.0,
+    ):
+        one_of('self_teacher', tuple(FEATURE_LOSSES), feature_loss=feature_loss)
+        at_least_zero('self_teacher', alpha=alpha, beta=beta, sla=sla)
+        positive('self_teacher', temperature=temperature)
+        super().__init__()
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.feature_loss, self.preact, self.sla = feature_loss, feature_loss == 'overhaul', sla
+        self.loss_module = loss_module
+        self.pyramid = SelfTeacherPyramid(in_channels, num_classes, width=width, depth=depth, repeats=repeats)
+        self.adapters = None
+        if beta and feature_loss != 'attention':
+            pairs = zip(in_channels, self.pyramid.channels)
+            self.adapters = nn.ModuleList(_adapter(*pair, relu=feature_loss == 'hint') for pair in pairs)
+        if sla:
+            self.joint = nn.Linear(in_channels[-1], 4 * num_classes)
+            self.teacher_joint = nn.Linear(self.pyramid.channels[-1], 4 * num_classes)
+
+    def loss(self, maps: List[Tensor], call: Tuple[tuple, dict], rotated: Optional[List[Tensor]]) -> Dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            maps: the student's, ``[B, C_i, H_i, W_i]``, fine to coarse.
+            call: arguments of the head's loss module: logits ``[B, C]``, the target, ...
+            rotated: the maps of the images in four rotations, with SLA.
+        """
+        (cls_score, target, *args), kwargs = call
+        feats, refined, teacher_score = self._refined(maps)
+        losses = {'loss_teacher': self.loss_module(teacher_score, target, *args, **kwargs)}
+        if rotated is not None:
+            rotated, refined_rotated, _ = self._refined(rotated)
+            own, teachers = (
+                sla_loss(joint(F.relu(x[-1]).mean((2, 3))), z, target, weight=self.sla, temperature=self.temperature)
+                for joint, x, z in (
+                    (self.joint, rotated, cls_score),
+                    (self.teacher_joint, refined_rotated, teacher_score),
+                )
+            )
+            losses['loss_joint'], losses['loss_sla'] = own[0] + teachers[0], own[1] + teachers[1]
+            # As released, the self-teacher's prediction and maps teach the rotated images, too.
+            cls_score, teacher_score = torch.cat([cls_score, own[2]]), torch.cat([teacher_score, teachers[2]])
+            feats = [torch.cat(pair) for pair in zip(feats, rotated)]
+            refined = [torch.cat(pair) for pair in zip(refined, refined_rotated)]
+        if self.adapters is not None:
+            feats = [adapter(f) for adapter, f in zip(self.adapters, feats)]
+        weights = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
+        terms = frskd_loss(cls_score, teacher_score, feats, refined, None, feature_loss=self.feature_loss, **weights)
+        losses.update(terms)
+        return losses
+
+    def _refined(self, maps: List[Tensor]) -> Tuple[List[Tensor], List[Tensor], Tensor]:
+        """The maps F_i, the refined ones T_i and the logits; F_i after their ReLU but for the overhaul loss."""
+        feats = list(maps) if self.preact else [F.relu(x) for x in maps]
+        return (feats, *self.pyramid(feats, preact=self.preact))
+
+
+def _adapter(in_channels: int, out_channels: int, relu: bool) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')  # as released
+    layers = [conv, nn.BatchNorm2d(out_channels)]
+    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
+
+
+class Stage(NamedTuple):
+    """Where a feature map is: in the output of a module of the backbone.
+
+    Attributes:
+        module: its name.
+        index: which of its outputs, if it has several.
+        channels: of the map.
+        relu: name of the ReLU that gives the map, if one does.
+    """
+
+    module: str
+    index: Optional[int]
+    channels: int
+    relu: Optional[str]
+
+
+def find_stages(model: ImageClassifier, names: Optional[Sequence[str]] = None) -> Tuple[List[Stage], int]:
+    """Runs a classifier once on a blank image, and looks at what it is made of.
+
+    Its stages are the last feature map of each size among the outputs of the modules that ``backbone.forward`` calls
+    itself (not of what is inside these), the coarsest four. A map is ``[B, C, H, W]``, or tokens ``[B, H * W, C]``.
+    The model stays as it is: parameters, statistics, modes, torch's random state.
+
+    Args:
+        model: with a head; unwrapped.
+        names: of modules of the backbone, fine to coarse, to be the stages instead.
+
+    Returns:
+        the stages, fine to coarse, and the number of classes C.
+
+    Raises:
+        ValueError: names that the backbone lacks, maps of fewer than two sizes, or a network that fails.
+    """
+    backbone, name = model.backbone, type(model.backbone).__name__
+    modules = dict(backbone.named_modules())
+    unknown = names if isinstance(names, str) else [n for n in names or () if n not in modules]
+    if unknown:
+        raise ValueError(
+            f'FRSKDImageClassifier: self_teacher.stages must list modules of {name}, of which {unknown!r} is '
+            'none; print(model.backbone) shows them'
+        )
+    size, outputs, relus, num_classes = _watched(model, names)
+    found: Dict[Tuple[int, int], Stage] = {}
+    for module, output in outputs:
+        several = isinstance(output, (tuple, list))
+        for index, x in enumerate(output) if several else [(None, output)]:
+            feature_map = as_map(x, size)
+            if feature_map is None:
+                continue
+            height, width = feature_map.shape[2:]
+            if len(feature_map) > 1 or height * width == 1 or height * size[1] != width * size[0]:
+                continue  # maps of parts of an image, pooled, or channels last
+            relu = next((relu for relu, y in reversed(relus) if y is x and not several), None)
+            found[height, width] = Stage(module, index, feature_map.shape[1], relu)
+    stages = [found[size] for size in sorted(found, reverse=True)]
+    if len(stages) < 2 or (names and len(stages) != len(names)):
+        sizes = ', '.join(f'{height} x {width}' for height, width in found) or 'none'
+        raise ValueError(
+            f'FRSKDImageClassifier: the self-teacher is a pyramid on feature maps of two sizes or more, and those of '
+            f'{name} (for an image of {size[0]} x {size[1]}) are {sizes}: ViTs and their like are not supported, use '
+            'PSKDHook or CSKDHook; in other networks name modules whose maps differ in size in self_teacher.stages'
+        )
+    return stages if names else stages[-MAX_STAGES:], num_classes
+
+
+def _watched(model: ImageClassifier, names: Optional[Sequence[str]]):
+    """Image size, outputs of the backbone's modules in order (by name), outputs of its ReLUs (by name), and C."""
+    backbone = model.backbone
+    channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    own = getattr(backbone, 'img_size', None)
+    outputs, relus, inside = [], [], []
+
+    def enter(module, args) -> None:
+        inside.append(module)
+
+    def leave(module, args, output, name: str) -> None:
+        inside.pop()
+        if name in names if names else not inside:
+            outputs.append((name, output))
+        if type(module) is nn.ReLU:
+            relus.append((name, output))
+
+    handles, modes = [], {module: module.training for module in model.modules()}
+    model.eval()
+    for name, module in backbone.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(lambda m, args, out, name=name: leave(m, args, out, name)))
+    try:
+        for side in [own] if own else [64, 224, 256, 384]:  # small is fast, and too small for some
+            size = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    logits = model.head(model.extract_feat(torch.zeros(1, channels, *size)))
+                return size, outputs, relus, logits.shape[1]
+            except Exception as error:
+                failed = error
+                outputs.clear(), relus.clear(), inside.clear()
+        raise ValueError(
+            f'FRSKDImageClassifier: {type(backbone).__name__} fails on an image of {size}: {failed}'
+        ) from failed
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train()  # some keep in evaluation what they must not in training
+        for module, training in modes.items():
+            module.training = training
+
+
+def as_map(x, size: Sequence[int]) -> Optional[Tensor]:
+    """A module's output for images of ``size`` as ``[B, C, H, W]``: a map, or tokens of one; None if it is neither."""
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+        return None
+    if x.dim() == 4:
+        return x
+    for halvings in range(1, 7):
+        height, width = (math.ceil(s / 2**halvings) for s in size)
+        if height * width == x.shape[1]:
+            return x.transpose(1, 2).unflatten(2, (height, width))
+    return None

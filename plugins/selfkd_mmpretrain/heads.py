@@ -1,0 +1,109 @@
+"""What the methods ask of a classifier's head: one prediction, a softmax over classes, that its loss module sees."""
+
+from typing import List
+
+import torch
+from mmengine.runner import Runner
+from mmpretrain.models.heads import ArcFaceClsHead, ClsHead, ConformerHead, MultiLabelClsHead
+from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
+from mmpretrain.structures import DataSample
+from torch import Tensor, nn
+
+from selfkd_mmengine import SelfKDHook, unwrap
+
+__all__ = ['ClassifierHook', 'check_head', 'has_plain_loss', 'logits_of', 'target_of']
+
+
+def check_head(user: str, model: nn.Module) -> None:
+    """Refuses a model without a head that trains one softmax over classes.
+
+    Args:
+        user: whose demand it is, for the message.
+        model: unwrapped.
+
+    Raises:
+        ValueError: there is no head with a ``loss_module``, or one of several classifiers (Conformer), with a margin
+            (ArcFace), or with a multi-label or sigmoid loss.
+    """
+    head = getattr(model, 'head', None)
+    loss = getattr(head, 'loss_module', None)
+    name = type(head).__name__
+    if not isinstance(loss, nn.Module):
+        raise ValueError(
+            f'{user}: {type(model).__name__} with the head {name} has no classification head with a loss_module: '
+            'use an ImageClassifier with a LinearClsHead or the like'
+        )
+    if isinstance(head, ArcFaceClsHead):
+        raise ValueError(
+            f'{user}: {name} trains on logits with a margin, which are not its predictions: what it would teach '
+            'points away from the label. Use a LinearClsHead, or train without this method'
+        )
+    if isinstance(head, ConformerHead):
+        raise ValueError(
+            f'{user}: {name} has two classifiers with a loss each, and one prediction is needed: use a network with '
+            'one classifier, or train without this method'
+        )
+    if isinstance(head, MultiLabelClsHead) or not _is_softmax_loss(loss):
+        raise ValueError(
+            f'{user}: {name} trains with {type(loss).__name__}, but a prediction is a softmax over classes here: '
+            'multi-label and sigmoid losses are not supported. Use CrossEntropyLoss (use_sigmoid=False) or '
+            'LabelSmoothLoss (mode original or classy_vision) in model.head.loss'
+        )
+
+
+def _is_softmax_loss(loss: nn.Module) -> bool:
+    if isinstance(loss, LabelSmoothLoss):
+        return loss.mode != 'multi_label' and not loss.ce.use_sigmoid
+    return isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid
+
+
+def has_plain_loss(head: nn.Module) -> bool:
+    """Whether the head computes its loss as ``ClsHead`` does: its loss module, once, on its prediction."""
+    same = (getattr(type(head), name, None) is getattr(ClsHead, name) for name in ('loss', '_get_loss'))
+    return all(same)
+
+
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits ``[B, C]`` of preprocessed inputs, in the model's present mode; of a retriever too."""
+    return model.head(model.extract_feat(inputs))
+
+
+def target_of(data_samples: List[DataSample]) -> Tensor:
+    """What MMPretrain's heads train on: class ids ``[B]``, or after batch augmentation scores ``[B, C]``."""
+    if 'gt_score' in data_samples[0]:
+        return torch.stack([sample.gt_score for sample in data_samples])
+    return torch.cat([sample.gt_label for sample in data_samples])
+
+
+class ClassifierHook(SelfKDHook):
+    """The base of hooks for classifiers: taps ``head.loss_module``, whose logits must be the head's prediction."""
+
+    def loss_module(self, model: nn.Module) -> nn.Module:
+        return model.head.loss_module
+
+    def check(self, runner: Runner, model: nn.Module) -> None:
+        super().check(runner, model)
+        check_head(type(self).__name__, model)
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        head = unwrap(runner.model).head
+        self._prediction = None
+        self._handles += [
+            head.register_forward_hook(self._keep_prediction),
+            head.loss_module.register_forward_pre_hook(self._compare_with_prediction, with_kwargs=True),
+        ]
+
+    def _keep_prediction(self, head, args, output) -> None:
+        if self._computing_loss:
+            self._prediction = output
+
+    def _compare_with_prediction(self, loss, args, kwargs) -> None:
+        logits = args[0] if args else kwargs.get('cls_score')
+        if self._computing_loss and self._prediction is not None and self._prediction is not logits:
+            raise RuntimeError(
+                f'{type(self).__name__}: {type(loss).__name__} is trained on other logits than those that the head '
+                'predicts (with a margin, a temperature, one of several?), so predictions cannot be taught; train '
+                'this head without this hook'
+            )
+        self._prediction = None
