@@ -14,14 +14,13 @@ from mmengine.hub import get_config
 PSKD = dict(type='selfkd_mmdet.PSKDHook', alpha=0.8)
 CSKD = dict(type='selfkd_mmdet.CSKDHook', weight=0.5, temperature=3.0)
 FRSKD = {'model.roi_head.type': 'selfkd_mmdet.FRSKDRoIHead'}
-FRSKD_CASCADE = {'model.roi_head.type': 'selfkd_mmdet.FRSKDCascadeRoIHead'}
 
 
 def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
     """The toy config: 4 images of 64 x 64, batches of 2, 2 epochs; no region is sampled at random.
 
-    ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, cascade mask, c4, fcos,
-    atss.
+    ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, cascade mask, c4,
+    dynamic, mask scoring, point rend, fcos, atss.
     """
     name = model if model in ('faster-rcnn', 'retinanet') else 'faster-rcnn'
     cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
@@ -73,6 +72,43 @@ def mask(cfg) -> None:
     cfg.train_dataloader.dataset.pipeline.insert(3, dict(type='BoxesAsMasks'))
 
 
+def dynamic(cfg) -> None:
+    """Dynamic R-CNN, whose overlaps for positives and whose box loss change after two iterations."""
+    cfg.model.roi_head.type = 'DynamicRoIHead'
+    cfg.model.roi_head.bbox_head.loss_bbox = ConfigDict(type='SmoothL1Loss', beta=1.0)
+    cfg.model.train_cfg.rcnn.dynamic_rcnn = ConfigDict(
+        iou_topk=75, beta_topk=10, update_iter_interval=2, initial_iou=0.4, initial_beta=1.0
+    )
+
+
+def mask_scoring(cfg) -> None:
+    mask(cfg)
+    cfg.model.type, cfg.model.roi_head.type = 'MaskScoringRCNN', 'MaskScoringRoIHead'
+    cfg.model.roi_head.mask_iou_head = ConfigDict(
+        type='MaskIoUHead',
+        num_convs=1,
+        num_fcs=1,
+        in_channels=32,
+        conv_out_channels=8,
+        fc_out_channels=8,
+        num_classes=10,
+    )
+    cfg.model.train_cfg.rcnn.mask_thr_binary = 0.5
+
+
+def point_rend(cfg) -> None:
+    mask(cfg)
+    full = get_config('mmdet::point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py').model
+    cfg.model.type, cfg.model.roi_head.type = 'PointRend', 'PointRendRoIHead'
+    for name in ('mask_head', 'point_head', 'mask_roi_extractor'):
+        cfg.model.roi_head[name] = full.roi_head[name]
+    cfg.model.roi_head.mask_roi_extractor.out_channels = 32
+    cfg.model.roi_head.mask_head.update(in_channels=32, conv_out_channels=32, fc_out_channels=32, num_classes=10)
+    cfg.model.roi_head.point_head.update(in_channels=32, fc_channels=32, num_classes=10)
+    for name in ('mask_size', 'num_points', 'oversample_ratio', 'importance_sample_ratio'):
+        cfg.model.train_cfg.rcnn[name] = full.train_cfg.rcnn[name]
+
+
 def c4(cfg) -> None:
     """Regions from one map of the backbone, whose last stage is the head's; as mmdet's faster-rcnn_r50-caffe-c4."""
     model = cfg.model
@@ -106,6 +142,9 @@ MODIFY = {
     'mask': mask,
     'cascade mask': lambda cfg: (mask(cfg), cascade(cfg)),
     'c4': c4,
+    'dynamic': dynamic,
+    'mask scoring': mask_scoring,
+    'point rend': point_rend,
     'fcos': dense('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
     'atss': dense('atss/atss_r50_fpn_1x_coco.py'),
 }
@@ -139,7 +178,8 @@ class BoxesAsMasks(BaseTransform):
 class Regions(Hook):
     """Keeps, for each training step: the inputs, regions, what went through the loss modules, and the logs.
 
-    ``calls`` holds logits, labels, weights and normalisation; logits.grad is that of the step.
+    ``calls`` holds logits, labels, weights and normalisation; logits.grad is that of the step. ``objects``, for each
+    call, which of its image's objects each region was assigned to (-1: background).
     """
 
     priority = 'VERY_HIGH'
@@ -155,11 +195,24 @@ class Regions(Hook):
             extractor.register_forward_pre_hook(self._rois)
         for bbox_head in bbox_heads(model):
             bbox_head.loss_cls.register_forward_hook(self._loss, with_kwargs=True)
+        samplers = model.roi_head.bbox_sampler
+        for sampler in samplers if isinstance(samplers, list) else [samplers]:
+            sampler.sample = self._sampled(sampler.sample)
+        self.assigned = []
+
+    def _sampled(self, sample):
+        def watched(*args, **kwargs):
+            result = sample(*args, **kwargs)
+            background = result.pos_assigned_gt_inds.new_full((len(result.neg_priors),), -1)
+            self.assigned.append(torch.cat([result.pos_assigned_gt_inds, background]))
+            return result
+
+        return watched
 
     def _inputs(self, model, args, kwargs):
         self.training = kwargs['mode'] == 'loss'
         if self.training:
-            self.steps.append(dict(inputs=kwargs['inputs'].clone(), rois=[], calls=[]))
+            self.steps.append(dict(inputs=kwargs['inputs'].clone(), rois=[], calls=[], objects=[]))
 
     def _rois(self, module, args):
         if self.training:
@@ -169,6 +222,8 @@ class Regions(Hook):
         logits, label, weight = args
         logits.retain_grad()
         self.steps[-1]['calls'].append((logits, label, weight, kwargs['avg_factor']))
+        self.steps[-1]['objects'].append(torch.cat(self.assigned))
+        self.assigned = []
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.steps[-1].update(epoch=runner.epoch, outputs={k: v.item() for k, v in outputs.items() if v.numel() == 1})

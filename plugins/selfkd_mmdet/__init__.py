@@ -1,8 +1,8 @@
 """Self-knowledge distillation for MMDetection."""
 
 from .cskd_hook import CSKDHook
-from .frskd_head import FRSKDCascadeRoIHead, FRSKDRoIHead
+from .frskd_head import FRSKDRoIHead
 from .metrics import DetectionCalibration
 from .pskd_hook import PSKDHook
 
-__all__ = ['CSKDHook', 'DetectionCalibration', 'FRSKDCascadeRoIHead', 'FRSKDRoIHead', 'PSKDHook']
+__all__ = ['CSKDHook', 'DetectionCalibration', 'FRSKDRoIHead', 'PSKDHook']

@@ -1,18 +1,22 @@
 """CS-KD for the regions of MMDetection's two-stage detectors."""
 
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
+import torch
 from mmdet.models.losses.utils import weight_reduce_loss
 from mmdet.registry import HOOKS
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
-from selfkd.checks import at_least_zero, positive
+from selfkd.seeds import step_generator
 from selfkd_mmengine import SelfKDHook
 
-from .heads import check_region_heads, region_heads, stage_of
+from .heads import check_region_heads, per_stage, region_heads, stage_of
 
 __all__ = ['CSKDHook']
 
@@ -24,10 +28,13 @@ class CSKDHook(SelfKDHook):
     Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020
     https://arxiv.org/abs/2003.13964
 
-    Each sampled foreground region takes as its partner the next one of its class in the batch (the last one the first),
-    and the loss gets ``weight * T^2 * KL(partner || region)`` beside the head's own. The partner is a constant.
-    Background, and classes with a single region, add nothing. The term is weighted and normalised as the head's own
-    classification loss: with MMDetection's heads that is by the number of all sampled regions::
+    Each sampled foreground region takes another one of its class in the batch as its partner, and the loss gets
+    ``weight * T^2 * KL(partner || region)`` beside the head's own. The partner is a constant. It is drawn at random
+    (see :func:`selfkd.pairing.same_class_partners`): from an object of the class in another image of the process's
+    batch; where there is none, from another object in the image; and where the object is the only one of its class,
+    from its other regions. Background, and classes with a single region, add nothing. The term is weighted and
+    normalised as the head's own classification loss: with MMDetection's heads that is by the number of all sampled
+    regions::
 
         custom_hooks = [dict(type='selfkd_mmdet.CSKDHook', weight=1.0, temperature=4.0)]
 
@@ -59,6 +66,21 @@ class CSKDHook(SelfKDHook):
     def setup(self, runner: Runner, model: nn.Module) -> None:
         self.student = model
 
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        self._handles.append(self.student.register_forward_pre_hook(self._see_samples, with_kwargs=True))
+        for extractor in per_stage(self.student.roi_head.bbox_roi_extractor):
+            self._handles.append(extractor.register_forward_pre_hook(self._see_regions))
+
+    def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        self.generator = step_generator(runner.iter)  # a resumed run draws the same pairs
+
+    def _see_samples(self, model: nn.Module, args, kwargs) -> None:
+        self._samples = args[1] if len(args) > 1 else kwargs.get('data_samples')
+
+    def _see_regions(self, extractor: nn.Module, args) -> None:
+        self._rois = args[1]  # of the stage whose loss comes next
+
     def before_forward(self, inputs: Tensor) -> None:
         self.logs = {}
 
@@ -67,7 +89,13 @@ class CSKDHook(SelfKDHook):
             return loss
         stage, prefix = stage_of(self.student, self.tapped)
         logits, label = arguments['cls_score'], arguments['label']
-        regions, partners = same_class_partners(label, ignore=region_heads(self.student)[stage].num_classes)
+        regions, partners = same_class_partners(
+            label,
+            objects_shown(self._rois, label, self._samples),
+            self._rois[:, 0],
+            ignore=region_heads(self.student)[stage].num_classes,
+            generator=self.generator,
+        )
         arguments = {**arguments, 'weight': arguments['weight'][regions]}
         kl = distillation_kl(logits[regions], logits[partners], self.temperature, reduction='none')
         stage_weight = self.student.roi_head.stage_loss_weights[stage] if prefix else 1
@@ -75,3 +103,26 @@ class CSKDHook(SelfKDHook):
         value = self.reduced(weight_reduce_loss, kl, arguments)
         self.logs[f'{prefix}loss_cskd'] = stage_weight * self.weight * value
         return loss
+
+
+def objects_shown(rois: Tensor, labels: Tensor, samples: Sequence[DetDataSample]) -> Tensor:
+    """The object that each region was matched to: of those of its class in its image the one that it overlaps most.
+
+    MMDetection's sampling results, which know it, are out of a hook's reach.
+
+    Args:
+        rois: image and box of each region, ``[N, 5]``.
+        labels: ``[N]``.
+        samples: of the images, with ``gt_instances``.
+
+    Returns:
+        numbers ``[N]`` that tell the batch's objects apart; of background regions, any.
+    """
+    truths = [sample.gt_instances for sample in samples]
+    image = torch.cat([truth.labels.new_full((len(truth),), i) for i, truth in enumerate(truths)])
+    if not len(image):
+        return torch.zeros_like(labels)
+    overlaps = bbox_overlaps(rois[:, 1:], torch.cat([get_box_tensor(truth.bboxes) for truth in truths]).to(rois))
+    label = torch.cat([truth.labels for truth in truths])
+    its_own = (rois[:, :1] == image) & (labels[:, None] == label)
+    return overlaps.masked_fill(~its_own, -1).argmax(1)

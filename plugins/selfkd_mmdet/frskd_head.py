@@ -2,25 +2,69 @@
 
 import torch
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads.base_roi_head import BaseRoIHead
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
-from torch import nn
+from mmengine.model import ModuleDict, ModuleList
 
+from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
-from selfkd.checks import at_least_zero, positive
 
-from .heads import check_region_loss, per_stage
+from .heads import check_region_loss, check_replaced_head, per_stage
 
-__all__ = ['FRSKDCascadeRoIHead', 'FRSKDRoIHead']
+__all__ = ['FRSKDRoIHead']
 
 
-class SelfTaught:
-    """What a RoI head becomes with a self-teacher: one pyramid, and a classifier for each stage."""
+@MODELS.register_module()
+class FRSKDRoIHead(BaseRoIHead):
+    """Feature refinement via self-knowledge distillation, for Faster, Mask and Cascade R-CNN with a feature pyramid.
+
+    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
+    https://arxiv.org/abs/2103.08273
+
+    In training a self-teacher refines the neck's maps with a two-way pyramid (:class:`selfkd.pyramid.BiFPN`, as many
+    channels as the neck), classifies the sampled regions from the refined maps with a box head like the detector's,
+    learns their labels, and teaches: its prediction of each region by the temperature KL, its refined maps
+    by attention transfer to the neck's. It is one option of a config::
+
+        model = dict(roi_head=dict(type='selfkd_mmdet.FRSKDRoIHead'))
+
+    Everything else is that of ``StandardRoIHead`` or, where the config gives ``num_stages``, of ``CascadeRoIHead``,
+    with the same parameter names, so the weights load into that head (``tools/publish_model.py`` drops the
+    self-teacher). In Cascade R-CNN the maps are refined once a step, and each stage has a classifier of its own in the
+    self-teacher.
+
+    Other RoI heads would be exchanged for one of these two without a word, as the option takes the place of their type:
+    a config that has options, box or mask heads of another one is refused.
+
+    Args:
+        alpha: weight of the KL from the self-teacher's prediction. Those of the paper's classifiers (2, 100, T 4) are
+            too large for a detector from scratch.
+        beta: weight of the attention transfer; 0 for soft labels only.
+        temperature: T.
+        depth: separable convolutions per fusion in the self-teacher.
+        repeats: passes of the self-teacher.
+        kwargs: options of ``StandardRoIHead`` or ``CascadeRoIHead``.
+
+    Losses beside the head's own: ``loss_teacher`` (the self-teacher on the labels, with the head's ``loss_cls``),
+    ``loss_kd`` (averaged over the sampled regions), ``loss_feature``. In Cascade R-CNN ``s0.loss_teacher``,
+    ``s0.loss_kd``, ``s1.loss_teacher``, ... with the stages' loss weights, and one ``loss_feature``, which is no
+    stage's and has none.
+
+    Raises:
+        ValueError: options out of range; a config of another RoI head; a RoI extractor with less than two levels;
+            regions that are not classified by a softmax.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        if cls is FRSKDRoIHead:
+            cls = FRSKDCascadeRoIHead if 'num_stages' in kwargs else FRSKDStandardRoIHead
+        return super().__new__(cls)
 
     def __init__(
         self,
-        *args,
+        *,
         alpha: float = 0.5,
         beta: float = 1.0,
         temperature: float = 1.0,
@@ -28,40 +72,31 @@ class SelfTaught:
         repeats: int = 1,
         **kwargs,
     ):
-        user = type(self).__name__
-        at_least_zero(user, alpha=alpha, beta=beta)
-        positive(user, temperature=temperature)
-        if ('num_stages' in kwargs) != isinstance(self, CascadeRoIHead):
-            raise ValueError(
-                f'{user}: Cascade R-CNN takes FRSKDCascadeRoIHead, Faster and Mask R-CNN take FRSKDRoIHead '
-                f'(num_stages is {"" if "num_stages" in kwargs else "not "}given)'
-            )
-        super().__init__(*args, **kwargs)
+        at_least_zero('FRSKDRoIHead', alpha=alpha, beta=beta)
+        positive('FRSKDRoIHead', temperature=temperature)
+        check_replaced_head('FRSKDRoIHead', self.plain_type, kwargs)
+        super().__init__(**kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         extractor = per_stage(getattr(self, 'bbox_roi_extractor', None))[0]
         self.levels = getattr(extractor, 'num_inputs', 0)
         if self.levels < 2 or self.with_shared_head:
             raise ValueError(
-                f'{user}: regions are read from {self.levels} level(s), but the self-teacher refines a pyramid of two '
-                'or more: use a detector with a neck (FPN), or PSKDHook or CSKDHook'
+                f'FRSKDRoIHead: regions are read from {self.levels} level(s), but the self-teacher refines a pyramid '
+                'of two or more: use a detector with a neck (FPN), or PSKDHook or CSKDHook'
             )
         for head in per_stage(self.bbox_head):
-            check_region_loss(user, head)
+            check_region_loss('FRSKDRoIHead', head)
         channels = [extractor.out_channels] * self.levels
         region, heads = per_stage(kwargs['bbox_roi_extractor'])[0], per_stage(kwargs['bbox_head'])
         if len(heads) == 1:  # given once for all stages
             heads *= len(per_stage(self.bbox_head))
-        # All that is for training only is in here: what tools/publish_model.py drops. Its weights are drawn from a copy
-        # of the random state, so that the detector itself starts as it would without it.
-        with torch.random.fork_rng(devices=[]):
-            self.self_teacher = nn.ModuleDict(
+        # All that is for training only is in here: what tools/publish_model.py drops.
+        with _own_random_state(self):
+            self.self_teacher = SelfTeacher(
                 {
                     'pyramid': BiFPN(channels, channels, depth=depth, repeats=repeats),
-                    # One sample for each point: adaptive numbers of them cost several times as much.
-                    'roi_extractor': MODELS.build(
-                        {**region, 'roi_layer': {**region['roi_layer'], 'sampling_ratio': 1}}
-                    ),
-                    'bbox_head': nn.ModuleList(MODELS.build(_classifier(head)) for head in heads),
+                    'roi_extractor': MODELS.build({**region, 'roi_layer': _one_sample(region['roi_layer'])}),
+                    'bbox_head': ModuleList(MODELS.build(_classifier(head)) for head in heads),
                 }
             )
 
@@ -100,65 +135,43 @@ class SelfTaught:
             if 'loss_feature' in terms:  # it is the maps', and no stage's
                 losses['loss_feature'] = terms.pop('loss_feature')
             terms['loss_teacher'] = own['loss_bbox']['loss_cls']
-            cascade = isinstance(self, CascadeRoIHead)
+            cascade = self.plain_type is CascadeRoIHead
             prefix, weight = (f's{stage}.', self.stage_loss_weights[stage]) if cascade else ('', 1)
             losses.update({f'{prefix}{name}': weight * term for name, term in terms.items()})
         return losses
 
 
+class FRSKDStandardRoIHead(FRSKDRoIHead, StandardRoIHead):
+    """What :class:`FRSKDRoIHead` makes in Faster and Mask R-CNN."""
+
+    plain_type = StandardRoIHead
+
+
+class FRSKDCascadeRoIHead(FRSKDRoIHead, CascadeRoIHead):
+    """What :class:`FRSKDRoIHead` makes in Cascade R-CNN, with or without masks."""
+
+    plain_type = CascadeRoIHead
+
+
+class SelfTeacher(ModuleDict):
+    """Initialised as MMDetection initialises the heads in it; the detector starts as it would without it."""
+
+    def init_weights(self) -> None:
+        with _own_random_state(self):
+            super().init_weights()
+
+
+def _own_random_state(module):
+    """What draws random numbers in here draws them from a copy of the random state."""
+    devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
+    return torch.random.fork_rng(devices=list(devices))
+
+
+def _one_sample(roi_layer: dict) -> dict:
+    """One sample for each point: adaptive numbers of them cost several times as much."""
+    return {**roi_layer, 'sampling_ratio': 1} if roi_layer['type'] == 'RoIAlign' else roi_layer
+
+
 def _classifier(bbox_head: dict) -> dict:
     options = {key: value for key, value in bbox_head.items() if not key.startswith('num_reg_')}
     return {**options, 'with_reg': False}
-
-
-@MODELS.register_module()
-class FRSKDRoIHead(SelfTaught, StandardRoIHead):
-    """Feature refinement via self-knowledge distillation, for Faster and Mask R-CNN.
-
-    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
-    https://arxiv.org/abs/2103.08273
-
-    In training a self-teacher refines the neck's maps with a two-way pyramid (:class:`selfkd.pyramid.BiFPN`, as many
-    channels as the neck), classifies the sampled regions from the refined maps with a box head like the detector's,
-    learns their labels, and teaches: its prediction of each region by the temperature KL, its refined maps
-    by attention transfer to the neck's. Everything else is ``StandardRoIHead``'s, with the same parameter names, so the
-    weights load into that head (``tools/publish_model.py`` drops the self-teacher). It is one option of a config::
-
-        model = dict(roi_head=dict(type='selfkd_mmdet.FRSKDRoIHead'))
-
-    Args:
-        alpha: weight of the KL from the self-teacher's prediction. Those of the paper's classifiers (2, 100, T 4) are
-            too large for a detector from scratch.
-        beta: weight of the attention transfer; 0 for soft labels only.
-        temperature: T.
-        depth: separable convolutions per fusion in the self-teacher.
-        repeats: passes of the self-teacher.
-        kwargs: options of ``StandardRoIHead``.
-
-    Losses beside the head's own: ``loss_teacher`` (the self-teacher on the labels, with the head's ``loss_cls``),
-    ``loss_kd`` (averaged over the sampled regions), ``loss_feature``.
-
-    Raises:
-        ValueError: options out of range; a RoI extractor with less than two levels; regions that are not classified by
-            a softmax.
-    """
-
-
-@MODELS.register_module()
-class FRSKDCascadeRoIHead(SelfTaught, CascadeRoIHead):
-    """:class:`FRSKDRoIHead` for Cascade R-CNN, with or without masks.
-
-    The neck's maps are refined once a step. In each stage the self-teacher has a classifier of its own, which learns
-    the labels of that stage's regions and teaches that stage::
-
-        model = dict(roi_head=dict(type='selfkd_mmdet.FRSKDCascadeRoIHead'))
-
-    Args:
-        kwargs: options of ``CascadeRoIHead``; the others are :class:`FRSKDRoIHead`'s.
-
-    Losses beside the head's own: ``s0.loss_teacher``, ``s0.loss_kd``, ``s1.loss_teacher``, ... with the stages' loss
-    weights, and one ``loss_feature``, which is no stage's and has none.
-
-    Raises:
-        ValueError: as :class:`FRSKDRoIHead`.
-    """

@@ -1,16 +1,66 @@
-"""Which of MMDetection's heads the hooks support, and where to tap them."""
+"""Which of MMDetection's heads the methods support, and where the hooks tap them."""
 
 from typing import List, Tuple
 
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, RetinaHead
 from mmdet.models.losses import CrossEntropyLoss, FocalLoss
-from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads import (
+    BBoxHead,
+    CascadeRoIHead,
+    ConvFCBBoxHead,
+    DynamicRoIHead,
+    FCNMaskHead,
+    MaskScoringRoIHead,
+    PointRendRoIHead,
+    Shared2FCBBoxHead,
+    Shared4Conv1FCBBoxHead,
+    StandardRoIHead,
+)
+from mmdet.registry import MODELS
 from torch import nn
 
-__all__ = ['check_dense_head', 'check_region_heads', 'check_region_loss', 'per_stage', 'region_heads', 'stage_of']
+__all__ = [
+    'check_dense_head',
+    'check_region_heads',
+    'check_region_loss',
+    'check_replaced_head',
+    'per_stage',
+    'region_heads',
+    'stage_of',
+]
 
 # Exactly these: subclasses choose positives by looking at predictions, or compute other losses.
 DENSE_HEADS = (RetinaHead, FCOSHead, ATSSHead)
+# Exactly these classify regions as StandardRoIHead or CascadeRoIHead does; others read them otherwise, classify them
+# twice, or weigh them.
+ROI_HEADS = (StandardRoIHead, CascadeRoIHead, DynamicRoIHead, MaskScoringRoIHead, PointRendRoIHead)
+
+# What a config with StandardRoIHead has; with CascadeRoIHead also the last two. In train_cfg.rcnn, and as parts' types:
+OPTIONS = ('bbox_roi_extractor', 'bbox_head', 'mask_roi_extractor', 'mask_head', 'shared_head')
+OPTIONS += ('train_cfg', 'test_cfg', 'init_cfg', 'num_stages', 'stage_loss_weights')
+TRAIN_OPTIONS = ('assigner', 'sampler', 'pos_weight', 'debug', 'mask_size', 'mask_thr_binary')
+HEADS = {
+    'bbox_head': (BBoxHead, ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead),
+    'mask_head': (FCNMaskHead,),
+}
+# Whose the others are, where a message can say it.
+OWNERS = {
+    'reg_roi_scale_factor': 'DoubleHeadRoIHead',
+    'dynamic_rcnn': 'DynamicRoIHead',
+    'grid_head': 'GridRoIHead',
+    'glbctx_head': 'SCNetRoIHead',
+    'interleaved': 'HybridTaskCascadeRoIHead',
+    'HTCMaskHead': 'HybridTaskCascadeRoIHead',
+    'mask_iou_head': 'MaskScoringRoIHead',
+    'MultiInstanceBBoxHead': 'MultiInstanceRoIHead',
+    'isr': 'PISARoIHead',
+    'carl': 'PISARoIHead',
+    'ScoreHLRSampler': 'PISARoIHead',
+    'point_head': 'PointRendRoIHead',
+    'proposal_feature_channel': 'SparseRoIHead',
+    'DIIHead': 'SparseRoIHead',
+    'num_branch': 'TridentRoIHead',
+}
 
 
 def per_stage(value) -> list:
@@ -33,15 +83,45 @@ def stage_of(model: nn.Module, loss_cls: nn.Module) -> Tuple[int, str]:
 def check_region_heads(hook: str, model: nn.Module) -> None:
     """Refuses what is no two-stage detector with a softmax over the classes of its regions."""
     roi_head = getattr(model, 'roi_head', None)
-    # Heads with a _bbox_forward of their own (HTC, SCNet, Double-Head) classify from more than the pyramid's regions.
-    usual = (StandardRoIHead._bbox_forward, CascadeRoIHead._bbox_forward)
-    if getattr(type(roi_head), '_bbox_forward', None) not in usual or not roi_head.with_bbox:
+    kind = getattr(roi_head, 'plain_type', type(roi_head))  # FRSKD's is one of these with a self-teacher
+    if kind not in ROI_HEADS or not roi_head.with_bbox:
+        names = ', '.join(kind.__name__ for kind in ROI_HEADS)
         raise ValueError(
-            f'{hook}: {type(model).__name__} with the RoI head {type(roi_head).__name__} is not supported: it needs a '
-            'two-stage detector with StandardRoIHead or CascadeRoIHead (Faster, Mask, Cascade R-CNN)'
+            f'{hook}: {type(model).__name__} with the RoI head {type(roi_head).__name__} is not supported: of the '
+            f'two-stage detectors those with {names} are (Faster, Mask, Cascade R-CNN); train it without {hook}'
         )
     for head in region_heads(model):
         check_region_loss(hook, head)
+
+
+def check_replaced_head(user: str, kind: type, options: dict) -> None:
+    """Refuses a RoI head's options that are not those of the plain kind that ``user`` would put in its place.
+
+    Which type the config had cannot be seen any more: the option that switches ``user`` on took its place. But each of
+    MMDetection's other RoI heads has an option, a box head, a mask head or a sampler that it cannot do without.
+
+    Args:
+        kind: ``StandardRoIHead`` or ``CascadeRoIHead``.
+        options: the RoI head's, as MMDetection hands them over, ``train_cfg`` (``model.train_cfg.rcnn``) among them.
+    """
+    found = [(f'model.roi_head.{key}', key) for key in options if key not in OPTIONS]
+    for part, known in HEADS.items():
+        heads = [head for head in per_stage(options.get(part)) if head]
+        kinds = [head['type'] if isinstance(head['type'], type) else MODELS.get(head['type']) for head in heads]
+        names = [kind.__name__ for kind in kinds if kind not in known]
+        found += [(f'model.roi_head.{part}.type={name}', name) for name in names]
+    for train_cfg in per_stage(options.get('train_cfg') or {}):
+        found += [(f'model.train_cfg.rcnn.{key}', key) for key in train_cfg if key not in TRAIN_OPTIONS]
+        sampler = train_cfg.get('sampler', {}).get('type')
+        if sampler in OWNERS:
+            found.append((f'model.train_cfg.rcnn.sampler.type={sampler}', sampler))
+    if found:
+        owner = next((f' of {OWNERS[name]}' for _, name in found if name in OWNERS), '')
+        raise ValueError(
+            f'{user}: takes the place of a StandardRoIHead or CascadeRoIHead as MMDetection configures them, but this '
+            f'config has {", ".join(dict.fromkeys(setting for setting, _ in found))}{owner}, which would be lost in '
+            f'{kind.__name__}: leave model.roi_head.type as it is, and train this detector without {user}'
+        )
 
 
 def check_region_loss(user: str, head: nn.Module) -> None:

@@ -86,14 +86,14 @@ def test_one_option(devkit, tmp_path, base, options, logged):
 @pytest.mark.parametrize(
     ('base', 'fragment', 'logged'),
     [
-        ('faster-rcnn', 'pskd_mmdet', 'pskd_soft'),
-        ('retinanet', 'pskd_mmdet', 'pskd_soft'),
-        ('faster-rcnn', 'cskd_mmdet', 'loss_cskd'),
+        ('faster-rcnn', 'pskd', 'pskd_soft'),
+        ('retinanet', 'pskd', 'pskd_soft'),
+        ('faster-rcnn', 'cskd', 'loss_cskd'),
     ],
 )
 def test_one_base_line(devkit, tmp_path, base, fragment, logged):
     installed = f'{get_installed_path("mmdet")}/.mim/configs/pascal_voc/{base}_r50_fpn_1x_voc0712.py'
     (tmp_path / 'config.py').write_text(
-        f'_base_ = [{installed!r}, {str(ROOT / "configs/_base_" / fragment)!r} + ".py"]\n'
+        f'_base_ = [{installed!r}, {str(ROOT / "configs/mmdet/_base_" / fragment)!r} + ".py"]\n'
     )
     assert logged in run_four_steps(Config.fromfile(tmp_path / 'config.py'), devkit, tmp_path)

@@ -1,4 +1,4 @@
-_base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../../_base_/voc_digits.py']
+_base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/voc_digits.py']
 
 # From scratch, small: a quarter of ResNet-18's channels, batch norms that are trained, four levels with 32 channels.
 model = dict(

@@ -1,4 +1,4 @@
-_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../../_base_/voc_digits.py']
+_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/voc_digits.py']
 
 # From scratch, small: as faster-rcnn_r18_fpn_digits.py, with levels from stride 8 and two convolutions in the head.
 model = dict(

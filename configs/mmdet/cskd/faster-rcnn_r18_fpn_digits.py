@@ -1,1 +1,1 @@
-_base_ = ['../baseline/faster-rcnn_r18_fpn_digits.py', '../../_base_/cskd_mmdet.py']
+_base_ = ['../baseline/faster-rcnn_r18_fpn_digits.py', '../_base_/cskd.py']

@@ -1,1 +1,1 @@
-_base_ = ['../baseline/retinanet_r18_fpn_digits.py', '../../_base_/pskd_mmdet.py']
+_base_ = ['../baseline/retinanet_r18_fpn_digits.py', '../_base_/pskd.py']

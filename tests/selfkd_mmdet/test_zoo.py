@@ -1,0 +1,97 @@
+"""Every RoI head of MMDetection's own configs: trained as it is, or refused by name, and never exchanged for another."""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.utils import get_installed_path
+
+from selfkd_mmdet import CSKDHook, FRSKDRoIHead, PSKDHook
+
+
+@lru_cache(maxsize=None)
+def mentions_roi_head(path) -> bool:
+    """In its own text or a base's: reading a config takes a hundred times as long."""
+    text = path.read_text()
+    bases = (Path(path.parent, name).resolve() for name in re.findall(r"'(\.[^']+\.py)'", text))
+    return 'roi_head' in text or any(mentions_roi_head(base) for base in bases if base.exists())
+
+
+@pytest.fixture(scope='module')
+def roi_heads():
+    """The different RoI heads of the zoo, as a detector builds them: ``(file name, options)``."""
+    found = {}
+    for path in sorted(Path(get_installed_path('mmdet'), '.mim/configs').glob('*/*.py')):
+        if not mentions_roi_head(path):
+            continue
+        try:
+            model = Config.fromfile(path).get('model', {})
+        except FileNotFoundError:
+            continue  # a few trackers' configs inherit from files that MMDetection does not ship
+        model = model.get('detector', model)
+        if 'roi_head' in model:
+            parts = {f'{name}_cfg': (model.get(f'{name}_cfg') or {}).get('rcnn') for name in ('train', 'test')}
+            options = {**model.roi_head, **parts}
+            found.setdefault(json.dumps(options, sort_keys=True, default=str), (path.name, options))
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)  # MMSyncBN cannot be built without
+    yield list(found.values())
+    dist.destroy_process_group()
+
+
+def build(options):
+    with torch.device('meta'):  # shapes only
+        return MODELS.build(options)
+
+
+def refusal(options):
+    """Of heads of the right type: what they have that a self-teacher can do nothing with."""
+    for head in ('SABLHead', 'SeesawLoss', 'CrossEntropyCustomLoss'):
+        if f"'{head}'" in str(options):
+            return f'(type=|classifies regions with ){head}'
+    extractors = options['bbox_roi_extractor']
+    levels = (extractors if isinstance(extractors, dict) else extractors[0])['featmap_strides']
+    return 'regions are read from 1 level' if len(levels) == 1 else None
+
+
+def test_frskd_takes_the_place_of_no_other_head(roi_heads):
+    replaced, refused = set(), set()
+    for name, options in roi_heads:
+        kind, options = options['type'], {**options, 'type': 'selfkd_mmdet.FRSKDRoIHead'}
+        known = kind in ('StandardRoIHead', 'CascadeRoIHead')
+        reason = refusal(options) if known else kind
+        if reason is None:
+            head = build(options)
+            assert isinstance(head, FRSKDRoIHead), name
+            assert isinstance(head, MODELS.get(kind)), name
+            replaced.add(kind)
+        else:
+            with pytest.raises(ValueError, match=f'FRSKDRoIHead: .*{reason}'):
+                build(options)
+            refused.add(reason)
+    assert replaced == {'StandardRoIHead', 'CascadeRoIHead'}
+    assert len(refused) == 11 + 4  # kinds of RoI heads, and reasons against others
+
+
+def test_hooks_take_the_heads_that_they_know(roi_heads):
+    outcome = {}
+    for name, options in roi_heads:
+        if options['type'] in outcome or any(part in str(options) for part in ('SeesawLoss', 'CustomLoss')):
+            continue
+        model = SimpleNamespace(roi_head=build(options))
+        for hook in (PSKDHook, CSKDHook):
+            try:
+                hook().check(None, model)
+                outcome[options['type']] = True
+            except ValueError as error:
+                assert f'with the RoI head {options["type"]} is not supported' in str(error), name
+                outcome[options['type']] = False
+    taken = {kind for kind, supported in outcome.items() if supported}
+    assert {f'{kind}RoIHead' for kind in ('Standard', 'Cascade', 'Dynamic', 'MaskScoring', 'PointRend')} == taken
+    assert len(outcome) == 13
