@@ -84,15 +84,8 @@ def dynamic(cfg) -> None:
 def mask_scoring(cfg) -> None:
     mask(cfg)
     cfg.model.type, cfg.model.roi_head.type = 'MaskScoringRCNN', 'MaskScoringRoIHead'
-    cfg.model.roi_head.mask_iou_head = ConfigDict(
-        type='MaskIoUHead',
-        num_convs=1,
-        num_fcs=1,
-        in_channels=32,
-        conv_out_channels=8,
-        fc_out_channels=8,
-        num_classes=10,
-    )
+    small = dict(in_channels=32, conv_out_channels=8, fc_out_channels=8, num_classes=10)
+    cfg.model.roi_head.mask_iou_head = ConfigDict(type='MaskIoUHead', num_convs=1, num_fcs=1, **small)
     cfg.model.train_cfg.rcnn.mask_thr_binary = 0.5
 
 

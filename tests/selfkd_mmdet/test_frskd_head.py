@@ -166,7 +166,7 @@ def test_first_step_has_the_vanilla_losses(voc, tmp_path, model):
 
 @pytest.mark.parametrize('model', ['faster-rcnn', 'cascade'])
 def test_the_self_teacher_starts_as_the_detectors_box_head(voc, tmp_path, model):
-    """MMDetection initialises its classifiers, as the detector's own, with small weights; torch's are five times those."""
+    """MMDetection initialises classifiers with small weights; torch's are five times those."""
 
     class Start(Hook):
         def before_train(self, runner):
