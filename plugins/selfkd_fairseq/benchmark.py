@@ -30,9 +30,10 @@ def make_trainer(
     tokens: int = 2000,
     sentences: int = 300,
     dropout: float = 0.1,
+    criterion: str = '',
 ):
     """A Trainer in its second epoch, where there is a past, and its batches of random sentences of 10 to 40 tokens."""
-    criterion = f'pskd_{VANILLA}' if extra else VANILLA
+    criterion = criterion or (f'pskd_{VANILLA}' if extra else VANILLA)
     heads = max(dim // 64, 1)
     args = ['no-data', '--task', 'translation', '--arch', 'transformer', '--criterion', criterion, *extra]
     args += ['--label-smoothing', '0.1', '--optimizer', 'adam', '--lr', '1e-4', '--max-epoch', '10']

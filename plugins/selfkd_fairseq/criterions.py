@@ -6,6 +6,7 @@ https://arxiv.org/abs/2006.12000
 
 import math
 from dataclasses import dataclass, field
+from typing import List
 
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
@@ -32,7 +33,7 @@ class PSKDConfig(FairseqDataclass):
         default=0.7,
         metadata={
             'help': 'share of the past prediction in the target at the end of training; grows linearly up to it with '
-            'the epochs of --max-epoch, or with the updates of --max-update alone. 0: the criterion without PS-KD'
+            'the epochs of --max-epoch or the updates of --max-update, whichever ends first. 0: no PS-KD'
         },
     )
     pskd_past: ChoiceEnum(['snapshot', 'ema', 'bank']) = field(
@@ -47,6 +48,13 @@ class PSKDConfig(FairseqDataclass):
         default=0,
         metadata={'help': 'take the snapshot every so many updates instead of at the end of each epoch (0)'},
     )
+    pskd_teacher_mode: ChoiceEnum(['train', 'eval']) = field(
+        default='train',
+        metadata={
+            'help': 'how the snapshot or average predicts: as in training, with dropout drawn anew (train), or without '
+            '(eval), which is sharper on sentences it has learnt'
+        },
+    )
     pskd_top_k: int = field(
         default=8,
         metadata={'help': 'tokens that the bank keeps for each target position; the rest of the mass is spread evenly'},
@@ -60,9 +68,15 @@ class PSKDConfig(FairseqDataclass):
     # what fairseq was told elsewhere
     max_epoch: int = II('optimization.max_epoch')
     max_update: int = II('optimization.max_update')
+    update_freq: List[int] = II('optimization.update_freq')
+    stop_time_hours: float = II('optimization.stop_time_hours')
+    stop_min_lr: float = II('optimization.stop_min_lr')
+    patience: int = II('checkpoint.patience')
     save_interval_updates: int = II('checkpoint.save_interval_updates')
     train_subset: str = II('dataset.train_subset')
     store_ema: bool = II('ema.store_ema')
+    ema_decay: float = II('ema.ema_decay')
+    ema_start_update: int = II('ema.ema_start_update')
     ddp_backend: str = II('distributed_training.ddp_backend')
     pipeline_model_parallel: bool = II('distributed_training.pipeline_model_parallel')
     model_parallel_size: int = II('common.model_parallel_size')
@@ -98,9 +112,9 @@ class ProgressiveRefinement:
             return
         check_config(cfg)
         if cfg.pskd_past == 'snapshot':
-            past = Snapshot(cfg.pskd_snapshot_interval)
+            past = Snapshot(cfg.pskd_snapshot_interval, cfg.pskd_teacher_mode)
         elif cfg.pskd_past == 'ema':
-            past = Average(cfg.store_ema, self.task)
+            past = Average(cfg, self.task)
         else:
             past = TokenBank(cfg.pskd_top_k, self.task)
         self.training_run = Training(cfg, self.task, past)
@@ -142,6 +156,7 @@ class ProgressiveRefinement:
         )
         self.extra_log = {
             'alpha': alpha * sample['ntokens'],
+            'nll_loss': nll_loss.sum(),
             'hard_loss': hard.sum(),
             'soft_loss': soft.sum(),
         }
@@ -156,12 +171,15 @@ class ProgressiveRefinement:
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
-        super().reduce_metrics(logging_outputs)
+        mixed = any('alpha' in log for log in logging_outputs)
+        # CrossEntropyCriterion would take `loss` for the label's: a mixed one is logged as a smoothed one is
+        fairseqs = LabelSmoothedCrossEntropyCriterion if mixed else super()
+        fairseqs.reduce_metrics(logging_outputs)
 
         def total(key):
             return sum(log.get(key, 0) for log in logging_outputs)
 
-        if any('alpha' in log for log in logging_outputs):
+        if mixed:
             ntokens, sample_size = total('ntokens'), total('sample_size')
             metrics.log_scalar('alpha', total('alpha') / ntokens, ntokens, round=4)
             for part in ('hard_loss', 'soft_loss'):
@@ -192,6 +210,10 @@ def check_config(cfg) -> None:
         raise ValueError(
             '--tpu, and --bf16 which fairseq-train takes for it: PS-KD was never run on one; for bfloat16 on a GPU use '
             'fairseq-hydra-train with common.bf16=true, or --amp'
+        )
+    if cfg.pskd_past == 'bank' and cfg.pskd_teacher_mode != 'train':
+        raise ValueError(
+            '--pskd-teacher-mode eval: is for --pskd-past snapshot or ema; the bank keeps what training predicted'
         )
     if cfg.pskd_snapshot_interval and cfg.pskd_past != 'snapshot':
         raise ValueError(f'--pskd-snapshot-interval: is for --pskd-past snapshot, not {cfg.pskd_past}: leave it out')

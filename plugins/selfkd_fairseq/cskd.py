@@ -7,6 +7,7 @@ https://arxiv.org/abs/2003.13964
 import math
 from dataclasses import dataclass, field
 
+import torch
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
@@ -14,9 +15,9 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.logging import metrics
 
+from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
-from selfkd.checks import at_least_zero, positive
 
 
 @dataclass
@@ -28,6 +29,8 @@ class CSKDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCrit
 @register_criterion('cskd_label_smoothed_cross_entropy', dataclass=CSKDLabelSmoothedCrossEntropyCriterionConfig)
 class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     """``label_smoothed_cross_entropy`` plus the KL from the prediction at another position with the same target token.
+
+    The other position is drawn at random: in another sentence of the batch where there is one, else in the same.
 
     The KL is summed over the positions that have a partner, and divided, as all of the loss, by the sample size.
     """
@@ -51,7 +54,9 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
         if not reduce:
             raise ValueError('cskd_label_smoothed_cross_entropy: reduce=False is not supported in training')
         lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
-        anchors, partners = same_class_partners(target, ignore=self.padding_idx)
+        sentences = torch.arange(len(target), device=target.device) // (len(target) // len(sample['target']))
+        # fairseq seeds torch's generator with the number of the update, so a resumed run draws the same partners
+        anchors, partners = same_class_partners(target, images=sentences, ignore=self.padding_idx)
         # log-probabilities serve as logits: they differ by a constant a row
         kl = distillation_kl(lprobs[anchors], lprobs[partners], self.temperature, reduction='sum')
         self.extra_log = {'kl_loss': kl.detach()}

@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 class Past:
     """What the three have in common: by default they do nothing at each of these moments."""
 
-    starts_with_epoch_2 = True
+    def check_length(self, epoch, total):
+        """Before a training of ``total`` updates, ``epoch`` of them in the first epoch.
+
+        Raises:
+            ValueError: training would be over before there is anything to learn from.
+        """
 
     def begin_training(self, task, dataset):
         """Before the first epoch, and before each that has a new train iterator."""
@@ -30,7 +35,7 @@ class Past:
         """``epoch`` counts from 1; ``mid_epoch``: resuming from a checkpoint inside of it."""
 
     def begin_step(self, updates, model, ema_model):
-        """Before each forward pass in training; ``updates`` is the number of parameter updates done."""
+        """Before each update, ``updates`` of them being done."""
 
     def predict(self, sample, prefix):
         """Past predictions of the target positions from ``prefix`` on, N = B * (T - prefix): the pair of probs [N, V],
@@ -51,16 +56,20 @@ class Past:
 
 
 class PastModel(Past):
-    """A past that is a model: runs it on the batch."""
+    """A past that is a model: runs it on the batch, in the mode of ``--pskd-teacher-mode``."""
 
-    model = None
+    teacher = None
 
     def predict(self, sample, prefix):
-        if self.model is None:
+        if self.teacher is None:
             return None
-        with torch.no_grad():
-            net_output = self.model(**sample['net_input'])
-            probs = self.model.get_normalized_probs(net_output, log_probs=False, sample=sample)
+        model = self.teacher.model
+
+        def probs():
+            net_output = model(**sample['net_input'])
+            return model.get_normalized_probs(net_output, log_probs=False, sample=sample)
+
+        probs = self.teacher.run(probs)
         return probs[:, prefix:].reshape(-1, probs.size(-1)), True
 
 
@@ -70,19 +79,22 @@ class Snapshot(PastModel):
     A checkpoint at the end of an epoch need not hold them: they are that checkpoint's own weights.
     """
 
-    def __init__(self, interval: int = 0):
+    def __init__(self, interval: int = 0, mode: str = 'train'):
         if interval < 0:
             raise ValueError(f'--pskd-snapshot-interval: must be 0 (each epoch) or a number of updates, got {interval}')
-        self.interval, self.starts_with_epoch_2 = interval, interval == 0
-        self.teacher = self.saved = self.taken_at = None
+        self.interval, self.mode = interval, mode
+        self.saved = None
 
-    @property
-    def model(self):
-        return self.teacher and self.teacher.model
+    def check_length(self, epoch, total):
+        if (self.interval or epoch) >= total:
+            raise ValueError(
+                f'--pskd-past snapshot: the first one is due after {self.interval or epoch} updates, and training ends '
+                f'after {total}, so it would be plain training: train on, or set --pskd-snapshot-interval below {total}'
+            )
 
     def take(self, model):
         if self.teacher is None:
-            self.teacher = SnapshotTeacher(model)
+            self.teacher = SnapshotTeacher(model, mode=self.mode)
             use_current_weights(self.teacher.model)
         else:
             self.teacher.update(model)
@@ -101,9 +113,10 @@ class Snapshot(PastModel):
                 self.take(model)
 
     def begin_step(self, updates, model, ema_model):
-        if self.interval and updates and updates % self.interval == 0 and updates != self.taken_at:
+        if self.interval and updates and updates % self.interval == 0:
             self.take(model)
-            self.taken_at = updates
+        if self.teacher is not None:
+            self.teacher.begin_step(updates)
 
     def state_dict(self, end_of_epoch):
         if self.teacher is None or (end_of_epoch and not self.interval):
@@ -129,18 +142,28 @@ def use_current_weights(model):
 class Average(PastModel):
     """The moving average that fairseq itself keeps with --store-ema; fairseq also saves and restores it."""
 
-    starts_with_epoch_2 = False
-
-    def __init__(self, store_ema: bool, task):
-        if not store_ema:
+    def __init__(self, cfg, task):
+        if not cfg.store_ema:
             raise ValueError(
                 '--pskd-past ema: uses the average that fairseq keeps, so it needs --store-ema (and --ema-decay)'
             )
+        self.mode, self.decay, self.start = cfg.pskd_teacher_mode, cfg.ema_decay, cfg.ema_start_update
         task.uses_ema = True
 
+    def check_length(self, epoch, total):
+        initial = self.decay ** max(total - self.start, 0)
+        if initial > 0.1:
+            logger.warning(
+                f'--pskd-past ema: with --ema-decay {self.decay} the average still consists to {initial:.0%} of the '
+                f'initial weights after the {total} updates of this training, and teaches little. A decay of '
+                f'{0.1 ** (10 / total):.4f} has left them behind, to 10 %, after a tenth of it'
+            )
+
     def begin_step(self, updates, model, ema_model):
-        self.model = ema_model.eval()
-        use_current_weights(self.model)
+        # validation may have put the average into evaluation mode
+        self.teacher = SnapshotTeacher(ema_model, mode=self.mode, copy_model=False)
+        self.teacher.begin_step(updates)
+        use_current_weights(self.teacher.model)
 
 
 class TokenBank(Past):
@@ -161,6 +184,13 @@ class TokenBank(Past):
         self.top_k = top_k
         self.bank, self.filled = None, False
         self.unsent = []  # rows that the other processes have not got yet
+
+    def check_length(self, epoch, total):
+        if epoch >= total:
+            raise ValueError(
+                f'--pskd-past bank: learns from a sentence when it comes again, in the second epoch, and training ends '
+                f'after {total} updates, in the first: it would be plain training; train on, or take --pskd-past ema'
+            )
 
     def begin_training(self, task, dataset):
         if self.bank is not None:

@@ -8,6 +8,7 @@ extension point, but checkpoints name their task, and fairseq-generate could the
 
 import functools
 import logging
+import math
 
 from selfkd.schedule import linear_growth
 
@@ -31,70 +32,131 @@ class Training:
         if not cfg.max_epoch and not cfg.max_update:
             raise ValueError('--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update')
         self.cfg, self.task, self.past = cfg, task, past
-        self.epoch = self.updates = self.model = self.step_model = self.train_itr = None
+        self.epoch = self.updates = self.model = self.step_model = None
+        self.train_itr = self.started_itr = self.position = None
         self.is_dummy = False
         for name in ('get_batch_iterator', 'begin_epoch', 'train_step', 'valid_step'):
             setattr(task, name, functools.partial(getattr(self, name), getattr(task, name)))
 
     @property
-    def schedule(self):
-        """What alpha grows over: ``('epoch', total)`` or ``('update', total)``."""
-        return ('epoch', self.cfg.max_epoch) if self.cfg.max_epoch else ('update', self.cfg.max_update)
+    def totals(self):
+        """What ends training."""
+        totals = {'max_epoch': self.cfg.max_epoch, 'max_update': self.cfg.max_update}
+        return {name: total for name, total in totals.items() if total}
 
-    def alpha(self, schedule=None) -> float:
-        unit, total = schedule or self.schedule
-        done = self.epoch if unit == 'epoch' else self.updates
-        return linear_growth(self.cfg.pskd_alpha, min(done / total, 1))
+    def alpha(self) -> float:
+        """Follows whichever is nearer to its end, the present epoch of --max-epoch or the updates of --max-update."""
+        done = {'max_epoch': self.epoch, 'max_update': self.updates}
+        return linear_growth(self.cfg.pskd_alpha, min(max(done[name] / n for name, n in self.totals.items()), 1))
 
     # The task's methods: each gets the original one first.
 
     def get_batch_iterator(self, original, dataset, *args, **kwargs):
         itr = original(dataset, *args, **kwargs)
-        if dataset is self.task.datasets.get(self.cfg.train_subset) and itr is not self.train_itr:
-            self.train_itr = itr
+        # It need not be for training: --valid-subset can name the training set, too.
+        if dataset is self.task.datasets.get(self.cfg.train_subset) and 'state_dict' not in vars(itr):
             self.past.begin_training(self.task, dataset)
-            for name in ('state_dict', 'load_state_dict'):
-                setattr(itr, name, functools.partial(getattr(self, name), getattr(itr, name)))
+            for name in ('next_epoch_itr', 'state_dict', 'load_state_dict'):
+                setattr(itr, name, functools.partial(getattr(self, name), getattr(itr, name), itr))
         return itr
 
     def begin_epoch(self, original, epoch, model):
         original(epoch, model)
+        self.train_itr = self.started_itr  # an epoch begins with its iterator
+        mid_epoch = self.train_itr.iterations_in_epoch > 0
         if self.model is None:
             check_model(model)
-            if self.past.starts_with_epoch_2 and self.cfg.max_epoch == 1:
-                logger.warning('PS-KD: with --max-epoch 1 there is no past epoch to learn from: this is plain training')
+            self.warn_of_early_stops()
+            if epoch == 1 and not mid_epoch:
+                self.past.check_length(self.updates_of_epoch(1), self.total_updates())
         self.epoch, self.model = epoch, model
-        self.past.begin_epoch(epoch, model, mid_epoch=self.train_itr.iterations_in_epoch > 0)
+        self.past.begin_epoch(epoch, model, mid_epoch)
 
     def train_step(self, original, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         self.updates, self.is_dummy, self.step_model = update_num, ignore_grad, model
-        self.past.begin_step(update_num, self.model, kwargs.pop('ema_model', None))
-        result = original(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
-        interval, done = self.cfg.save_interval_updates, update_num + 1
-        if self.train_itr.end_of_epoch() or done == self.cfg.max_update or (interval > 0 and done % interval == 0):
+        ema_model = kwargs.pop('ema_model', None)
+        position = (self.epoch, self.train_itr.iterations_in_epoch)
+        if position != self.position:  # and not the next of --update-freq batches
+            self.position = position
+            self.past.begin_step(update_num, self.model, ema_model)
+        result = out_of_memory = None
+        try:
+            result = original(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
+        except RuntimeError as error:
+            if 'out of memory' not in str(error):
+                raise
+            out_of_memory = error  # fairseq goes on without this process's share, and the others know nothing of it
+        interval, done = self.cfg.save_interval_updates, (update_num, update_num + 1)  # fp16 may skip this update
+        on_interval = interval > 0 and any(updates % interval == 0 for updates in done)
+        if self.train_itr.end_of_epoch() or self.cfg.max_update in done or on_interval:
             self.past.synchronize()  # fairseq may save now, on the first process alone
+        if out_of_memory is not None:
+            raise out_of_memory
         return result
 
     def valid_step(self, original, *args, ema_model=None, **kwargs):
         return original(*args, **kwargs)
 
-    # The train iterator's methods.
+    # The methods of iterators over the training set.
 
-    def state_dict(self, original):
-        past = self.past.state_dict(self.train_itr.end_of_epoch())
-        return {**original(), STATE_KEY: {'schedule': list(self.schedule), 'past': past}}
+    def next_epoch_itr(self, original, itr, *args, **kwargs):
+        self.started_itr = itr
+        return original(*args, **kwargs)
 
-    def load_state_dict(self, original, state):
+    def state_dict(self, original, itr):
+        past = self.past.state_dict(itr.end_of_epoch())
+        return {**original(), STATE_KEY: {'totals': self.totals, 'kind': str(self.cfg.pskd_past), 'past': past}}
+
+    def load_state_dict(self, original, itr, state):
         original(state)
         saved = state.get(STATE_KEY, {})
-        self.past.load_state_dict(saved.get('past'))
-        schedule = tuple(saved.get('schedule', self.schedule))
-        if schedule != self.schedule:
+        past, kind = saved.get('past'), saved.get('kind', self.cfg.pskd_past)
+        if past is not None and kind != self.cfg.pskd_past:
             logger.warning(
-                'PS-KD: alpha now grows up to --pskd-alpha %s over --max-%s %s; the checkpoint was made with '
-                '--max-%s %s. From here on alpha is what a run with the new total would have had at this point',
-                *(self.cfg.pskd_alpha, *self.schedule, *schedule),
+                'PS-KD: the checkpoint was made with --pskd-past %s, and --pskd-past %s cannot use what it holds: it '
+                'begins without a past',
+                *(kind, self.cfg.pskd_past),
             )
+            past = None
+        self.past.load_state_dict(past)
+        totals = saved.get('totals', self.totals)
+        if totals != self.totals:
+            logger.warning(
+                'PS-KD: alpha now grows up to --pskd-alpha %s over %s; the checkpoint was made with %s. From here on '
+                'alpha is what a run with the new total would have had at this point',
+                *(self.cfg.pskd_alpha, as_options(self.totals), as_options(totals)),
+            )
+
+    # How long training is.
+
+    def updates_of_epoch(self, epoch: int) -> int:
+        """As many as in this epoch, had it as many batches as the present one."""
+        frequency = self.cfg.update_freq[min(epoch, len(self.cfg.update_freq)) - 1]
+        return math.ceil(len(self.train_itr) / frequency)
+
+    def total_updates(self) -> float:
+        by_epochs = sum(self.updates_of_epoch(epoch) for epoch in range(1, self.cfg.max_epoch + 1)) or math.inf
+        if self.cfg.max_epoch > 1 and self.task.has_sharded_data(self.cfg.train_subset):
+            by_epochs = math.inf  # other shards may be longer
+        return min(by_epochs, self.cfg.max_update or math.inf)
+
+    def warn_of_early_stops(self):
+        stops = {
+            '--patience': self.cfg.patience > 0,
+            '--stop-time-hours': self.cfg.stop_time_hours > 0,
+            '--stop-min-lr': self.cfg.stop_min_lr > 0,
+        }
+        given = [name for name, is_given in stops.items() if is_given]
+        if given:
+            logger.warning(
+                'PS-KD: alpha grows up to --pskd-alpha %s over %s. Where %s ends training earlier, it does not get '
+                'there; the log shows how far it got',
+                *(self.cfg.pskd_alpha, as_options(self.totals), ', '.join(given)),
+            )
+
+
+def as_options(totals) -> str:
+    return ' '.join(f'--{name.replace("_", "-")} {total}' for name, total in totals.items())
 
 
 def check_model(model) -> None:

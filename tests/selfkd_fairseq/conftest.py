@@ -46,13 +46,13 @@ class Fairseq:
         print(json.dumps(command), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
-    def start(self, *argv):
-        """Process id and log file of a program that is now running."""
+    def start(self, *argv, out_of_memory_at=None):
+        """Process id and log file of a program that is now running, and maybe fails once in that training step."""
         self.count += 1
         log = self.folder / f'log{self.count}'
         log.touch()
         argv = [str(a) for arg in argv for a in (arg.split() if isinstance(arg, str) else [arg])]
-        return self.ask(start=argv, log=str(log), cwd=str(self.folder)), log
+        return self.ask(start=argv, log=str(log), cwd=str(self.folder), out_of_memory_at=out_of_memory_at), log
 
     def wait(self, pid):
         return self.ask(wait=pid)
@@ -76,8 +76,11 @@ class Fairseq:
     def train(self, save, *args, fails=False, **kwargs):
         return Log(self.run(*self.train_args(save, *args, **kwargs), fails=fails))
 
-    def train_together(self, save, *args, processes=2):
-        """The logs of several processes that train one model on the CPU (fairseq itself spawns them for GPUs only)."""
+    def train_together(self, save, *args, processes=2, out_of_memory_at=None):
+        """The logs of several processes that train one model on the CPU (fairseq itself spawns them for GPUs only).
+
+        ``out_of_memory_at``: the training step that fails on the last of them.
+        """
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
@@ -86,18 +89,23 @@ class Fairseq:
                 *self.train_args(save, *args),
                 f'--distributed-world-size {processes} --distributed-rank {rank} --distributed-no-spawn '
                 f'--distributed-backend gloo --distributed-init-method tcp://127.0.0.1:{port}',
+                out_of_memory_at=out_of_memory_at if rank == processes - 1 else None,
             )
             for rank in range(processes)
         ]
         statuses = [self.wait(pid) for pid, _ in started]
         logs = [log.read_text() for _, log in started]
-        assert statuses == [0] * processes, logs[0][-2000:] + logs[1][-2000:]
+        assert statuses == [0] * processes, '\n\n'.join(log[-2000:] for log in logs)
         return [Log(log) for log in logs]
 
     def checkpoint(self, path):
         import torch
 
         return torch.load(self.folder / path, map_location='cpu')
+
+    def first(self, pattern):
+        """The first file of this name, by update."""
+        return min(self.folder.glob(pattern), key=lambda path: int(path.stem.split('_')[-1]))
 
     def weights(self, save, name='checkpoint_last.pt'):
         weights = self.checkpoint(f'{save}/{name}')['model']

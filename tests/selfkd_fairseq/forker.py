@@ -5,8 +5,10 @@ fairseq. Reads a JSON object a line: {"start": [program, argument, ...], "log": 
 the process id, {"wait": id} with the exit status (negative: killed by that signal).
 """
 
+import itertools
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -20,8 +22,9 @@ PROGRAMS = {
 }
 
 
-def run(argv, log, cwd):
+def run(argv, log, cwd, out_of_memory_at=None):
     os.setsid()
+    signal.alarm(900)  # processes that wait for each other for ever
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -29,6 +32,8 @@ def run(argv, log, cwd):
     os.chdir(cwd)
     sys.argv = argv
     allow_pytorch_ddp_on_cpu()
+    if out_of_memory_at:
+        run_out_of_memory(out_of_memory_at)
     status = 0
     try:
         sys.modules[PROGRAMS[argv[0]]].cli_main()
@@ -50,6 +55,20 @@ def allow_pytorch_ddp_on_cpu():
     module.DistributedDataParallel = lambda *args, device_ids, output_device, **kwargs: ddp(*args, **kwargs)
 
 
+def run_out_of_memory(step):
+    """In this training step, from 1, as a GPU would."""
+    from fairseq.tasks.fairseq_task import FairseqTask
+
+    train_step, count = FairseqTask.train_step, itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(count) == step:
+            raise RuntimeError('CUDA out of memory')
+        return train_step(*args, **kwargs)
+
+    FairseqTask.train_step = wrapped
+
+
 if __name__ == '__main__':
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
@@ -63,5 +82,5 @@ if __name__ == '__main__':
         else:
             answer = os.fork()
             if not answer:
-                run(command['start'], command['log'], command['cwd'])
+                run(command['start'], command['log'], command['cwd'], command['out_of_memory_at'])
         print(answer, file=answers, flush=True)

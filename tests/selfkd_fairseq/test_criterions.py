@@ -1,5 +1,8 @@
 """The arithmetic of the criteria, against the formulas written out, in a Trainer of fairseq."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ pytest.importorskip('fairseq')
 from fairseq.data import Dictionary  # noqa: E402
 
 from selfkd.bank import PredictionBank  # noqa: E402
+from selfkd.losses import distillation_kl  # noqa: E402
 from selfkd.metrics import calibration_error, calibration_gaps, confidence_of  # noqa: E402
 from selfkd_fairseq.benchmark import make_trainer  # noqa: E402
 from selfkd_fairseq.criterions import check_config  # noqa: E402
@@ -34,8 +38,10 @@ def test_loss_and_gradient_are_those_of_the_mixed_target(past):
     assert 0 < real.sum() < len(real)
     if past == 'snapshot':
         with torch.no_grad():
-            p = teacher.model(**batch['net_input'])[0].softmax(-1).view(len(target), -1)
-        difference = max((a - b).abs().max().item() for a, b in zip(teacher.model.parameters(), model.parameters()))
+            p = teacher.teacher.model(**batch['net_input'])[0].softmax(-1).view(len(target), -1)
+        difference = max(
+            (a - b).abs().max().item() for a, b in zip(teacher.teacher.model.parameters(), model.parameters())
+        )
         assert difference > 0  # one update into the epoch they are not the same any more
     else:
         p = teacher.predict(batch, 0)[0].dense(50)
@@ -54,6 +60,46 @@ def test_loss_and_gradient_are_those_of_the_mixed_target(past):
     assert sample_size == real.sum() == log['ntokens']
     torch.testing.assert_close(log['soft_loss'], -(p * lprobs).sum(1)[real].sum().detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(log['nll_loss'], -lprobs.gather(1, target[:, None])[real].sum().detach())
+
+
+@pytest.mark.parametrize('past', [['snapshot'], ['ema', '--store-ema']])
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_the_mode_of_the_past_copy(past, mode):
+    """In training it has dropout, drawn anew, whatever mode validation left the model in; the student's is the same."""
+    settings = {**SMALL, 'dropout': 0.3}
+    trainer, batches = make_trainer(['--pskd-past', *past, '--pskd-teacher-mode', mode], **settings)
+    trainer.get_model().eval()
+    trainer.begin_epoch(3)
+    trainer.train_step(batches[:1])
+    teacher = trainer.criterion.training_run.past
+    model = teacher.teacher.model
+    assert {module.training for module in model.modules()} == {mode == 'train'}
+    states = [torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()]
+    first, second = (teacher.predict(batches[0], 0)[0] for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert [np.random.get_state()[1].tolist(), random.getstate()] == states[1:]
+    assert torch.equal(first, second) == (mode == 'eval')
+    with torch.no_grad():
+        plain = model.eval()(**batches[0]['net_input'])[0].softmax(-1).view(-1, 50)
+    assert torch.allclose(first, plain, atol=1e-6) == (mode == 'eval')
+
+
+def test_tokens_are_paired_across_sentences():
+    """Token 5 comes twice in the first sentence and once in the second: the two take the one, it takes one of them."""
+    trainer, _ = make_trainer([], criterion='cskd_label_smoothed_cross_entropy', **SMALL)
+    model, eos, pad = trainer.get_model().train(), Dictionary().eos(), Dictionary().pad()
+    target = torch.tensor([[5, 5, 6, eos], [7, 5, eos, pad]])
+    inputs = {'src_tokens': target, 'src_lengths': torch.tensor([4, 3]), 'prev_output_tokens': target.roll(1, 1)}
+    sample = {'net_input': inputs, 'target': target, 'ntokens': 7, 'id': torch.arange(2)}
+    trainer.criterion.train()
+    _, _, log = trainer.criterion(model, sample)
+    lprobs = model(**inputs)[0].log_softmax(-1).view(-1, 50)
+
+    def kl(token, partner):
+        return distillation_kl(lprobs[[token]], lprobs[[partner]], 4.0, reduction='sum').item()
+
+    certain = kl(0, 5) + kl(1, 5) + kl(3, 6) + kl(6, 3)
+    assert min(abs(log['kl_loss'].item() - certain - kl(5, drawn)) for drawn in (0, 1)) < 1e-4
 
 
 def test_bank_holds_what_the_model_predicted():

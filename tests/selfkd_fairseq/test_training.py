@@ -49,6 +49,7 @@ def test_usage_shows_the_options(fairseq):
         '--pskd-alpha',
         '--pskd-past {snapshot,ema,bank}',
         '--pskd-snapshot-interval',
+        '--pskd-teacher-mode {train,eval}',
         '--pskd-top-k',
         '--report-ece',
     )
@@ -96,6 +97,41 @@ def test_alpha_grows_with_updates_where_there_is_no_max_epoch(fairseq):
     assert alphas[first_epoch:] == pytest.approx([0.8 * (u - 1) / 12 for u in updates[first_epoch:]], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ('lengths', 'alphas'),
+    [('--max-epoch 1000 --max-update 12', None), ('--max-epoch 3 --max-update 1000', [0, 0.8 * 2 / 3, 0.8])],
+)
+def test_alpha_follows_what_ends_first(fairseq, lengths, alphas):
+    log = fairseq.train('first', PSKD, lengths, '--no-save --disable-validation')
+    if alphas is None:
+        assert log.stats('train_inner')[-1]['alpha'] == pytest.approx(0.8 * 11 / 12, abs=1e-4)
+    else:
+        assert [entry['train_alpha'] for entry in log.stats('train')] == pytest.approx(alphas, abs=1e-4)
+
+
+def test_what_may_end_training_early_is_said(fairseq):
+    log = fairseq.train('patience', PSKD, '--max-epoch 2 --no-save --patience 5')
+    assert 'alpha grows up to --pskd-alpha 0.8 over --max-epoch 2. Where --patience ends training earlier' in log
+
+
+@pytest.mark.parametrize('options', ['', '--sentence-avg'])
+def test_cross_entropy_logs_the_likelihood_of_the_label(fairseq, options):
+    """As nll_loss and ppl, beside the mixed loss."""
+    log = fairseq.train('ce', '--criterion pskd_cross_entropy --pskd-alpha 0.8 --max-epoch 3 --no-save', options)
+    last = log.stats('train')[-1]
+    tokens = 1 if not options else last['train_hard_loss'] / last['train_nll_loss']  # hard_loss is per sentence then
+    assert tokens == 1 or 5 < tokens < 9
+    assert last['train_nll_loss'] == pytest.approx(last['train_hard_loss'] / tokens, abs=2e-3)
+    assert abs(last['train_loss'] / tokens - last['train_nll_loss']) > 0.01
+    assert last['train_ppl'] == pytest.approx(2 ** last['train_nll_loss'], rel=1e-2)
+
+
+@pytest.mark.parametrize(('decay', 'says'), [('', True), ('--ema-decay 0.5', False)])
+def test_an_average_that_stays_near_the_initial_weights(fairseq, decay, says):
+    log = fairseq.train('decay', PSKD, '--max-epoch 2 --no-save --pskd-past ema --store-ema', decay)
+    assert ('still consists to 100% of the initial weights' in log) == says
+
+
 def test_validation_is_that_of_the_vanilla_criterion(fairseq):
     """The same checkpoint, validated by both criteria: same loss (smoothed), nll_loss and ppl."""
     fairseq.train('validate', PSKD, '--max-epoch 2')
@@ -115,41 +151,67 @@ def test_validation_is_that_of_the_vanilla_criterion(fairseq):
     assert float(result(ours)['valid_loss']) > 0
 
 
+def saved_past(state):
+    return state['extra_state']['train_iterator']['selfkd']['past']
+
+
 @pytest.mark.parametrize('past', PASTS)
 def test_resuming_is_exact(fairseq, difference, past):
-    """Stopped in the middle of epoch 2 and at its end, with dropout: the weights after epoch 3 are the same bit by bit.
+    """From the middle of epoch 2 and from its end, with dropout, the teacher's own too: the weights after epoch 3 are
+    the same bit by bit.
 
     The control shows that what the plugin adds to the checkpoint is what makes them so.
     """
-    options = (PSKD, PASTS[past], '--max-epoch 3')
-    straight = fairseq.train(f'{past}-straight', *options)
-    epoch = int(straight.stats('train')[0]['train_num_updates'])
-    for name, updates in (('middle', epoch + 3), ('end', 2 * epoch)):
-        save = f'{past}-{name}'
-        fairseq.train(save, *options, f'--max-update {updates}')
-        state = fairseq.checkpoint(f'{save}/checkpoint_last.pt')
+    options = (PSKD, PASTS[past], '--max-epoch 3 --save-interval-updates 4 --disable-validation')
+    save = f'{past}-straight'
+    fairseq.train(save, *options)
+    for name, path in (('middle', fairseq.first(f'{save}/checkpoint_2_*')), ('end', f'{save}/checkpoint2.pt')):
+        state = fairseq.checkpoint(path)
         itr = state['extra_state']['train_iterator']
         assert (itr['iterations_in_epoch'] > 0) == (name == 'middle')
-        saved = itr['selfkd']['past']
+        saved = saved_past(state)
         assert (saved is not None) == {'snapshot': name == 'middle', 'interval': True, 'ema': False, 'bank': True}[past]
         plain_file = fairseq.folder / 'plain.pt'
         torch.save(itr['selfkd'], plain_file)
         if torch.__version__ >= '1.13':
             torch.load(plain_file, weights_only=True)
-        fairseq.train(save, *options)
-        assert difference(fairseq.weights(f'{past}-straight'), fairseq.weights(save)) == 0
+        fairseq.train(f'{past}-{name}', *options, f'--restore-file {fairseq.folder / path}')
+        assert difference(fairseq.weights(save), fairseq.weights(f'{past}-{name}')) == 0
+        updates = state['optimizer_history'][-1]['num_updates']
         if saved is not None and not (past == 'interval' and updates % 5 == 0):  # a new one is due there
             del itr['selfkd']
             torch.save(state, fairseq.folder / save / 'without.pt')
             log = fairseq.train(f'{save}-control', *options, f'--restore-file {save}/without.pt')
-            assert difference(fairseq.weights(f'{past}-straight'), fairseq.weights(f'{save}-control')) > 1e-5
+            assert difference(fairseq.weights(save), fairseq.weights(f'{save}-control')) > 1e-5
             assert past == 'interval' or 'PS-KD: the checkpoint holds no' in log
+
+
+def test_the_training_set_may_be_validated_on(fairseq, difference):
+    """It is then iterated over twice at a time; the checkpoint in mid-epoch has its snapshot all the same."""
+    options = (PSKD, '--max-epoch 3 --valid-subset valid,train --save-interval-updates 4')
+    fairseq.train('both', *options)
+    path = fairseq.first('both/checkpoint_2_*')
+    assert saved_past(fairseq.checkpoint(path)) is not None
+    fairseq.train('both-resumed', *options, f'--restore-file {path}')
+    assert difference(fairseq.weights('both'), fairseq.weights('both-resumed')) == 0
+
+
+@pytest.mark.parametrize(('before', 'after'), [('bank', 'snapshot'), ('snapshot', 'bank'), ('interval', 'ema')])
+def test_resuming_with_another_past(fairseq, before, after):
+    """What the checkpoint holds is of no use; the run says so and builds up a past of its own."""
+    options = (PSKD, '--max-epoch 4 --save-interval-updates 4 --disable-validation --store-ema')
+    fairseq.train(f'{before}-before', *options, PASTS[before], '--ema-decay 0.9')
+    path = fairseq.first(f'{before}-before/checkpoint_2_*')
+    log = fairseq.train(f'{before}-{after}', *options, PASTS[after], '--ema-decay 0.9', f'--restore-file {path}')
+    made_with = 'snapshot' if before == 'interval' else before
+    assert f'made with --pskd-past {made_with}, and --pskd-past {after} cannot use what it holds' in log
+    assert log.stats('train')[-1]['train_soft_loss'] > 0
 
 
 def test_tied_weights_are_saved_once(fairseq):
     args = (PSKD, '--share-all-embeddings --max-epoch 3')
-    fairseq.train('tied', *args, '--max-update 9', data='joined')
-    saved = fairseq.checkpoint('tied/checkpoint_last.pt')['extra_state']['train_iterator']['selfkd']['past']
+    fairseq.train('tied', *args, '--save-interval-updates 4', data='joined')
+    saved = saved_past(fairseq.checkpoint(fairseq.first('tied/checkpoint_2_*')))
     embeddings = [t for name, t in saved.items() if 'embed_tokens' in name or 'output_projection' in name]
     assert len(embeddings) == 3
     assert len({t.storage().data_ptr() for t in embeddings}) == 1
@@ -157,22 +219,18 @@ def test_tied_weights_are_saved_once(fairseq):
 
 @pytest.mark.parametrize('past', ['snapshot', 'bank'])
 def test_resuming_after_sigkill(fairseq, difference, kill, past):
-    args = fairseq.train_args(f'killed-{past}', PSKD, PASTS[past], '--max-epoch 40 --save-interval-updates 3')
-    pid, log = fairseq.start(*args)
-    deadline = time.time() + 60
+    options = (PSKD, PASTS[past], '--max-epoch 15')
+    pid, log = fairseq.start(*fairseq.train_args(f'killed-{past}', *options, '--save-interval-updates 3'))
+    deadline = time.time() + 600
     while 'checkpoint_3_' not in log.read_text() and time.time() < deadline:
         time.sleep(0.01)
     kill(pid)
     assert fairseq.wait(pid) == -9
-    files = {p.name for p in (fairseq.folder / f'killed-{past}').iterdir()}
-    middle = sorted(name for name in files if name.startswith('checkpoint_2_'))[-1]
-    last = 'checkpoint_last.pt'
-    # fairseq copies to checkpoint_last.pt, so a kill may leave half of it: take the last that is surely whole.
-    restore = f'--restore-file {fairseq.folder}/killed-{past}/{middle}'
-    stop = '--max-update 30'
-    fairseq.train(f'resumed-{past}', PSKD, PASTS[past], '--max-epoch 40', stop, restore)
-    fairseq.train(f'never-{past}', PSKD, PASTS[past], '--max-epoch 40', stop)
-    assert difference(fairseq.weights(f'resumed-{past}', last), fairseq.weights(f'never-{past}', last)) == 0
+    # fairseq copies to checkpoint_last.pt, so a kill may leave half of it: take one that is surely whole.
+    restore = f'--restore-file {fairseq.first(f"killed-{past}/checkpoint_2_*")}'
+    fairseq.train(f'resumed-{past}', *options, restore)
+    fairseq.train(f'never-{past}', *options)
+    assert difference(fairseq.weights(f'resumed-{past}'), fairseq.weights(f'never-{past}')) == 0
 
 
 def test_resuming_with_another_total_says_what_happens_to_alpha(fairseq):
@@ -265,28 +323,47 @@ class TestCheckpoints:
 
 
 class TestSeveralProcesses:
+    @pytest.mark.parametrize('processes', [2, 4])
     @pytest.mark.parametrize('past', ['snapshot', 'bank'])
-    def test_two_processes_are_one_with_update_freq_2(self, fairseq, difference, past):
+    def test_processes_are_one_with_update_freq(self, fairseq, difference, past, processes):
+        """The same weights: in epochs 2 and 3 each process learns from snapshots and rows that are those of all."""
+        one, several = f'one-{past}-{processes}', f'several-{past}-{processes}'
         options = (PSKD, PASTS[past], '--max-epoch 3 --dropout 0')
-        fairseq.train(f'one-{past}', *options, '--update-freq 2')
-        logs = fairseq.train_together(f'two-{past}', *options, '--ddp-backend legacy_ddp')
-        assert difference(fairseq.weights(f'one-{past}'), fairseq.weights(f'two-{past}')) < 1e-5
-        assert logs[0].stats('train')[-1]['train_alpha'] == pytest.approx(0.8)
+        fairseq.train(one, *options, f'--update-freq {processes}')
+        logs = fairseq.train_together(several, *options, '--ddp-backend legacy_ddp', processes=processes)
+        assert difference(fairseq.weights(one), fairseq.weights(several)) < 1e-5
+        for log in logs[:1]:
+            assert log.stats('train')[-1]['train_alpha'] == pytest.approx(0.8)
         if past == 'bank':
-            one, two = (
-                fairseq.checkpoint(f'{n}-bank/checkpoint1.pt')['extra_state']['train_iterator']['selfkd']['past']
-                for n in ('one', 'two')
-            )
-            assert two['seen'].all()  # each process saw half of the sentences itself
-            torch.testing.assert_close(two['values'], one['values'], atol=2e-3, rtol=0)
+            one, several = (saved_past(fairseq.checkpoint(f'{save}/checkpoint1.pt')) for save in (one, several))
+            assert several['seen'].all()  # each process saw a part of the sentences itself
+            torch.testing.assert_close(several['values'], one['values'], atol=2e-3, rtol=0)
+
+    def test_progress_with_four(self, fairseq):
+        """An epoch has a quarter of the updates, and alpha grows by updates: whichever ends first."""
+        options = (PSKD, '--ddp-backend legacy_ddp --no-save --disable-validation')
+        logs = fairseq.train_together('four', *options, '--max-epoch 1000 --max-update 8', processes=4)
+        epoch = int(logs[0].stats('train')[0]['train_num_updates'])
+        alphas = [entry['alpha'] for entry in logs[0].stats('train_inner')]
+        assert alphas == pytest.approx([0] * epoch + [0.8 * done / 8 for done in range(epoch, 8)], abs=1e-4)
+
+    def test_one_process_runs_out_of_memory(self, fairseq):
+        """In the last step of the first epoch, when banks are exchanged: fairseq goes on without its share."""
+        options = (PSKD, PASTS['bank'], '--max-epoch 2 --ddp-backend legacy_ddp --disable-validation')
+        whole = fairseq.train_together('memory', *options)[0].stats('train')[0]
+        last = int(whole['train_num_updates'])
+        logs = fairseq.train_together('out-of-memory', *options, out_of_memory_at=last)
+        assert 'attempting to recover from OOM' in logs[1]
+        first, second = (saved_past(fairseq.checkpoint(f'out-of-memory/checkpoint{i}.pt'))['seen'] for i in (1, 2))
+        assert 0.5 < first.float().mean() < 1  # what the other process saw before is there
+        assert second.all()
 
     def test_resuming_in_mid_epoch(self, fairseq, difference):
         """Also what the other process predicted since the epoch began has to be in the checkpoint."""
         options = (PSKD, PASTS['bank'], '--max-epoch 3 --ddp-backend legacy_ddp --disable-validation')
-        first = fairseq.train_together('ddp-straight', *options)[0].stats('train')[0]
-        middle = int(first['train_num_updates']) + 2
-        fairseq.train_together('ddp-resumed', *options, f'--max-update {middle}')
-        fairseq.train_together('ddp-resumed', *options)
+        fairseq.train_together('ddp-straight', *options, '--save-interval-updates 5')
+        path = fairseq.first('ddp-straight/checkpoint_2_*')
+        fairseq.train_together('ddp-resumed', *options, f'--restore-file {path}')
         assert difference(fairseq.weights('ddp-straight'), fairseq.weights('ddp-resumed')) == 0
 
     def test_pytorch_ddp(self, fairseq, difference):
@@ -309,6 +386,14 @@ class TestSeveralProcesses:
         ('--max-epoch 2 --pskd-snapshot-interval -1', '--pskd-snapshot-interval: must be'),
         ('--max-epoch 2 --pskd-past bank --pskd-top-k 0', '--pskd-top-k: must lie in'),
         ('--max-epoch 2 --pskd-past bank --pskd-snapshot-interval 5', '--pskd-snapshot-interval: is for'),
+        (
+            '--max-epoch 2 --pskd-past bank --pskd-teacher-mode eval',
+            '--pskd-teacher-mode eval: is for --pskd-past snap',
+        ),
+        ('--max-epoch 1', 'training ends after'),
+        ('--max-epoch 9 --max-update 3', 'and training ends after 3, so it would be plain training'),
+        ('--max-epoch 3 --pskd-snapshot-interval 100', 'the first one is due after 100 updates'),
+        ('--max-epoch 1 --pskd-past bank', 'a sentence when it comes again, in the second epoch'),
         ('--max-epoch 2 --adaptive-softmax-cutoff 10', '--adaptive-softmax-cutoff: an adaptive softmax has no'),
     ],
 )
