@@ -7,7 +7,7 @@ corpora are usually reported for. Needs sacremoses and subword-nmt.
 import gzip
 import re
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 LANGUAGES = ('de', 'en')
 MARKUP_LINE = re.compile(r'<(url|talkid|keywords|speaker|reviewer|translator|doc|/doc)')
@@ -50,8 +50,10 @@ def multi30k(raw: Path) -> Dict[str, Pairs]:
 PREPARE = {'iwslt14': iwslt14, 'iwslt15': iwslt15, 'multi30k': multi30k}
 
 
-def write_splits(splits: Dict[str, Pairs], out: Path, *, bpe_tokens: int = 10000) -> None:
-    """Learns the encoding (``out/code``) and writes ``out/{split}.{de,en}``."""
+def write_splits(
+    splits: Dict[str, Pairs], out: Path, *, bpe_tokens: int = 10000, languages: Sequence[str] = LANGUAGES
+) -> None:
+    """Learns the encoding (``out/code``) and writes ``out/{split}.{language}``."""
     from subword_nmt.apply_bpe import BPE
     from subword_nmt.learn_bpe import learn_bpe
 
@@ -64,7 +66,7 @@ def write_splits(splits: Dict[str, Pairs], out: Path, *, bpe_tokens: int = 10000
     with open(out / 'code', encoding='utf-8') as code:
         bpe = BPE(code)
     for split, pairs in splits.items():
-        for lang, lines in zip(LANGUAGES, zip(*pairs)):
+        for lang, lines in zip(languages, zip(*pairs)):
             text = ''.join(bpe.process_line(line) + '\n' for line in lines)
             (out / f'{split}.{lang}').write_text(text, encoding='utf-8')
         print(f'{out}/{split}: {len(pairs)} pairs')
@@ -96,13 +98,16 @@ def segment_pairs(raw: Path, test: str) -> Pairs:
     return tokenised_pairs(*sides)
 
 
-def tokenised_pairs(german: List[str], english: List[str]) -> Pairs:
+def tokenised_pairs(first: Sequence[str], second: Sequence[str], languages: Sequence[str] = LANGUAGES) -> Pairs:
     from sacremoses import MosesTokenizer
 
-    if len(german) != len(english):
-        raise ValueError(f'the German text has {len(german)} lines, the English {len(english)}: they do not correspond')
+    if len(first) != len(second):
+        raise ValueError(
+            f'the text in {languages[0]} has {len(first)} lines, that in {languages[1]} {len(second)}: they do not '
+            'correspond'
+        )
     sides = []
-    for lang, lines in zip(LANGUAGES, (german, english)):
+    for lang, lines in zip(languages, (first, second)):
         tokenizer = MosesTokenizer(lang=lang)
         sides.append([tokenizer.tokenize(line, return_str=True).lower() for line in lines])
     return list(zip(*sides))

@@ -76,6 +76,83 @@ def test_multi30k(tmp_path, fairseq):
     run_config(fairseq, out, 'multi30k', 'en', 'de')
 
 
+@pytest.fixture
+def catalogues(tmp_path):
+    """Twelve programs with 10 to 21 messages each, and one message that all of them have."""
+    polib = pytest.importorskip('polib')
+    folder = tmp_path / 'locale' / 'de' / 'LC_MESSAGES'
+    folder.mkdir(parents=True)
+    for program in range(12):
+        catalogue = polib.POFile()
+        catalogue.metadata = {'Content-Type': 'text/plain; charset=UTF-8'}
+        messages = [('Could not open the file', 'Datei nicht zu öffnen gewesen')]
+        messages += [
+            (f'{program} _opens file {i} of %s', f'{program} öffnet _Datei {i} von %s') for i in range(10 + program)
+        ]
+        for message, translation in messages:
+            catalogue.append(polib.POEntry(msgid=message, msgstr=translation))
+        catalogue.save_as_mofile(str(folder / f'program{program}.mo'))
+    (folder / 'symlink.mo').symlink_to(folder / 'program3.mo')
+    return tmp_path / 'locale'
+
+
+@pytest.mark.parametrize('languages', [('en', 'de'), ('de', 'en')])
+def test_catalogues(catalogues, tmp_path, languages):
+    """Splits by program that have no English message in common, and an account of what came from where."""
+    options = ['--bpe-tokens', 30, '--held-out', 30, '--languages', *languages]
+    said = tool('prepare_translation.py', 'catalogues', catalogues, tmp_path / 'out', *options).stdout
+    rows = [line.split('\t') for line in said.splitlines() if '\t' in line]
+    assert len(rows) == 12
+    assert sum(int(pairs) for _, pairs, _ in rows) == sum(range(10, 22)) + 1  # the message of all of them: once
+    programs = {}
+    for split in ('train', 'valid', 'test'):
+        english, german = (
+            (tmp_path / 'out' / f'{split}.{lang}').read_text().replace('@@ ', '').splitlines() for lang in ('en', 'de')
+        )
+        assert len(english) == len(german) == sum(int(pairs) for where, pairs, _ in rows if where == split) >= 30
+        programs[split] = {line.split()[0] for line in english if 'opens' in line}
+        assert programs[split] <= {name.replace('program', '') for where, _, name in rows if where == split}
+        for a, b in zip(english, german):
+            if 'opens' in a:
+                number, i = a.split()[0], a.split()[3]
+                assert (a, b) == (f'{number} opens file {i} of var', f'{number} öffnet datei {i} von var')
+    assert sum(map(len, programs.values())) == 12
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--held-out', 100], '--held-out 100: the 12 programs have 187 pairs of messages, too few'),
+        (['--languages', 'en', 'fr'], 'no fr/LC_MESSAGES/*.mo was found'),
+        (['--languages', 'de', 'fr'], '--languages: one of the two must be en'),
+    ],
+)
+def test_catalogues_that_are_refused(catalogues, tmp_path, options, message):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        tool('prepare_translation.py', 'catalogues', catalogues, tmp_path / 'out', *options)
+    assert message in error.value.stderr
+
+
+@pytest.mark.parametrize(
+    ('message', 'translation', 'expected'),
+    [
+        ('&Save the %1 now', '%1 jetzt &speichern gleich', ('Save the VAR now', 'VAR jetzt speichern gleich')),
+        ('Set my_name to %(x)s', 'Setze my_name auf {x}', ('Set my_name to VAR', 'Setze my_name auf VAR')),
+        ('100%% of 20 % is here', '100%% von 20 % sind da', ('100% of 20 % is here', '100% von 20 % sind da')),
+        ('Lost %d of %d', 'Zwei von %d verloren', None),  # another number of codes
+        ('Two lines\nof a message', 'Zwei Zeilen\neiner Meldung', None),
+        ('The <b>bold</b> one here', 'Das <b>fette</b> da hinten', None),
+        ('Copyright by the authors', 'Copyright by the authors', None),  # not translated
+        ('Copyright by the authors', '', None),
+        ('word ' * 26, 'Wort ' * 25, None),
+    ],
+)
+def test_messages_are_normalised(message, translation, expected):
+    from selfkd_fairseq.catalogues import normalised
+
+    assert normalised(message, translation) == expected
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as error:
         tool('prepare_translation.py', 'multi30k', tmp_path, tmp_path / 'out')
