@@ -43,6 +43,7 @@ __all__ = [
     'hint_loss',
     'overhaul_loss',
     'progressive_targets',
+    'pskd_cross_entropy',
     'pskd_loss',
     'quality_focal_loss',
     'sla_loss',
@@ -253,6 +254,67 @@ def pskd_loss(
     if not return_parts:
         return loss
     return loss, PSKDParts(*(_reduce(term.detach(), reduction, ignored) for term in terms[1:]))
+
+
+def pskd_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    past_probs: Union[Tensor, TopK],
+    alpha,
+    *,
+    weight: Optional[Tensor] = None,
+    ignore_index: int = -100,
+    reduction: str = 'mean',
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """:func:`torch.nn.functional.cross_entropy` with its target softened by past predictions: :func:`pskd_loss` with
+    the arguments, and the normalisation, of torch's own.
+
+    Args:
+        logits: ``[N, C, ...]``.
+        target: class ids ``[N, ...]`` or probs ``[N, C, ...]``.
+        past_probs: ``[N, C, ...]``, or :class:`TopK` for logits ``[N, C]``; a constant.
+        alpha: in [0, 1], a number, or a tensor ``[N]`` with one per sample.
+        weight: of the classes, ``[C]``. As in torch's, the mean over class ids divides by the sum of their weights.
+        ignore_index: class ids of this value contribute nothing.
+        reduction: ``'none'``, ``'mean'`` or ``'sum'``.
+        label_smoothing: share of the target that is spread evenly over all C classes before mixing.
+
+    Example:
+        >>> logits, target, past = torch.randn(4, 3), torch.tensor([0, 1, 2, -100]), torch.full((4, 3), 1 / 3)
+        >>> options = dict(weight=torch.tensor([1.0, 2.0, 3.0]), label_smoothing=0.1)
+        >>> plain = F.cross_entropy(logits, target, **options)
+        >>> torch.allclose(pskd_cross_entropy(logits, target, past, 0.0, **options), plain)
+        True
+    """
+    ids, classes = not target.is_floating_point(), logits.shape[1]
+    if weight is None and (ids or not label_smoothing):
+        smoothing = label_smoothing * (classes - 1) / classes  # pskd_loss spreads over the other classes
+        options = dict(ignore_index=ignore_index, label_smoothing=smoothing) if ids else {}
+        return pskd_loss(logits, target, past_probs, _per_sample(alpha, target, ids), reduction=reduction, **options)
+    past = past_probs.dense(classes) if isinstance(past_probs, TopK) else past_probs
+    soft = soft_cross_entropy(logits, past, class_weight=weight, reduction='none')
+    wide_logits = logits.to(_wide(logits.dtype))
+    options = dict(ignore_index=ignore_index) if ids else {}  # torch takes none beside probs
+    hard = F.cross_entropy(wide_logits, target, weight, reduction='none', label_smoothing=label_smoothing, **options)
+    if ids:
+        soft = soft.masked_fill(target == ignore_index, 0)
+    losses = hard + _per_sample(alpha, hard, True) * (soft - hard)
+    if reduction != 'mean':
+        return _reduce(losses, reduction)
+    if not ids:
+        return losses.mean()
+    valid = target != ignore_index
+    total = valid.sum() if weight is None else (weight[target.masked_fill(~valid, 0)] * valid).sum()
+    return losses.sum() / total
+
+
+def _per_sample(alpha, like: Tensor, ids: bool):
+    """Alpha, where it is one per sample, with a value for each of the sample's positions."""
+    if not isinstance(alpha, Tensor) or not alpha.dim():
+        return alpha
+    shape = like.shape if ids else like.shape[:1] + like.shape[2:]
+    return alpha.view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
 
 def quality_focal_loss(logits: Tensor, target_probs: Tensor, *, gamma: float = 2.0, reduction: str = 'mean') -> Tensor:

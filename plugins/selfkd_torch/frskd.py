@@ -1,0 +1,162 @@
+"""FRSKD in a training loop of your own."""
+
+from typing import Dict, Iterator, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfkd.checks import at_least_zero, positive
+from selfkd.losses import frskd_loss
+from selfkd.pyramid import SelfTeacherPyramid
+
+from .batches import unwrap
+
+__all__ = ['FRSKD']
+
+
+class FRSKD:
+    """Feature refinement via self-knowledge distillation: a pyramid on the model's own feature maps teaches it.
+
+    Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
+    https://arxiv.org/abs/2103.08273
+
+    The self-teacher is no part of the model: it is not in ``model.state_dict()``, and evaluation does not run it. Its
+    parameters are the optimizer's::
+
+        frskd = FRSKD(model, layers=['layer1', 'layer2', 'layer3', 'layer4'], num_classes=100)
+        optimizer = torch.optim.SGD([*model.parameters(), *frskd.parameters()], lr=0.1)
+        ...
+        loss = frskd.loss(model(images), labels)
+
+    With several processes make it after the process group: gradients of the self-teacher are averaged over them.
+
+    Args:
+        model: the module that the loop calls.
+        layers: names of the sub-modules whose outputs are the feature maps, fine to coarse, two or more.
+        num_classes: C.
+        alpha: weight of the KL from the self-teacher, at least 0.
+        beta: weight of the attention transfer, at least 0.
+        temperature: T.
+        example: a batch of inputs, from which the channels of the maps are read. Defaults to one image of zeros,
+            3 x 224 x 224.
+        width, depth, repeats: of :class:`selfkd.pyramid.SelfTeacherPyramid`.
+
+    Raises:
+        ValueError: for names that are not sub-modules, and outputs that are not maps from fine to coarse.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        num_classes: int,
+        *,
+        alpha: float = 2.0,
+        beta: float = 100.0,
+        temperature: float = 4.0,
+        example: Optional[Tensor] = None,
+        width: int = 2,
+        depth: int = 2,
+        repeats: int = 1,
+    ):
+        at_least_zero('FRSKD', alpha=alpha, beta=beta)
+        positive('FRSKD', temperature=temperature)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        inner, self.layers = unwrap(model), list(layers)
+        modules = dict(inner.named_modules())
+        missing = [name for name in self.layers if name not in modules]
+        if missing or len(self.layers) < 2:
+            raise ValueError(
+                f'FRSKD: layers must name two or more sub-modules of {type(inner).__name__}; not there: {missing}; '
+                f'its own are {[name for name, _ in inner.named_children()]}'
+            )
+        self._feats: Dict[str, Tensor] = {}
+        for name in self.layers:
+            modules[name].register_forward_hook(_Keep(self._feats, name))
+        device = next(inner.parameters()).device
+        shapes = self._dry_run(inner, torch.zeros(1, 3, 224, 224, device=device) if example is None else example)
+        self.self_teacher = SelfTeacherPyramid(
+            [shape[1] for shape in shapes], num_classes, width=width, depth=depth, repeats=repeats
+        ).to(device)
+        self._pyramid: nn.Module = self.self_teacher
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._pyramid = nn.parallel.DistributedDataParallel(self.self_teacher, broadcast_buffers=False)
+
+    def _dry_run(self, model: nn.Module, example: Tensor) -> list:
+        training = {module: module.training for module in model.modules()}
+        random = torch.random.get_rng_state()
+        model.eval()
+        try:
+            with torch.enable_grad():
+                model(example)
+        except Exception as problem:
+            raise ValueError(
+                f'FRSKD: {type(model).__name__} does not take {tuple(example.shape)}: give a batch of its inputs as '
+                f'example= ({problem})'
+            ) from problem
+        finally:
+            torch.random.set_rng_state(random)
+            for module, mode in training.items():
+                module.training = mode
+        shapes = [tuple(self._feats[name].shape) if name in self._feats else () for name in self.layers]
+        self._feats.clear()
+        sides = [shape[-1] for shape in shapes if len(shape) == 4]
+        if len(sides) < len(shapes) or any(coarse > fine for fine, coarse in zip(sides, sides[1:])):
+            raise ValueError(
+                'FRSKD: layers must give feature maps [B, C, H, W], fine to coarse, got '
+                + ', '.join(f'{name}: {shape}' for name, shape in zip(self.layers, shapes))
+            )
+        return shapes
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The self-teacher's, for the optimizer."""
+        return self.self_teacher.parameters()
+
+    def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
+        """``F.cross_entropy(logits, target, **options)`` plus :meth:`term`."""
+        return F.cross_entropy(logits, target, **options) + self.term(logits, target, **options)
+
+    def term(self, logits: Tensor, target: Tensor, **options) -> Tensor:
+        """What FRSKD adds to a loss: the self-teacher's cross-entropy, and what the model learns from it.
+
+        Args:
+            logits: of the model's last call in training, ``[B, C]``.
+            target: class ids ``[B]`` or probs ``[B, C]``.
+            options: of the self-teacher's cross-entropy.
+
+        Raises:
+            RuntimeError: the layers were not run since the last call.
+        """
+        feats = [self._feats.pop(name, None) for name in self.layers]
+        if any(feat is None for feat in feats):
+            raise RuntimeError(
+                f'FRSKD: {[n for n, f in zip(self.layers, feats) if f is None]} did not run since the last loss: call '
+                'the model, with gradients, then the loss'
+            )
+        self._pyramid.train()
+        refined, teacher_logits = self._pyramid(feats)
+        options_of = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
+        terms = frskd_loss(logits, teacher_logits, feats, refined, None, **options_of)
+        return F.cross_entropy(teacher_logits, target, **options) + sum(terms.values())
+
+    def state_dict(self) -> dict:
+        """The self-teacher's weights, for a checkpoint that training goes on from."""
+        return self.self_teacher.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.self_teacher.load_state_dict(state)
+
+
+class _Keep:
+    """Keeps a layer's output where gradients are computed; a copy of the model keeps nothing."""
+
+    def __init__(self, feats: Optional[Dict[str, Tensor]], name: str):
+        self.feats, self.name = feats, name
+
+    def __call__(self, module: nn.Module, args, output) -> None:
+        if self.feats is not None and torch.is_grad_enabled() and isinstance(output, Tensor):
+            self.feats[self.name] = output
+
+    def __deepcopy__(self, memo) -> '_Keep':
+        return _Keep(None, self.name)
