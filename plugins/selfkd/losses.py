@@ -294,7 +294,7 @@ def pskd_cross_entropy(
         return pskd_loss(logits, target, past_probs, _per_sample(alpha, target, ids), reduction=reduction, **options)
     past = past_probs.dense(classes) if isinstance(past_probs, TopK) else past_probs
     soft = soft_cross_entropy(logits, past, class_weight=weight, reduction='none')
-    wide_logits = logits.to(_wide(logits.dtype))
+    wide_logits = logits.to(wide(logits.dtype))
     options = dict(ignore_index=ignore_index) if ids else {}  # torch takes none beside probs
     hard = F.cross_entropy(wide_logits, target, weight, reduction='none', label_smoothing=label_smoothing, **options)
     if ids:
