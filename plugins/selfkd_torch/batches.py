@@ -40,9 +40,7 @@ class Batches:
                 f'from an __iter__ of its own, so the samples in them are not known: {way_out}'
             )
         if isinstance(self.loader.dataset, IterableDataset):
-            raise ValueError(
-                f'{method}: the data set is an IterableDataset, whose samples have no index: {way_out}'
-            )
+            raise ValueError(f'{method}: the data set is an IterableDataset, whose samples have no index: {way_out}')
         self._numbered = True if self._numbered is None else self._numbered
 
     def pair(self, method: str, pairing: SameClassPairing, seed: int) -> None:

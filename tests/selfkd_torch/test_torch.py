@@ -1,0 +1,516 @@
+"""Self-distillation in plain training loops, over real scans of digits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from forks import in_processes
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from selfkd.bank import PredictionBank
+from selfkd.losses import distillation_kl, pskd_loss
+from selfkd.teacher import SnapshotTeacher
+from selfkd_torch import CSKD, FRSKD, PSKD
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope='module')
+def digits():
+    scans = load_digits()
+    images = torch.tensor(scans.data[:60], dtype=torch.float32) / 16
+    return TensorDataset(images, torch.tensor(scans.target[:60]))
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 10))
+
+
+def loader_of(data, **options):
+    return DataLoader(data, **{'batch_size': 20, 'shuffle': True, **options})
+
+
+def train(model, batches, loss_of, epochs=EPOCHS, after_step=lambda: None):
+    """A user's loop; the losses of its steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    torch.manual_seed(1)
+    losses = []
+    for _ in range(epochs):
+        for x, y in batches:
+            loss = loss_of(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            after_step()
+            losses.append(loss.item())
+    return losses
+
+
+def same(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+class Indexed(Dataset):
+    """Samples that say which they are."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return {'which': index, 'x': torch.full((3,), float(index))}
+
+
+class Fetched(Indexed):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter([self.data[i] for i in range(60)])
+
+
+class Batch:
+    """A batch type of the user's own."""
+
+    def __init__(self, samples):
+        self.which = torch.tensor([sample['which'] for sample in samples])
+
+
+def test_it_is_the_papers_loop(digits):
+    """The same numbers as the ten lines on the core's functions."""
+    model, restated = network(), network()
+    pskd = PSKD(loader_of(digits), num_classes=10, alpha=0.8, max_epochs=EPOCHS)
+    losses = train(model, pskd.batches(), pskd.loss)
+
+    bank, seen_rows = PredictionBank(60, 10), TensorDataset(torch.arange(60), *digits.tensors)
+    optimizer = torch.optim.SGD(restated.parameters(), lr=0.2, momentum=0.9)
+    torch.manual_seed(1)
+    expected = []
+    for epoch in range(EPOCHS):
+        for rows, x, y in loader_of(seen_rows):
+            logits = restated(x)
+            past, seen = bank.read(rows, return_seen=True)
+            loss = pskd_loss(logits, y, past, 0.8 * (epoch + 1) / EPOCHS * seen)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bank.write(rows, logits.detach().softmax(1))
+            expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(pskd.bank.read(torch.arange(60)), bank.read(torch.arange(60)))
+    plain = train(network(), loader_of(digits), F.cross_entropy)
+    assert losses[:3] == pytest.approx(plain[:3], rel=1e-6)  # the first epoch has no past
+    assert abs(losses[-1] - plain[-1]) > 1e-3
+
+
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_weight_zero_is_plain_training_to_the_last_bit(digits, teacher):
+    plain, zero = network(), network()
+    expected = train(plain, loader_of(digits), F.cross_entropy)
+    how = dict(num_classes=10) if teacher == 'bank' else dict(teacher='snapshot', model=zero)
+    pskd = PSKD(loader_of(digits), alpha=0.0, max_epochs=EPOCHS, **how)
+    assert train(zero, pskd.batches(), pskd.loss) == expected
+    assert same(plain, zero)
+
+
+@pytest.mark.parametrize('data', [Indexed(), Fetched(), Subset(Indexed(), range(29, -1, -1))])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(batch_size=4, shuffle=True),
+        dict(batch_size=4, num_workers=2, persistent_workers=True, drop_last=True),
+        dict(batch_size=4, sampler='weighted'),
+        dict(batch_size=7, sampler='distributed', num_workers=1),
+        dict(batch_size=4, collate_fn=Batch, shuffle=True),
+        dict(batch_size=None, sampler='random'),
+    ],
+    ids=['shuffled', 'workers', 'weighted', 'distributed', 'own batches', 'no batches'],
+)
+def test_rows_travel_with_their_batches(data, options):
+    samplers = {
+        'weighted': lambda: WeightedRandomSampler(torch.rand(30) + 0.1, 30),
+        'distributed': lambda: DistributedSampler(data, 2, rank=1),
+        'random': lambda: RandomSampler(data),
+    }
+    options = {**options, **({'sampler': samplers[options['sampler']]()} if 'sampler' in options else {})}
+    loader = DataLoader(data, **options)
+    pskd = PSKD(loader, num_classes=3, max_epochs=5)
+    assert len(pskd.batches()) == len(loader)
+    assert pskd.batches().dataset is data
+    for _ in range(2):
+        count = 0
+        for batch in pskd.batches():
+            which = batch.which if isinstance(batch, Batch) else torch.as_tensor(batch['which']).reshape(-1)
+            where = pskd._rows if not isinstance(data, Subset) else 29 - pskd._rows
+            assert torch.equal(which, where)
+            pskd.loss(torch.randn(len(which), 3), torch.zeros(len(which), dtype=torch.long))
+            count += 1
+        assert count == len(loader)
+
+
+def test_the_snapshot_teaches_in_the_students_mode(digits):
+    """Restated: the model of the end of the last epoch, with dropout and its own noise, on the same inputs."""
+    model, restated = network(), network()
+    pskd = PSKD(loader_of(Stream(digits), shuffle=False), alpha=0.8, max_epochs=EPOCHS, teacher='snapshot', model=model)
+    losses = train(model, pskd.batches(), pskd.loss)
+
+    teacher, optimizer = SnapshotTeacher(restated), torch.optim.SGD(restated.parameters(), lr=0.2, momentum=0.9)
+    torch.manual_seed(1)
+    expected, step = [], 0
+    for epoch in range(EPOCHS):
+        if epoch:
+            teacher.update(restated)
+        for x, y in loader_of(Stream(digits), shuffle=False):
+            teacher.begin_step(step)
+            past = teacher(x).softmax(1) if epoch else None
+            loss = pskd_loss(restated(x), y, past, 0.8 * (epoch + 1) / EPOCHS if epoch else 0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            expected.append(loss.item())
+            step += 1
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(restated.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_resume_is_exact(digits, teacher):
+    def make(model):
+        how = dict(num_classes=10) if teacher == 'bank' else dict(teacher='snapshot', model=model)
+        return PSKD(loader_of(digits, shuffle=False), alpha=0.8, max_epochs=4, **how)
+
+    straight = network()
+    pskd = make(straight)
+    losses = train(straight, pskd.batches(), pskd.loss, epochs=4)
+
+    model = network()
+    pskd, saved = make(model), {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    torch.manual_seed(1)
+
+    def steps(pskd, model, optimizer, epochs):
+        for _ in range(epochs):
+            for x, y in pskd.batches():
+                loss = pskd.loss(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                yield loss.item()
+
+    first = list(steps(pskd, model, optimizer, 2))
+    saved = copy.deepcopy(
+        dict(m=model.state_dict(), o=optimizer.state_dict(), p=pskd.state_dict(), r=torch.get_rng_state())
+    )
+    resumed = network(seed=5)
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.2, momentum=0.9)
+    resumed.load_state_dict(saved['m'])
+    optimizer.load_state_dict(saved['o'])
+    pskd = make(resumed)
+    pskd.load_state_dict(saved['p'])
+    torch.set_rng_state(saved['r'])
+    assert first + list(steps(pskd, resumed, optimizer, 2)) == losses
+    assert same(resumed, straight)
+    other = dict(teacher='snapshot', model=resumed) if teacher == 'bank' else dict(num_classes=10)
+    with pytest.raises(ValueError, match=f"PSKD: the state is of teacher='{teacher}'"):
+        PSKD(loader_of(digits), max_epochs=4, **other).load_state_dict(saved['p'])
+
+
+def test_a_snapshot_saved_within_an_epoch_is_the_one_that_taught(digits):
+    model = network()
+    pskd = PSKD(loader_of(digits), max_epochs=4, teacher='snapshot', model=model)
+    train(model, pskd.batches(), pskd.loss, epochs=1)
+    for x, y in pskd.batches():
+        pskd.loss(model(x), y)
+        before = model.state_dict()['0.weight'].clone()
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        state = pskd.state_dict()
+        break
+    again = PSKD(loader_of(digits), max_epochs=4, teacher='snapshot', model=model)
+    again.load_state_dict(state)
+    for x, y in again.batches():
+        again.loss(model(x), y)
+        assert again.current_alpha == pskd.current_alpha
+        assert torch.equal(again.teacher.state_dict()['0.weight'], before)
+        break
+
+
+def distributed(data, folder, rank):
+    torch.distributed.init_process_group('gloo')
+    model = nn.parallel.DistributedDataParallel(network())
+    sampler = DistributedSampler(data, shuffle=True)
+    loader = DataLoader(data, batch_size=10, sampler=sampler)
+    pskd = PSKD(loader, num_classes=10, max_epochs=EPOCHS)
+    snapshot = PSKD(loader, max_epochs=EPOCHS, teacher='snapshot', model=model)
+    frskd = FRSKD(
+        nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.MaxPool2d(2)), ['0', '1'], 10, example=torch.zeros(1, 1, 8, 8)
+    )
+    train(model, pskd.batches(), pskd.loss)
+    train(model, snapshot.batches(), snapshot.loss)
+    return dict(
+        bank=pskd.bank.state_dict(),
+        weights=model.module.state_dict(),
+        self_teacher=frskd.state_dict(),
+        alpha=pskd.current_alpha,
+    )
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_several_processes_hold_one_bank(digits, tmp_path, processes):
+    ranks = in_processes(tmp_path, lambda rank: distributed(digits, tmp_path, rank), processes)
+    for rank in ranks[1:]:
+        for part in ('bank', 'self_teacher'):
+            for name, value in ranks[0][part].items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(rank[part][name])), name
+        assert torch.equal(rank['weights']['0.weight'], ranks[0]['weights']['0.weight'])
+    assert bool(ranks[0]['bank']['seen'].all())
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(label_smoothing=0.1),
+        dict(weight=torch.linspace(0.5, 2, 10)),
+        dict(weight=torch.linspace(0.5, 2, 10), label_smoothing=0.1, reduction='sum'),
+        dict(ignore_index=3, reduction='none'),
+        dict(ignore_index=3, weight=torch.linspace(0.5, 2, 10)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('shape', [(), (4, 4)], ids=['classes', 'pixels'])
+def test_the_loss_takes_what_cross_entropy_takes(options, shape):
+    """(1 - alpha) of torch's own loss and alpha of the past's, which is torch's own loss of these probabilities."""
+    data = TensorDataset(torch.randn(6, 5, *shape), torch.randint(10, (6, *shape)))
+    data.tensors[1].view(-1)[0] = 3
+    torch.manual_seed(0)
+    model = nn.Conv2d(5, 10, 1) if shape else nn.Linear(5, 10)
+    pskd = PSKD(DataLoader(data, batch_size=6), alpha=0.8, max_epochs=2, teacher='snapshot', model=model)
+    for _ in range(2):
+        for x, y in pskd.batches():
+            logits = model(x)
+            loss = pskd.loss(logits, y, **options)
+    past, weight = logits.detach().softmax(1), options.get('weight', torch.ones(10))
+    hard = F.cross_entropy(logits, y, **{**options, 'reduction': 'none'})
+    factors = weight.view(-1, *[1] * len(shape))
+    valid = y != options.get('ignore_index', -100)
+    soft = -(factors * past * logits.log_softmax(1)).sum(1) * valid
+    expected = 0.2 * hard + 0.8 * soft
+    if options.get('reduction', 'mean') == 'mean':
+        expected = expected.sum() / (weight[y] * valid).sum()
+    torch.testing.assert_close(loss, expected.sum() if options.get('reduction') == 'sum' else expected)
+
+
+def test_mixup_accumulation_autocast_average_and_compiled_models(digits):
+    """A snapshot beside all of these at once."""
+    model = network()
+    compiled = torch.compile(model, backend='eager')
+    average = torch.optim.swa_utils.AveragedModel(model)
+    pskd = PSKD(loader_of(digits, batch_size=30), alpha=0.8, max_epochs=EPOCHS, teacher='snapshot', model=compiled)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    torch.manual_seed(1)
+    for _ in range(EPOCHS):
+        for i, (x, y) in enumerate(pskd.batches()):
+            mixed, target = 0.7 * x + 0.3 * x.flip(0), 0.7 * F.one_hot(y, 10) + 0.3 * F.one_hot(y.flip(0), 10)
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = pskd.loss(compiled(mixed), target) / 2
+            loss.backward()
+            losses.append(loss.item())
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+                average.update_parameters(model)
+                copy.deepcopy(model)
+    assert pskd.current_alpha == pytest.approx(0.8)
+    assert losses[-1] < losses[0]
+    assert pskd._past is None
+    assert not model._forward_pre_hooks
+
+
+def torchvision_style_epoch(model, criterion, optimizer, data_loader):
+    """As torchvision's references/classification/train.py: nothing in it knows of self-distillation."""
+    model.train()
+    for _, (image, target) in enumerate(data_loader):
+        output = model(image)
+        loss = criterion(output, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.inference_mode():
+            F.cross_entropy(output, target)  # for the log
+
+
+class LogSoftmaxLoss(nn.Module):
+    """As timm's LabelSmoothingCrossEntropy."""
+
+    def forward(self, x, target):
+        log_probs = F.log_softmax(x, dim=-1)
+        nll = -log_probs.gather(dim=-1, index=target.unsqueeze(1)).squeeze(1)
+        return (0.9 * nll - 0.1 * log_probs.mean(dim=-1)).mean()
+
+
+@pytest.mark.parametrize(
+    ('criterion', 'smoothing'), [(nn.CrossEntropyLoss(label_smoothing=0.1), 0.1), (LogSoftmaxLoss(), 0.1)]
+)
+def test_tap_on_code_that_cannot_be_edited(digits, criterion, smoothing):
+    model, explicit = network(), network()
+    pskd = PSKD(loader_of(digits), num_classes=10, max_epochs=EPOCHS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    torch.manual_seed(1)
+    for _ in range(EPOCHS):
+        with pskd.tap(None if isinstance(criterion, nn.CrossEntropyLoss) else criterion):
+            torchvision_style_epoch(model, criterion, optimizer, pskd.batches())
+    other = PSKD(loader_of(digits), num_classes=10, max_epochs=EPOCHS)
+    train(explicit, other.batches(), lambda logits, y: other.loss(logits, y, label_smoothing=smoothing))
+    for name, value in explicit.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert not criterion._forward_hooks
+
+
+def test_timms_losses(digits):
+    loss = pytest.importorskip('timm.loss', reason='timm is not installed')
+    for criterion, target in (
+        (loss.LabelSmoothingCrossEntropy(0.1), lambda y: y),
+        (loss.SoftTargetCrossEntropy(), lambda y: F.one_hot(y, 10).float()),
+    ):
+        model = network()
+        pskd = PSKD(loader_of(digits), alpha=0.8, max_epochs=2, teacher='snapshot', model=model)
+        plain, tapped = [], []
+        for _ in range(2):
+            with pskd.tap(criterion):
+                for x, y in pskd.batches():
+                    torch.manual_seed(0)
+                    logits = model(x)
+                    tapped.append(criterion(logits, target(y)).item())
+                    plain.append(criterion.forward(logits, target(y)).item())
+        assert tapped[:3] == plain[:3]
+        assert all(abs(a - b) > 1e-3 for a, b in zip(tapped[3:], plain[3:]))
+
+
+def test_a_tap_that_does_not_fire_is_an_error(digits):
+    model, pskd = network(), PSKD(loader_of(digits), num_classes=10, max_epochs=2)
+    with pytest.raises(RuntimeError, match='a batch was trained on without pskd.loss'), pskd.tap():
+        torchvision_style_epoch(model, LogSoftmaxLoss(), torch.optim.SGD(model.parameters(), lr=0.1), pskd.batches())
+    with pytest.raises(RuntimeError, match=r'no training loss was computed inside tap\(\)'), pskd.tap():
+        pass
+
+
+def test_cskd_is_the_papers_loss(digits):
+    model = network()
+    labels = digits.tensors[1]
+    cskd = CSKD(loader_of(digits, num_workers=1), model, weight=2.0, temperature=3.0, labels=labels)
+    pskd = PSKD(cskd.batches(), num_classes=10, max_epochs=2)  # both over one loader
+    partners = []
+    for _ in range(2):
+        for x, y in pskd.batches():
+            rows, (other, other_y) = pskd._rows, cskd._partners
+            assert torch.equal(digits.tensors[0][rows], x)
+            assert torch.equal(other_y, y)
+            logits = model(x)
+            torch.manual_seed(2)
+            term = cskd.term(logits)
+            torch.manual_seed(2)
+            with torch.no_grad():
+                expected = 2 * distillation_kl(logits, model(other), 3.0)
+            torch.testing.assert_close(term, expected)
+            assert pskd.loss(logits, y).requires_grad
+            partners.append(other)
+    assert not torch.equal(torch.cat(partners[:3]), torch.cat(partners[3:]))
+    assert pskd.batches() is cskd.batches()
+
+
+def test_frskd_on_a_torchvision_network():
+    models = pytest.importorskip('torchvision.models', reason='torchvision is not installed')
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=5)
+    names = list(model.state_dict())
+    before = copy.deepcopy(model.state_dict())
+    random = torch.random.get_rng_state()
+    frskd = FRSKD(model, ['layer1', 'layer2', 'layer3', 'layer4'], num_classes=5, example=torch.zeros(1, 3, 32, 32))
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not torch.equal(random, torch.random.get_rng_state())  # only the self-teacher's weights were drawn
+    optimizer = torch.optim.SGD([*model.parameters(), *frskd.parameters()], lr=0.01)
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    losses = []
+    for _ in range(3):
+        logits = model(images)
+        loss = frskd.loss(logits, labels)
+        assert loss > F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(parameter.grad is not None for parameter in frskd.parameters())
+    assert losses[-1] < losses[0]
+    with pytest.raises(RuntimeError, match=r"FRSKD: \['layer1', .* did not run since the last loss"):
+        frskd.loss(logits, labels)
+    with torch.no_grad():
+        model.eval()(images)
+    assert not frskd._feats
+    models.resnet18(num_classes=5).load_state_dict(model.state_dict(), strict=True)
+    state = frskd.state_dict()
+    frskd.load_state_dict(state)
+
+
+def test_what_cannot_work_is_refused(digits):
+    loader, model = loader_of(digits), network()
+    for error, message, make in (
+        (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot'",
+         lambda: PSKD(DataLoader(Stream(digits)), num_classes=10, max_epochs=3)),
+        (ValueError, 'loader must be a torch DataLoader, got list', lambda: PSKD([1], num_classes=10, max_epochs=3)),
+        (ValueError, 'max_epochs must be a whole number from 2 on, got 1', lambda: PSKD(loader, 10, max_epochs=1)),
+        (ValueError, 'needs num_classes', lambda: PSKD(loader, max_epochs=3)),
+        (ValueError, r'alpha must lie in \[0, 1\], got 1.5', lambda: PSKD(loader, 10, alpha=1.5, max_epochs=3)),
+        (ValueError, "teacher='snapshot' copies the model", lambda: PSKD(loader, max_epochs=3, teacher='snapshot')),
+        (ValueError, "are for teacher='snapshot': remove them", lambda: PSKD(loader, 10, max_epochs=3, model=model)),
+        (ValueError, "are the bank's: remove them",
+         lambda: PSKD(loader, max_epochs=3, teacher='snapshot', model=model, top_k=2)),
+        (ValueError, 'have a PSKD already',
+         lambda: PSKD(PSKD(loader, 10, max_epochs=3).batches(), 10, max_epochs=3)),
+        (ValueError, 'TensorDataset has no attribute targets', lambda: CSKD(loader, model)),
+        (ValueError, 'layers must name two or more', lambda: FRSKD(model, ['layer1'], 10)),
+        (ValueError, 'does not take', lambda: FRSKD(model, ['0', '1'], 10)),
+        (ValueError, r'must give feature maps \[B, C, H, W\], fine to coarse, got 0: \(3, 32\)',
+         lambda: FRSKD(model, ['0', '1'], 10, example=torch.zeros(3, 64))),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            make()
+    pskd = PSKD(loader, num_classes=10, max_epochs=2)
+    with pytest.raises(RuntimeError, match=r'in a loop over pskd.batches\(\)'):
+        pskd.loss(torch.randn(2, 10), torch.tensor([0, 1]))
+    logits, target = torch.randn(20, 10), torch.zeros(20, dtype=torch.long)
+    for error, message, arguments in (
+        (ValueError, r'wants logits \(20, 10\), got \(5, 10\)', (logits[:5], target[:5])),
+        (ValueError, 'samples may be mixed', (logits, logits.softmax(1))),
+    ):
+        for _ in pskd.batches():
+            with pytest.raises(error, match=message):
+                pskd.loss(*arguments)
+            break
+    pskd = PSKD(loader, num_classes=10, max_epochs=2)
+    for _ in pskd.batches():
+        pskd.loss(logits, target)
+        with pytest.raises(RuntimeError, match='a second loss in one batch'):
+            pskd.loss(logits, target)
+    for _ in pskd.batches():
+        pskd.loss(logits, target)
+    with pytest.raises(ValueError, match='epoch 3 of max_epochs=2'):
+        next(iter(pskd.batches()))
