@@ -25,7 +25,7 @@ DIVERGED = 'training has diverged (a lower learning rate, warm-up or clipped gra
 
 
 def at_least_zero(user: str, **settings: float) -> None:
-    """Refuses a setting below zero (or not a number).
+    """Refuses a setting below zero, infinite, or not a number.
 
     Args:
         user: what the message begins with: the hook or head that has the settings.
@@ -42,6 +42,8 @@ def at_least_zero(user: str, **settings: float) -> None:
     for name, value in settings.items():
         if not value >= 0:
             raise ValueError(f'{user}: {name} must be at least 0, got {value}')
+        if value == math.inf:
+            raise ValueError(f'{user}: {name} must be finite, got {value}')
 
 
 def positive(user: str, **settings: float) -> None:
@@ -49,6 +51,7 @@ def positive(user: str, **settings: float) -> None:
     for name, value in settings.items():
         if not value > 0:
             raise ValueError(f'{user}: {name} must be above 0, got {value}')
+    at_least_zero(user, **settings)
 
 
 def share(user: str, **settings: float) -> None:

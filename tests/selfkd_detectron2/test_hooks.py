@@ -334,6 +334,7 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
         ),
         ('faster', PSKD + 'SELFKD.PSKD.INTERVAL None', 'Cycle how many iterations .*SELFKD.PSKD.INTERVAL'),
         ('faster', CSKD + 'SELFKD.CSKD.WEIGHT -1', r'\(SELFKD.CSKD\): weight must be at least 0'),
+        ('faster', CSKD + 'SELFKD.CSKD.WEIGHT 1e999', r'\(SELFKD.CSKD\): weight must be finite, got inf'),
         ('faster', CSKD + 'SELFKD.CSKD.TEMPERATURE 0', r'\(SELFKD.CSKD\): temperature must be above 0'),
         ('faster', PSKD + 'MODEL.ROI_HEADS.NUM_CLASSES 20', 'ROI_HEADS.NUM_CLASSES is 20, .* has 10 classes'),
         ('retinanet', PSKD + 'MODEL.RETINANET.NUM_CLASSES 20', 'RETINANET.NUM_CLASSES is 20, .* has 10 classes'),
