@@ -151,7 +151,7 @@ def check_probs(name: str, probs: Tensor, shape: Tuple[int, ...], ignored: Optio
     if free_to_look(probs):
         probs = probs.detach()
         # A few samples at a time, so that the second look at them is at the cache.
-        chunks = probs.split(max(1, 2**18 * len(probs) // probs.numel()))
+        chunks = probs.split(max(1, 2**17 * len(probs) // probs.numel()))
         sums = torch.cat([chunk.sum(1, dtype=wide(probs.dtype)) for chunk in chunks])
         lows = torch.cat([chunk.amin(1) for chunk in chunks])
         if ignored is not None:

@@ -27,6 +27,7 @@ from .checks import (
     check_temperature,
     check_top_k,
     check_weight,
+    free_to_look,
     tracing,
     wide,
 )
@@ -836,12 +837,21 @@ def _without_channels(maps: Tensor):
 
 def _attention(maps: Tensor) -> Tensor:
     maps = maps.to(wide(maps.dtype)).flatten(2)
-    # Squares of very large and very small values are beyond float32; a(F) is the same for any multiple of F.
+    if free_to_look(maps):
+        squares = _mean_square(maps)
+        peaks = squares.detach().amax(1)
+        if peaks.min() > 1e-10 and peaks.max() < 1e15:
+            return F.normalize(squares)
+    # Squares of very small and very large values are beyond float32; a(F) is the same for any multiple of F.
     low, high = maps.detach().flatten(1).aminmax(dim=1)
-    maps = maps / torch.maximum(high, -low).clamp(min=torch.finfo(maps.dtype).tiny).view(-1, 1, 1)
+    scale = torch.maximum(high, -low).clamp(min=torch.finfo(maps.dtype).tiny)
+    return F.normalize(_mean_square(maps / scale.view(-1, 1, 1)))
+
+
+def _mean_square(maps: Tensor) -> Tensor:
     if not maps.requires_grad:  # without the tensor of squares
-        return F.normalize(torch.linalg.vector_norm(maps, dim=1).pow(2) / maps.shape[1])
-    return F.normalize(maps.pow(2).mean(1))
+        return torch.linalg.vector_norm(maps, dim=1).pow(2) / maps.shape[1]
+    return maps.pow(2).mean(1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
