@@ -1,6 +1,6 @@
 """Past predictions, a row per training sample: PS-KD's p_past as a table."""
 
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -73,8 +73,9 @@ class PredictionBank:
         row_bytes = columns * (dtype.itemsize if hasattr(dtype, 'itemsize') else torch.finfo(dtype).bits // 8)
         row_bytes += 0 if top_k is None else columns * torch.iinfo(id_dtype).bits // 8
         self._refuse_if_too_large(num_samples * row_bytes, dtype)
-        self._values = torch.zeros(num_samples, columns, dtype=dtype, device=self.device)
-        self._classes = None if top_k is None else torch.zeros(num_samples, columns, dtype=id_dtype, device=self.device)
+        dtypes = (dtype,) if top_k is None else (dtype, id_dtype)
+        # The probabilities, and with top_k their class ids.
+        self._tables = tuple(torch.zeros(num_samples, columns, dtype=d, device=self.device) for d in dtypes)
         self._seen = torch.zeros(num_samples, dtype=torch.bool)
         # What is on its way from an accelerator, oldest first: (indices, rows, whether each is finite, event). With the
         # table on the accelerator there are no rows.
@@ -127,14 +128,15 @@ class PredictionBank:
             first = indices.cpu()[~seen][:5].tolist()
             raise KeyError(f'PredictionBank: rows {first} were never written; pass return_seen=True to allow for it')
         where = indices.to(self.device, non_blocking=True)
-        values = self._values[where].float()
+        values, *classes = (table[where] for table in self._tables)
+        values = values.float()
         unseen = (~seen).to(self.device, non_blocking=True)[:, None]
         if self.top_k:
-            classes = self._classes[where].long()
+            ids = classes[0].long()
             if allow_unseen:  # distinct ids with the uniform probability
                 values = values.masked_fill(unseen, 1 / self.num_classes)
-                classes = torch.where(unseen, torch.arange(self.top_k, device=self.device), classes)
-            return TopK(values, classes)
+                ids = torch.where(unseen, torch.arange(self.top_k, device=self.device), ids)
+            return TopK(values, ids)
         return values.masked_fill(unseen, 1 / self.num_classes) if allow_unseen else values
 
     @torch.no_grad()
@@ -159,7 +161,7 @@ class PredictionBank:
             return
         last = _last_of_each(indices)
         if len(last) < len(indices):
-            indices, rows = indices[last], [row[last.to(row.device)] for row in rows]
+            indices, rows = indices[last], tuple(row[last.to(row.device)] for row in rows)
         if rows[0].device.type == 'cpu':  # encode() has looked at them
             self._land(indices)
             self._put(indices, rows)
@@ -192,16 +194,15 @@ class PredictionBank:
                 raise ValueError(f'probs: TopK must keep top_k={self.top_k} classes, got {probs.values.shape[1]}')
             if probs.values.device.type == 'cpu' and not probs.values.isfinite().all():
                 raise ValueError(f'probs: holds values that are not finite: {DIVERGED}')
-            return probs.values.to(self._values.dtype), probs.classes.to(self._classes.dtype)
+            return tuple(part.to(table.dtype) for part, table in zip(probs, self._tables))
         if probs.dim() != 2 or probs.shape[1] != self.num_classes or not probs.is_floating_point():
             raise ValueError(
                 f'probs: must be floating, [B, {self.num_classes}], got {probs.dtype}, {tuple(probs.shape)}'
             )
         check_probs('probs', probs, probs.shape)
         if self.top_k:
-            top = probs.topk(self.top_k, dim=1)
-            return top.values.to(self._values.dtype), top.indices.to(self._classes.dtype)
-        return (probs.to(self._values.dtype),)
+            return tuple(part.to(table.dtype) for part, table in zip(probs.topk(self.top_k, dim=1), self._tables))
+        return (probs.to(self._tables[0].dtype),)
 
     def write_encoded(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
         """As :meth:`write`, with rows that :meth:`encode` or :meth:`read_encoded` gave (of another process, say)."""
@@ -213,10 +214,6 @@ class PredictionBank:
         self._land(indices)
         where = indices.to(self.device)
         return tuple(table[where] for table in self._tables)
-
-    @property
-    def _tables(self) -> Tuple[Tensor, ...]:
-        return (self._values,) if self._classes is None else (self._values, self._classes)
 
     def _put(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
         where = indices.to(self.device, non_blocking=True)
@@ -261,18 +258,15 @@ class PredictionBank:
     @property
     def nbytes(self) -> int:
         """Bytes that the table takes, its flags included."""
-        tensors = [self._values, self._classes, self._seen]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in (*self._tables, self._seen))
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> Dict[str, Any]:
         """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``."""
         self._land()
-        state = {'num_classes': self.num_classes, 'values': self._values.cpu().clone(), 'seen': self._seen.clone()}
-        if self._classes is not None:
-            state['classes'] = self._classes.cpu().clone()
-        return state
+        tables = {name: table.cpu().clone() for name, table in zip(('values', 'classes'), self._tables)}
+        return {'num_classes': self.num_classes, 'seen': self._seen.clone(), **tables}
 
-    def load_state_dict(self, state: Dict[str, object]) -> None:
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restores :meth:`state_dict` of a bank with the same settings.
 
         Raises:
@@ -280,7 +274,7 @@ class PredictionBank:
         """
         values, classes = state['values'], state.get('classes')
         saved = (len(values), state['num_classes'], None if classes is None else classes.shape[1], values.dtype)
-        ours = (self.num_samples, self.num_classes, self.top_k, self._values.dtype)
+        ours = (self.num_samples, self.num_classes, self.top_k, self._tables[0].dtype)
         for name, theirs, own in zip(('num_samples', 'num_classes', 'top_k', 'dtype'), saved, ours):
             if theirs != own:
                 raise ValueError(
@@ -288,9 +282,8 @@ class PredictionBank:
                     'settings and the training set of the saved run, or start without it'
                 )
         self._pending.clear()
-        self._values.copy_(values)
-        if self._classes is not None:
-            self._classes.copy_(classes)
+        for table, rows in zip(self._tables, (values, classes)):
+            table.copy_(rows)
         self._seen.copy_(state['seen'])
 
     def _check_indices(self, indices: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Everything that stands for a teacher (past predictions, partners) is treated as 
 """
 
 import math
-from typing import Dict, NamedTuple, Optional, Sequence, Union
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +247,7 @@ def pskd_loss(
 
     log_probs = logits if normalized else _log_softmax(logits)
     if labels.is_floating_point():
-        target = labels if past is None else progressive_targets(labels, past_probs, alpha)
+        target = labels if past_probs is None else progressive_targets(labels, past_probs, alpha)
         terms = _mixed_nll(log_probs, None, target, None, 1.0, 0.0, None)
     else:
         terms = _mixed_nll(log_probs, labels, past, classes, alpha, label_smoothing, ignored)
@@ -291,7 +291,7 @@ def pskd_cross_entropy(
     ids, classes = not target.is_floating_point(), logits.shape[1]
     if weight is None and (ids or not label_smoothing):
         smoothing = label_smoothing * (classes - 1) / classes  # pskd_loss spreads over the other classes
-        options = dict(ignore_index=ignore_index, label_smoothing=smoothing) if ids else {}
+        options: Dict[str, Any] = dict(ignore_index=ignore_index, label_smoothing=smoothing) if ids else {}
         return pskd_loss(logits, target, past_probs, _per_sample(alpha, target, ids), reduction=reduction, **options)
     past = past_probs.dense(classes) if isinstance(past_probs, TopK) else past_probs
     soft = soft_cross_entropy(logits, past, class_weight=weight, reduction='none')
@@ -300,7 +300,8 @@ def pskd_cross_entropy(
     hard = F.cross_entropy(wide_logits, target, weight, reduction='none', label_smoothing=label_smoothing, **options)
     if ids:
         soft = soft.masked_fill(target == ignore_index, 0)
-    losses = hard + _per_sample(alpha, hard, True) * (soft - hard)
+    alpha = check_alpha(_per_sample(alpha, hard, True), logits)
+    losses = _times(1 - alpha, hard) + _times(alpha, soft)
     if reduction != 'mean':
         return _reduce(losses, reduction)
     if not ids:
@@ -518,10 +519,10 @@ def byot_loss(
     losses = {}
     if labels is not None:
         losses['loss_cls'] = (1 - alpha) * _cross_entropy(logits, labels)
-        losses['loss_aux'] = (1 - alpha) * sum(_cross_entropy(z, labels) for z in aux_logits)
-    losses['loss_kd'] = alpha * sum(distillation_kl(z, logits, temperature) for z in aux_logits)
-    distances = sum(hint_loss(f, feats) * feats.shape[1:].numel() for f in aux_feats)
-    losses['loss_feature'] = beta * distances
+        losses['loss_aux'] = (1 - alpha) * _sum([_cross_entropy(z, labels) for z in aux_logits])
+    losses['loss_kd'] = alpha * _sum([distillation_kl(z, logits, temperature) for z in aux_logits])
+    distances = [hint_loss(f, feats) * feats.shape[1:].numel() for f in aux_feats]
+    losses['loss_feature'] = beta * _sum(distances)
     return losses
 
 
@@ -622,7 +623,7 @@ def tfkd_loss(
         >>> round(tfkd_loss(torch.zeros(1, 4), torch.tensor([0]), alpha=0.0).item(), 4)  # log 4
         1.3863
     """
-    alpha = check_alpha(alpha, logits)
+    check_alpha(alpha, logits)
     regularization = tfkd_regularization(logits, labels, temperature=temperature, correct_prob=correct_prob)
     return (1 - alpha) * _cross_entropy(logits, labels) + alpha * regularization
 
@@ -712,7 +713,7 @@ def frskd_loss(
         terms = [FEATURE_LOSSES[feature_loss](f, t) for f, t in zip(feats, teacher_feats)]
         if feature_loss == 'overhaul':
             terms = [term / 2 ** (len(terms) - 1 - i) for i, term in enumerate(terms)]
-        losses['loss_feature'] = beta * sum(terms)
+        losses['loss_feature'] = beta * _sum(terms)
     return losses
 
 
@@ -861,6 +862,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=1, dtype=wide(logits.dtype))
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return sum(terms[1:], terms[0])
 
 
 def _reduce(losses: Tensor, reduction: str, ignored: Optional[Tensor] = None) -> Tensor:

@@ -170,7 +170,7 @@ def recall_at_1(features: Tensor, labels: Tensor, *, chunk: int = 1024) -> float
         distance = torch.cdist(features[start : start + chunk], features, compute_mode='donot_use_mm_for_euclid_dist')
         rows = torch.arange(len(distance), device=features.device)
         distance[rows, rows + start] = float('inf')
-        hits += (labels[distance.argmin(1)] == labels[start : start + chunk]).sum().item()
+        hits += int((labels[distance.argmin(1)] == labels[start : start + chunk]).sum())
     return hits / len(features)
 
 

@@ -3,9 +3,8 @@
 import copy
 import random
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Callable, Dict
+from typing import Any, Callable, Dict
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .checks import one_of
 from .seeds import step_seed
 
-__all__ = ['SnapshotTeacher', 'in_background']
+__all__ = ['SnapshotTeacher']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
@@ -98,7 +97,7 @@ class SnapshotTeacher:
 
     @torch.no_grad()
     def run(self, function: Callable, *args, **kwargs):
-        """Calls a method of the copy (``teacher.run(teacher.model.extract_feat, images)``) with the copy's own noise."""
+        """Calls a method of the copy, as ``teacher.run(teacher.model.extract_feat, images)``, with its own noise."""
         seed = step_seed(self._step, self._calls)
         self._calls += 1
         with _random_state(seed, _tensors(self.model)[0].device):
@@ -115,7 +114,7 @@ class SnapshotTeacher:
 def _frozen_copy(model: nn.Module) -> nn.Module:
     # torch's weight_norm keeps the computed weight as a plain, non-leaf attribute, which deepcopy refuses:
     # give the copy a detached one, the module recomputes it in its next forward pass.
-    memo = {
+    memo: Dict[int, Any] = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
@@ -152,14 +151,3 @@ def _random_state(seed: int, device: torch.device):
             random.setstate(of_python)
             if numpy:
                 numpy.random.set_state(of_numpy)
-
-
-def in_background(function: Callable, *args) -> Future:
-    """Starts a call in a thread of its own: on CPUs, the copy's work beside what the student does on one thread.
-
-    The thread ends with the call. One that stayed would slow down OpenMP's in the whole process.
-    """
-    thread = ThreadPoolExecutor(1)
-    call = thread.submit(function, *args)
-    thread.shutdown(wait=False)
-    return call
