@@ -4,27 +4,24 @@ from typing import Dict
 
 import torch
 from mmengine.runner import BaseLoop, Runner
-from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
-from selfkd_mmengine import SelfKDHook
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler
+
+from .heads import ClassifierHook, logits_of
 
 __all__ = ['CSKDHook']
 
 
-class PairedHook(SelfKDHook):
+class PairedHook(ClassifierHook):
     """What hooks share whose batches are pairs: the data loader, and what to refuse."""
 
     batch_sampler: type
-
-    def loss_module(self, model: nn.Module) -> nn.Module:
-        return model.head.loss_module
 
     def before_run(self, runner: Runner) -> None:
         super().before_run(runner)
@@ -40,25 +37,18 @@ class PairedHook(SelfKDHook):
         if is_iter_based(runner) or type(loader.batch_sampler) is not BatchSampler:
             raise ValueError(
                 f'{type(self).__name__}: the training loop is iteration-based or has a batch sampler of its own, so '
-                'the data '
-                f"loader must yield the pairs: set train_dataloader.batch_sampler=dict(type='selfkd_mmengine."
-                f"{self.batch_sampler.__name__}')"
+                'the data loader must yield the pairs: set train_dataloader.batch_sampler='
+                f"dict(type='selfkd_mmengine.{self.batch_sampler.__name__}')"
             )
         runner.train_loop.dataloader = with_batch_sampler(loader, self.batch_sampler)
 
     def check(self, runner: Runner, model: nn.Module) -> None:
-        head = getattr(model, 'head', None)
-        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(head, MultiLabelClsHead):
-            raise ValueError(
-                f'{type(self).__name__}: {type(model).__name__} with the head {type(head).__name__} has no '
-                'single-label '
-                f'classification head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
-            )
+        super().check(runner, model)
         if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
             raise ValueError(
                 f'{type(self).__name__}: batch augmentations (Mixup, CutMix, ...) mix samples, and a mixed sample has '
-                'no partner '
-                f'(of its class, or of the same image): remove batch_augments from model.train_cfg / data_preprocessor'
+                'no partner (of its class, or of the same image): remove batch_augments from model.train_cfg / '
+                'data_preprocessor'
             )
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
@@ -112,10 +102,10 @@ class CSKDHook(PairedHook):
         if self.weight == 0:
             return loss
         # After the anchors' pass, as in the released code; also, autocast keeps the weights that the first pass casts,
-        # which must be one with gradient. Not through __call__: this is no training step, and hooks are not to see it.
+        # which must be one with gradient. Not through the model's __call__: this is no training step.
         with torch.no_grad():
             inputs = self._model.data_preprocessor(self._partners, True)['inputs']
-            partner_logits = self._model.forward(inputs, mode='tensor')
+            partner_logits = logits_of(self._model, inputs)
         # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
         self.logs['loss_cskd'] = self.weight * distillation_kl(arguments['cls_score'], partner_logits, self.temperature)
         return loss

@@ -5,8 +5,7 @@ from typing import Dict, Optional
 import torch
 import torch.nn.functional as F
 from mmengine.runner import Runner
-from mmpretrain.models.heads import MultiLabelClsHead
-from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
+from mmpretrain.models.losses import LabelSmoothLoss
 from mmpretrain.models.losses.utils import weight_reduce_loss
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
@@ -17,13 +16,15 @@ from selfkd.losses import soft_cross_entropy
 from selfkd_mmengine import PSKDHookBase, SampleIndex
 from selfkd_mmengine.hook import is_iter_based, saves_after_this_iter
 
+from .heads import ClassifierHook, logits_of
+
 __all__ = ['PSKDHook']
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16}
 
 
 @HOOKS.register_module()
-class PSKDHook(PSKDHookBase):
+class PSKDHook(ClassifierHook, PSKDHookBase):
     """Progressive self-knowledge distillation for any classifier whose head has a ``loss_module``.
 
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
@@ -50,7 +51,8 @@ class PSKDHook(PSKDHookBase):
             batch norm by the batch), or ``'eval'``.
 
     Logged besides the loss: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts, which sum to the loss) and
-    ``pskd_entropy`` (mean entropy of the past predictions, in nats).
+    ``pskd_entropy`` (mean entropy of the past predictions, in nats); ``pskd_skipped``, if there are any, counts
+    predictions that were not finite (steps on an accelerator that overflowed) and did not enter the bank.
 
     Raises:
         ValueError: at the start of training, for what cannot work; each message says what to change.
@@ -74,42 +76,33 @@ class PSKDHook(PSKDHookBase):
             raise ValueError(
                 "PSKDHook: top_k, bank_dtype and bank_device belong to teacher='bank', got teacher='snapshot'"
             )
+        if teacher == 'bank' and teacher_mode != 'train':
+            raise ValueError(
+                f"PSKDHook: teacher_mode belongs to teacher='snapshot'; the bank keeps predictions made in training, "
+                f'got teacher_mode={teacher_mode!r}'
+            )
         super().__init__(alpha, snapshot=teacher == 'snapshot', interval=interval, teacher_mode=teacher_mode)
         self.top_k, self.bank_dtype, self.bank_device = top_k, bank_dtype, bank_device
         self.bank: Optional[PredictionBank] = None
 
-    def loss_module(self, model: nn.Module) -> nn.Module:
-        return model.head.loss_module
-
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
-        head = getattr(model, 'head', None)
-        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or not getattr(head, 'num_classes', None):
-            raise ValueError(
-                f'PSKDHook: {type(model).__name__} with the head {type(head).__name__} has no classification '
-                f'head with a '
-                f'loss_module and num_classes; use an ImageClassifier with a LinearClsHead or the like'
-            )
-        loss = head.loss_module
-        if isinstance(head, MultiLabelClsHead) or not _is_softmax_loss(loss):
-            raise ValueError(
-                f'PSKDHook: {type(head).__name__} trains with {type(loss).__name__}, but a past prediction is a '
-                f'softmax over '
-                f'classes: multi-label and sigmoid losses are not supported. Use CrossEntropyLoss '
-                f'(use_sigmoid=False) or '
-                f'LabelSmoothLoss (mode original or classy_vision) in model.head.loss'
-            )
         classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
-        if classes is not None and len(classes) != head.num_classes:
+        self.num_classes = getattr(model.head, 'num_classes', None) or len(classes or ())
+        if not self.num_classes and not self.snapshot:
             raise ValueError(
-                f'PSKDHook: the training set has {len(classes)} classes, the head {head.num_classes}: set '
+                f'PSKDHook: neither the head {type(model.head).__name__} nor the training set says how many classes '
+                "there are: set metainfo=dict(classes=...) of the training set, or teacher='snapshot'"
+            )
+        if classes is not None and len(classes) != self.num_classes:
+            raise ValueError(
+                f'PSKDHook: the training set has {len(classes)} classes, the head {self.num_classes}: set '
                 f'model.head.num_classes={len(classes)}'
             )
         if not self.snapshot and getattr(model.data_preprocessor, 'batch_augments', None) is not None:
             raise ValueError(
-                'PSKDHook: batch augmentations (Mixup, CutMix, ...) mix samples, so a prediction belongs to no '
-                'single one: '
-                "set teacher='snapshot', or remove batch_augments from model.train_cfg / data_preprocessor"
+                'PSKDHook: batch augmentations (Mixup, CutMix, ...) mix samples, so a prediction belongs to no single '
+                "one: set teacher='snapshot', or remove batch_augments from model.train_cfg / data_preprocessor"
             )
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
@@ -119,7 +112,7 @@ class PSKDHook(PSKDHookBase):
         self.sample_index = SampleIndex(runner.train_dataloader.dataset)
         self.bank = PredictionBank(
             len(self.sample_index),
-            model.head.num_classes,
+            self.num_classes,
             top_k=self.top_k,
             dtype=DTYPES[self.bank_dtype],
             device=self.bank_device or next(model.parameters()).device,
@@ -139,12 +132,14 @@ class PSKDHook(PSKDHookBase):
 
     def before_forward(self, inputs: Tensor) -> None:
         if self.teacher_ready:
-            self._past = self.teacher(inputs, mode='tensor').float().softmax(1)
+            self._past = self.teacher.run(logits_of, self.teacher.model, inputs).float().softmax(1)
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         logits, label = arguments['cls_score'], arguments['label']
         if not self.snapshot:
             self._probs = logits.detach().float().softmax(1)
+            if self.bank.skipped:
+                self.logs['pskd_skipped'] = torch.tensor(float(self.bank.skipped))
         past = self._past_targets(logits, label)
         if past is None or self.current_alpha == 0:
             self.logs.update(pskd_hard=loss.detach(), pskd_soft=torch.zeros(()), pskd_entropy=torch.zeros(()))
@@ -204,12 +199,6 @@ class PSKDHook(PSKDHookBase):
         super().load_state_dict(state)
         if self.bank is not None and 'bank' in state:
             self.bank.load_state_dict(state['bank'])
-
-
-def _is_softmax_loss(loss: nn.Module) -> bool:
-    if isinstance(loss, LabelSmoothLoss):
-        return loss.mode != 'multi_label' and not loss.ce.use_sigmoid
-    return isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid
 
 
 def _hard_targets(loss: nn.Module, label: Tensor, num_classes: int) -> Tensor:

@@ -3,19 +3,20 @@
 from typing import Dict
 
 from mmengine.runner import Runner
-from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.checks import positive, share
 from selfkd.losses import tfkd_regularization
-from selfkd_mmengine import PSKDHookBase, SelfKDHook
+from selfkd_mmengine import PSKDHookBase
+
+from .heads import ClassifierHook
 
 __all__ = ['TFKDHook']
 
 
 @HOOKS.register_module()
-class TFKDHook(SelfKDHook):
+class TFKDHook(ClassifierHook):
     """Teacher-free knowledge distillation by regularisation, for any classifier whose head has a ``loss_module``.
 
     Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020
@@ -42,22 +43,12 @@ class TFKDHook(SelfKDHook):
         positive('TFKDHook', temperature=temperature, correct_prob=correct_prob)
         self.alpha, self.temperature, self.correct_prob = alpha, temperature, correct_prob
 
-    def loss_module(self, model: nn.Module) -> nn.Module:
-        return model.head.loss_module
-
     def check(self, runner: Runner, model: nn.Module) -> None:
-        head = getattr(model, 'head', None)
-        if not isinstance(getattr(head, 'loss_module', None), nn.Module) or isinstance(head, MultiLabelClsHead):
-            raise ValueError(
-                f'TFKDHook: {type(model).__name__} with the head {type(head).__name__} has no single-label '
-                'classification '
-                f'head with a loss_module; use an ImageClassifier with a LinearClsHead or the like'
-            )
+        super().check(runner, model)
         if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
             raise ValueError(
-                'TFKDHook: its teacher is made up from one label, and a mixed sample (Mixup, CutMix, ...) has '
-                'several: remove '
-                'batch_augments from model.train_cfg / data_preprocessor'
+                'TFKDHook: its teacher is made up from one label, and a mixed sample (Mixup, CutMix, ...) has several: '
+                'remove batch_augments from model.train_cfg / data_preprocessor'
             )
         if any(isinstance(hook, PSKDHookBase) for hook in runner.hooks):
             raise ValueError('TFKDHook: PS-KD and TF-KD both replace the same target: use one of the two hooks')

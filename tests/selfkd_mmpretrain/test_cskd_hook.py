@@ -242,6 +242,9 @@ def test_a_foreign_dataset_is_refused():
 
 # Refusals
 
+LINEAR = dict(type='LinearClsHead', num_classes=10, in_channels=32)
+MULTI_LABEL = dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='multi_label')
+
 
 @pytest.mark.parametrize(
     ('hook', 'message'),
@@ -261,9 +264,25 @@ def test_runs_that_cannot_work_are_refused(digits, tmp_path):
         train(digits_config(digits, tmp_path, CSKD, **mixup))
     with pytest.raises(ValueError, match='set train_dataloader.batch_sampler=dict'):
         train(by_iterations(digits_config(digits, tmp_path, CSKD), 4))
-    multi_label = {'model.head': dict(type='MultiLabelLinearClsHead', num_classes=10, in_channels=32)}
-    with pytest.raises(ValueError, match='no single-label classification head'):
-        train(digits_config(digits, tmp_path, CSKD, **multi_label))
+
+
+@pytest.mark.parametrize('hook', ['CSKDHook', 'TFKDHook', 'DDGSDHook'])
+@pytest.mark.parametrize(
+    ('head', 'message'),
+    [
+        (dict(type='MultiLabelLinearClsHead', num_classes=10, in_channels=32), 'MultiLabelLinearClsHead trains with'),
+        (dict(LINEAR, loss=dict(type='FocalLoss')), 'LinearClsHead trains with FocalLoss, but a prediction is'),
+        (dict(LINEAR, loss=MULTI_LABEL), 'LinearClsHead trains with LabelSmoothLoss'),
+        (dict(type='ArcFaceClsHead', num_classes=10, in_channels=32), 'ArcFaceClsHead trains on logits with a margin'),
+        (dict(type='ConformerHead', num_classes=10, in_channels=[32, 32]), 'ConformerHead has two classifiers'),
+        (None, 'with the head NoneType has no classification head with a loss_module'),
+    ],
+)
+def test_heads_that_cannot_work_are_refused(digits, tmp_path, hook, head, message):
+    cfg = digits_config(digits, tmp_path, dict(type=f'selfkd_mmpretrain.{hook}'))
+    cfg.model.head = head
+    with pytest.raises(ValueError, match=f'^{hook}: .*{message}'):
+        train(cfg)
 
 
 def test_two_processes(digits, tmp_path):

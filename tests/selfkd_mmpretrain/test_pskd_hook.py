@@ -23,6 +23,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import MODELS
 
+from selfkd.bank import PredictionBank
+from selfkd.teacher import SnapshotTeacher
+
 PSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
 SNAPSHOT = dict(PSKD, teacher='snapshot')
 
@@ -92,10 +95,16 @@ def test_class_weights_and_loss_weight_act_on_both_parts(digits, tmp_path):
         past.update(zip(step['paths'], log_probs.exp()))
 
 
-@pytest.mark.parametrize('mixup', [False, True])
-def test_snapshot_teaches_with_the_previous_epochs_model_on_the_present_inputs(digits, tmp_path, mixup):
+DROPOUT_HEAD = dict(
+    type='StackedLinearClsHead', num_classes=10, in_channels=32, mid_channels=[16], dropout_rate=0.5, act_cfg=None
+)
+
+
+@pytest.mark.parametrize(('mode', 'mixup'), [('train', False), ('train', True), ('eval', False)])
+def test_snapshot_teaches_with_the_previous_epochs_model_on_the_present_inputs(digits, tmp_path, mode, mixup):
+    """In the mode that it trained in (with dropout drawn anew, batch norm by the batch), or in evaluation mode."""
     recorder = Recorder()
-    cfg = digits_config(digits, tmp_path, SNAPSHOT)
+    cfg = digits_config(digits, tmp_path, dict(SNAPSHOT, teacher_mode=mode), **{'model.head': DROPOUT_HEAD})
     if mixup:
         cfg.data_preprocessor.batch_augments = dict(
             augments=[dict(type='Mixup', alpha=1.0), dict(type='CutMix', alpha=1.0)]
@@ -108,10 +117,16 @@ def test_snapshot_teaches_with_the_previous_epochs_model_on_the_present_inputs(d
         assert mixup == bool(((hard > 0) & (hard < 1)).any())
         past = hard
         if step['epoch'] > 0:
-            teacher = copy.deepcopy(runner.model)
-            load_checkpoint(teacher, str(tmp_path / f'epoch_{step["epoch"]}.pth'))
+            before = copy.deepcopy(runner.model)
+            load_checkpoint(before, str(tmp_path / f'epoch_{step["epoch"]}.pth'))
             with torch.no_grad():
-                past = teacher.eval()(step['inputs'], mode='tensor').softmax(1)
+                past = before.eval()(step['inputs'], mode='tensor').softmax(1)
+            if mode == 'train':
+                before.train()
+                teacher = SnapshotTeacher(before)
+                teacher.begin_step(step['iter'])  # its dropout follows from the step
+                sharp, past = past, teacher(step['inputs'], mode='tensor').softmax(1)
+                assert (sharp - past).abs().max() > 1e-3
         expected = F.cross_entropy(step['logits'], (1 - alpha) * hard.float() + alpha * past)
         assert step['loss'] == pytest.approx(expected.item(), rel=1e-4)
 
@@ -377,6 +392,8 @@ def refused(message, cfg, error=ValueError):
         (dict(PSKD, bank_dtype='int8'), r"bank_dtype must be one of \['float32', 'float16'\], got 'int8'"),
         (dict(SNAPSHOT, top_k=4), r"top_k, bank_dtype and bank_device belong to teacher='bank'"),
         (dict(PSKD, top_k=11), r'top_k: must lie in \[1, num_classes=10\] or be None, got 11'),
+        (dict(PSKD, teacher_mode='eval'), r"teacher_mode belongs to teacher='snapshot'; .* got teacher_mode='eval'"),
+        (dict(SNAPSHOT, teacher_mode='test'), r"teacher_mode must be one of \['train', 'eval'\], got 'test'"),
         (dict(SNAPSHOT, interval=0), r'interval must be a positive number of iterations, got 0'),
         (
             dict(SNAPSHOT, interval=3),
@@ -404,6 +421,14 @@ def test_settings_that_cannot_work_are_refused(digits, tmp_path, hook, message):
             {'model.head': dict(type='MultiLabelLinearClsHead', num_classes=10, in_channels=32)},
             r'MultiLabelLinearClsHead',
         ),
+        (
+            {'model.head': dict(type='ArcFaceClsHead', num_classes=10, in_channels=32)},
+            'PSKDHook: ArcFaceClsHead trains on logits with a margin, which are not its predictions',
+        ),
+        (
+            {'model.head': dict(type='ConformerHead', num_classes=10, in_channels=[32, 32])},
+            'PSKDHook: ConformerHead has two classifiers with a loss each',
+        ),
         ({'model.head.num_classes': 12}, r'training set has 10 classes, the head 12: set model.head.num_classes=10'),
         (
             {'data_preprocessor.batch_augments': dict(augments=dict(type='Mixup', alpha=0.2))},
@@ -418,7 +443,7 @@ def test_models_that_cannot_work_are_refused_at_the_start(digits, tmp_path, opti
 def test_a_head_without_loss_module_is_refused(digits, tmp_path):
     cfg = digits_config(digits, tmp_path, PSKD)
     cfg.model.head = None
-    refused('has no classification head with a loss_module and num_classes', cfg)
+    refused('PSKDHook: ImageClassifier with the head NoneType has no classification head with a loss_module', cfg)
 
 
 @MODELS.register_module()
@@ -438,6 +463,54 @@ class BypassingHead(MODELS.get('LinearClsHead')):
 def test_a_tap_that_does_not_fire_once_is_an_error(digits, tmp_path, calls, message, monkeypatch):
     monkeypatch.setattr(BypassingHead, 'calls', calls)
     refused(message, digits_config(digits, tmp_path, PSKD, **{'model.head.type': 'BypassingHead'}), RuntimeError)
+
+
+@MODELS.register_module()
+class MarginHead(MODELS.get('LinearClsHead')):
+    """Trains on its logits less one for the label."""
+
+    def loss(self, feats, data_samples, **kwargs):
+        cls_score, label = self(feats), torch.cat([sample.gt_label for sample in data_samples])
+        return self._get_loss(cls_score - F.one_hot(label, 10), data_samples, **kwargs)
+
+
+@pytest.mark.parametrize('hook', [PSKD, dict(type='selfkd_mmpretrain.CSKDHook')])
+def test_a_head_that_trains_on_other_logits_than_it_predicts_is_an_error(digits, tmp_path, hook):
+    cfg = digits_config(digits, tmp_path, hook, **{'model.head.type': 'MarginHead'})
+    refused(r'KDHook: CrossEntropyLoss is trained on other logits than those that the head predicts', cfg, RuntimeError)
+
+
+@pytest.mark.parametrize('hook', [PSKD, SNAPSHOT, dict(type='selfkd_mmpretrain.CSKDHook')])
+def test_retriever(digits, tmp_path, hook):
+    """Its forward gives features, not logits."""
+    cfg = digits_config(digits, tmp_path, hook)
+    encoder = [cfg.model.backbone, cfg.model.neck]
+    cfg.model = dict(type='ImageToImageRetriever', image_encoder=encoder, head=cfg.model.head, prototype='none')
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    train(cfg, recorder := Recorder())
+    last = recorder.steps[-1]
+    if 'CSKD' in hook['type']:
+        assert last['loss_cskd'] > 0
+    else:
+        assert last['pskd_soft'] > 0
+        assert last['loss'] == pytest.approx(last['pskd_hard'] + last['pskd_soft'], rel=1e-5)
+
+
+def test_a_classifier_inside_the_backbone(digits, tmp_path):
+    """As VGG's or InceptionV3's: the head does not know the number of classes, the training set does."""
+    cfg = digits_config(digits, tmp_path, PSKD)
+    linear = dict(type='LinearNeck', in_channels=32, out_channels=10, norm_cfg=None)
+    cfg.model.neck, cfg.model.head = [cfg.model.neck, linear], dict(type='ClsHead')
+    assert find_hook(train(cfg), 'PSKDHook').bank.num_classes == 10
+
+
+def test_predictions_that_the_bank_did_not_take_are_logged(digits, tmp_path, monkeypatch):
+    """They come from accelerators; the count stands in for one here."""
+    train(digits_config(digits, tmp_path / 'none', PSKD, **{'train_cfg.max_epochs': 1}), none := Recorder())
+    monkeypatch.setattr(PredictionBank, 'skipped', property(lambda bank: 3))
+    train(digits_config(digits, tmp_path / 'some', PSKD, **{'train_cfg.max_epochs': 1}), some := Recorder())
+    assert not any('pskd_skipped' in step for step in none.steps)
+    assert all(step['pskd_skipped'] == 3 for step in some.steps)
 
 
 def test_a_model_that_is_never_called_is_an_error(digits, tmp_path):
