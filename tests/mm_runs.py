@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import mmengine.config.config
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
@@ -13,6 +15,8 @@ from mmengine.runner import Runner
 
 ROOT = Path(__file__).resolve().parent.parent
 counter = itertools.count()
+# Laying out the config's text takes half of a run as small as these.
+mmengine.config.config.FormatCode = lambda text, **style: (text, True)
 
 
 def digits_config(digits, work_dir, *hooks, **options) -> Config:
@@ -56,17 +60,29 @@ def train(cfg, *hooks) -> Runner:
     return runner
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def in_processes(processes: int, folder, script, *arguments) -> str:
+    """Runs a script in ``folder``, whose modules it may import, under torchrun if in several processes; its output."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', processes] if processes > 1 else []
+    path = [ROOT / 'plugins', ROOT / 'tests', folder, os.environ.get('PYTHONPATH', '')]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))}
+    command = map(str, [sys.executable, *launcher, script, *arguments])
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert outcome.returncode == 0, outcome.stderr[-6000:]
+    return outcome.stdout + outcome.stderr
+
+
 def train_in_processes(cfg: Config, folder, processes: int = 2) -> str:
     """Trains through tools/train.py into ``folder/run``, which modules in ``folder`` may extend; returns its output."""
     cfg.dump(folder / 'config.py')
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), ROOT / 'tools/train.py', folder / 'config.py']
-    command += ['--work-dir', folder / 'run', *(['--launcher', 'pytorch'] if processes > 1 else [])]
-    path = [ROOT / 'plugins', ROOT / 'tests', folder, os.environ.get('PYTHONPATH', '')]
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))}
-    outcome = subprocess.run(map(str, command), env=environment, capture_output=True, text=True, cwd=folder)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
-    return outcome.stdout + outcome.stderr
+    launcher = ['--launcher', 'pytorch'] if processes > 1 else []
+    arguments = [folder / 'config.py', '--work-dir', folder / 'run', *launcher]
+    return in_processes(processes, folder, ROOT / 'tools/train.py', *arguments)
 
 
 def find_hook(runner, kind):

@@ -13,7 +13,7 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from selfkd_mmengine.launch import prepare_cpu_launch
+from selfkd_mmengine.launch import leave_group, prepare_cpu_launch
 
 
 def main() -> None:
@@ -44,6 +44,7 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     prepare_cpu_launch(cfg)
     Runner.from_cfg(cfg).train()
+    leave_group()
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """What the plugins for MMPretrain, MMDetection and MMSegmentation share."""
 
+from .checkpoints import allow_mmengine_checkpoints
 from .hook import SelfKDHook, epoch_length, training_progress, unwrap
 from .pair_sampler import PairBatchSampler, ViewBatchSampler
 from .pskd_hook import PSKDHookBase
@@ -11,7 +12,10 @@ __all__ = [
     'SampleIndex',
     'SelfKDHook',
     'ViewBatchSampler',
+    'allow_mmengine_checkpoints',
     'epoch_length',
     'training_progress',
     'unwrap',
 ]
+
+allow_mmengine_checkpoints()

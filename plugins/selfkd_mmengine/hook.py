@@ -5,19 +5,21 @@ parameter, buffer or checkpoint key of the model changes; validation and inferen
 """
 
 import inspect
-import os
-from typing import Callable, Dict, List, Optional
+import math
+import re
+from typing import Callable, Dict, List, Optional, Tuple
 
-import torch
+from mmengine.dataset import DefaultSampler
+from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import IterBasedTrainLoop, Runner
-from mmengine.utils import digit_version
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 __all__ = ['SelfKDHook', 'epoch_length', 'training_progress', 'unwrap']
 
 CHECKPOINT_KEY = 'selfkd'
+STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of FlexibleRunner, in which hooks were tried
 
 
 class SelfKDHook(Hook):
@@ -32,6 +34,8 @@ class SelfKDHook(Hook):
     fires_every_step = True
     # Whether a step may call a loss module several times (one-stage detectors do, once for each level of the pyramid).
     many_calls = False
+    # Names of the logged values that are averaged over the logger's window, as losses are; others show the last one.
+    averaged: Tuple[str, ...] = ()
     priority = 'NORMAL'  # before CheckpointHook (VERY_LOW), so that what it saves is of this step
 
     def __init__(self):
@@ -87,7 +91,17 @@ class SelfKDHook(Hook):
     # The life of a run.
 
     def before_run(self, runner: Runner) -> None:
-        _check_torch_loads_checkpoints(runner)
+        if trains(runner):
+            self._refuse_a_twin(runner)
+            _check_strategy(type(self).__name__, runner)
+
+    def _refuse_a_twin(self, runner: Runner) -> None:
+        name = type(self).__name__
+        if sum(isinstance(hook, type(self)) or type(hook).__name__ == name for hook in runner.hooks) > 1:
+            raise ValueError(
+                f'{name}: this run has it twice (a line of custom_hooks and an option default_hooks.NAME.type, say), '
+                'and the second would distil what the first has distilled: remove one of the two'
+            )
 
     def before_train(self, runner: Runner) -> None:
         model = unwrap(runner.model)
@@ -96,6 +110,7 @@ class SelfKDHook(Hook):
         if self._resumed_state is not None:
             self.load_state_dict(self._resumed_state)
             self._resumed_state = None
+        _average(runner, self.averaged)
         modules = self.loss_modules(model)
         self.tapped = modules[0]
         self._handles = [
@@ -115,9 +130,8 @@ class SelfKDHook(Hook):
             return None
         if module in self._taps and not self.many_calls:
             raise RuntimeError(
-                f'{type(self).__name__}: {type(module).__name__} was called more than once in a training step: '
-                f'this head '
-                f'computes several classification losses, which is not supported; train it without this hook'
+                f'{type(self).__name__}: {type(module).__name__} was called more than once in a training step: this '
+                'head computes several classification losses, which is not supported; train it without this hook'
             )
         self._taps.add(module)
         self.tapped = module
@@ -130,9 +144,9 @@ class SelfKDHook(Hook):
         self._computing_loss = False
         if not self._taps and (self.fires_every_step or not self._forwards):
             raise RuntimeError(
-                f'{type(self).__name__}: the loss module {type(self.tapped).__name__} was never called while '
-                f'the model computed its loss, so the loss would be the plain one. The head must call its loss_module; '
-                f'remove this hook to train without it'
+                f'{type(self).__name__}: the loss module {type(self.tapped).__name__} was never called while the '
+                'model computed its loss, so the loss would be the plain one. The head must call its loss_module; '
+                'remove this hook to train without it'
             )
         self._forwards += 1
         # Keys without the word "loss" are logged by the toolkit and not summed.
@@ -141,10 +155,8 @@ class SelfKDHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
         if not self._forwards:
             raise RuntimeError(
-                f'{type(self).__name__}: the model computed a training loss without a call model(..., '
-                f'mode="loss"), so it '
-                f'could not be tapped (a compiled model, or a train_step of its own?); remove this hook to '
-                f'train without it'
+                f'{type(self).__name__}: the model computed a training loss without a call model(..., mode="loss"), so '
+                'it could not be tapped (has it a train_step of its own?); remove this hook to train without it'
             )
 
     def after_train(self, runner: Runner) -> None:
@@ -167,6 +179,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a part of the model is wrapped by FSDP, which leaves every rank a share of each parameter."""
+    names = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return bool(names & {'FullyShardedDataParallel', 'FSDPModule'})
+
+
 def is_iter_based(runner: Runner) -> bool:
     return isinstance(runner.train_loop, IterBasedTrainLoop)
 
@@ -185,8 +203,19 @@ def saves_after_this_iter(runner: Runner) -> bool:
 
 
 def epoch_length(runner: Runner) -> int:
-    """Iterations of one pass over the training data, in loops of either kind."""
-    return len(runner.train_dataloader)
+    """Iterations in which all ranks together pass over the training data once, in loops of either kind.
+
+    That is the data loader's length, but for samplers that never end and know nothing of ranks in their length
+    (mmengine's InfiniteSampler, mmdet's MultiSourceSampler): on every rank it is the whole set's, and ``drop_last``
+    drops nothing.
+    """
+    loader = runner.train_dataloader
+    batches, sampler = loader.batch_sampler, getattr(loader.batch_sampler, 'sampler', None)
+    if not is_iter_based(runner) or sampler is None or isinstance(sampler, DefaultSampler):
+        return len(loader)
+    if len(sampler) != len(loader.dataset):
+        return len(loader)
+    return math.ceil(len(sampler) / (get_world_size() * batches.batch_size))
 
 
 def training_progress(runner: Runner, period: int) -> float:
@@ -200,15 +229,22 @@ def training_progress(runner: Runner, period: int) -> float:
     return (runner.epoch + 1) / runner.max_epochs
 
 
-def _check_torch_loads_checkpoints(runner: Runner) -> None:
-    """torch 2.6 made torch.load refuse what mmengine's checkpoints hold unless told otherwise."""
-    if digit_version(torch.__version__) < digit_version('2.6.0') or os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'):
-        return
-    text = (
-        f'mmengine saves objects in its checkpoints that torch {torch.__version__} (2.6 and later) does not '
-        f'load by default: '
-        'set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 (for checkpoints you trust), or use torch below 2.6'
-    )
-    if runner._resume or runner._load_from:
-        raise RuntimeError(f'Cannot load a checkpoint: {text}')
-    runner.logger.warning(f'The checkpoints of this run cannot be resumed as things stand: {text}')
+def trains(runner: Runner) -> bool:
+    """Whether the run is one of training: ``before_run`` is called for validation and tests too."""
+    return isinstance(runner._train_loop, BaseLoop)
+
+
+def _check_strategy(user: str, runner: Runner) -> None:
+    strategy = type(getattr(runner, 'strategy', None))  # FlexibleRunner's
+    if strategy is not type(None) and not {kind.__name__ for kind in strategy.__mro__} & set(STRATEGIES):
+        raise ValueError(
+            f'{user}: the strategy {strategy.__name__} is not supported (it has not been tried): use one of '
+            f'{", ".join(STRATEGIES)}'
+        )
+
+
+def _average(runner: Runner, names: Tuple[str, ...]) -> None:
+    """mmengine's logger averages values whose name has "loss" in it: ours have not, so that they are not summed."""
+    logs = runner.log_processor
+    new = [name for name in names if not logs.mean_pattern.search(name)]
+    logs.mean_pattern = re.compile('|'.join([logs.mean_pattern.pattern, *new]))

@@ -38,7 +38,7 @@ class PairBatchSampler(BatchSampler):
         if not hasattr(sampler, 'dataset'):
             raise ValueError(
                 f'PairBatchSampler: the sampler must know its dataset, {type(sampler).__name__} does not: use '
-                f'DefaultSampler or InfiniteSampler'
+                'DefaultSampler or InfiniteSampler'
             )
         self.pairing = SameClassPairing(class_of_each(sampler.dataset))
         if seed is None:
@@ -78,8 +78,7 @@ def class_of_each(dataset) -> List[int]:
         if getattr(label, 'ndim', 0) or not hasattr(label, '__index__') or label < 0:
             raise ValueError(
                 f'{name}: CS-KD needs one class per sample, but sample {i} has gt_label={label!r}. Multi-label data '
-                'and data '
-                f'without labels cannot be paired by class'
+                'and data without labels cannot be paired by class'
             )
     return [int(label) for label in labels]
 

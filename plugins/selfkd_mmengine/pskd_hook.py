@@ -7,11 +7,11 @@ from mmengine import dist
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from selfkd.schedule import linear_growth
 from selfkd.checks import one_of, share
+from selfkd.schedule import linear_growth
 from selfkd.teacher import MODES, SnapshotTeacher
 
-from .hook import SelfKDHook, epoch_length, is_iter_based, training_progress, unwrap
+from .hook import SelfKDHook, epoch_length, is_iter_based, is_sharded, training_progress, unwrap
 
 __all__ = ['PSKDHookBase']
 
@@ -26,7 +26,13 @@ class PSKDHookBase(SelfKDHook):
             data). Epoch-based loops refresh it at the start of every epoch.
         teacher_mode: of the copy, ``'train'`` (as the network was when it trained) or ``'eval'``; see
             :class:`selfkd.teacher.SnapshotTeacher`.
+
+    Raises:
+        ValueError: settings out of range; and at the start of a training that ends before there is a past to learn from
+            (of one epoch, or no longer than the first period), unless ``alpha`` is 0.
     """
+
+    averaged = ('pskd_hard', 'pskd_soft', 'pskd_entropy')
 
     def __init__(self, alpha: float, snapshot: bool, interval: Optional[int] = None, teacher_mode: str = 'train'):
         super().__init__()
@@ -43,14 +49,39 @@ class PSKDHookBase(SelfKDHook):
         if self.interval is not None and not (self.snapshot and is_iter_based(runner)):
             raise ValueError(
                 'PSKDHook: interval works with a snapshot teacher in an iteration-based training loop only; an '
-                'epoch-based '
-                'loop takes the previous epoch. Remove interval'
+                'epoch-based loop takes the previous epoch. Remove interval'
+            )
+        if self.snapshot and is_sharded(runner.model):
+            raise ValueError(
+                'PSKDHook: a past copy cannot be made of a model whose weights are sharded (FSDP): train with DDP, or '
+                "set teacher='bank' where the plugin has it (MMPretrain)"
             )
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         self.period = self.interval or epoch_length(runner)
+        self._refuse_if_there_will_be_no_past(runner)
         if self.snapshot:
             self.teacher, self.teacher_ready = SnapshotTeacher(model, mode=self.teacher_mode), False
+
+    def _refuse_if_there_will_be_no_past(self, runner: Runner) -> None:
+        if self.alpha == 0:
+            return
+        if not is_iter_based(runner):
+            if runner.max_epochs < 2:
+                raise ValueError(
+                    'PSKDHook: it learns from the epoch before, and training has one epoch: it would be plain. '
+                    'Train for two epochs or more (max_epochs), or set alpha=0 if plain is what you want'
+                )
+        elif self.period >= runner.max_iters:
+            what = 'interval' if self.interval else 'one pass over the training set'
+            way_out = f'Set interval below {runner.max_iters}, or raise max_iters'
+            if not self.snapshot:
+                way_out = "Raise max_iters, or set teacher='snapshot' with an interval below it"
+            raise ValueError(
+                f'PSKDHook: it learns from the period before, the first period is {self.period} iterations long '
+                f'({what}), and training ends after {runner.max_iters}: it would be plain. {way_out}; '
+                'or set alpha=0 if plain is what you want'
+            )
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         self.current_alpha = linear_growth(self.alpha, training_progress(runner, self.period))
@@ -58,7 +89,8 @@ class PSKDHookBase(SelfKDHook):
         starts_period = runner.iter % self.period == 0 if is_iter_based(runner) else batch_idx == 0
         if self.snapshot and starts_period and runner.iter > 0:
             self.teacher.update(unwrap(runner.model))
-            # Batch-norm statistics differ between ranks: all ranks learn from rank 0's.
+            # Batch norm's running statistics differ between ranks: in evaluation mode all learn from rank 0's, which
+            # are those of a checkpoint.
             for buffer in self.teacher.model.buffers():
                 dist.broadcast(buffer)
             self.teacher_ready = True

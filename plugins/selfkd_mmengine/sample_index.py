@@ -5,6 +5,7 @@ from typing import List
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
+from mmengine.runner import Runner
 from torch import Tensor
 
 __all__ = ['OffsetSampleIdx', 'SampleIndex']
@@ -46,6 +47,34 @@ class SampleIndex:
                 leaf.pipeline.transforms.insert(0, OffsetSampleIdx(self._length))
             self._length += len(leaf)
 
+    @classmethod
+    def of_training(cls, runner: Runner) -> 'SampleIndex':
+        """That of a runner's training set, for ``before_train``.
+
+        An iteration-based loop has started its workers by then, whose pipelines no change reaches any more: where one
+        is made, the loop gets a data loader and workers anew, which begin where those began.
+
+        Raises:
+            ValueError: as above; or the workers cannot be started anew.
+        """
+        loop, started = runner.train_loop, runner.train_dataloader
+        index = cls(started.dataset)
+        if len(index._leaves) < 2 or not started.num_workers or not hasattr(loop, 'dataloader_iterator'):
+            return index
+        if not isinstance(runner._train_dataloader, dict):
+            raise ValueError(
+                'PSKDHook: an iteration-based loop starts its workers before the parts of the training set can be '
+                "numbered: give train_dataloader as a config, or set num_workers=0, or teacher='snapshot'"
+            )
+        # The samplers hold how far they were read, so they are built anew as well; the dataset is the same.
+        dataset = getattr(started.dataset, '_dataset', started.dataset)
+        config = {**runner._train_dataloader, 'dataset': dict(type=lambda: dataset)}
+        different = runner._randomness_cfg.get('diff_rank_seed', False)
+        with torch.random.fork_rng(devices=[]):  # the loop has drawn its seed already
+            loop.dataloader = runner.build_dataloader(config, seed=runner.seed, diff_rank_seed=different)
+            loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
+        return index
+
     def __len__(self) -> int:
         return self._length
 
@@ -55,9 +84,8 @@ class SampleIndex:
             return torch.tensor([sample.sample_idx for sample in data_batch['data_samples']])
         except (AttributeError, KeyError, TypeError):
             raise ValueError(
-                "The batch has no data_samples with a 'sample_idx': add 'sample_idx' to the meta_keys of "
-                'PackInputs in the '
-                "training pipeline, or set teacher='snapshot', which needs no sample index"
+                "The batch has no data_samples with a 'sample_idx': add 'sample_idx' to the meta_keys of PackInputs in "
+                "the training pipeline, or set teacher='snapshot', which needs no sample index"
             ) from None
 
     def remove(self) -> None:
@@ -79,7 +107,6 @@ def _leaves(dataset) -> List[BaseDataset]:
         dataset.full_init()
         return [dataset]
     raise ValueError(
-        f'{name}: there is no sample index to be had from this dataset: a prediction bank needs mmengine '
-        f'BaseDatasets, alone '
-        f"or inside {', '.join(WRAPPERS)}. Set teacher='snapshot', which needs no sample index"
+        f'{name}: there is no sample index to be had from this dataset: a prediction bank needs mmengine BaseDatasets, '
+        f"alone or inside {', '.join(WRAPPERS)}. Set teacher='snapshot', which needs no sample index"
     )

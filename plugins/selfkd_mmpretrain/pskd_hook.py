@@ -109,7 +109,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
         super().setup(runner, model)
         if self.snapshot:
             return
-        self.sample_index = SampleIndex(runner.train_dataloader.dataset)
+        self.sample_index = SampleIndex.of_training(runner)
         self.bank = PredictionBank(
             len(self.sample_index),
             self.num_classes,

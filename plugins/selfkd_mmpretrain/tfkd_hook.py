@@ -37,6 +37,8 @@ class TFKDHook(ClassifierHook):
         ValueError: at the start of training, for what cannot work; each message says what to change.
     """
 
+    averaged = ('tfkd_kl',)
+
     def __init__(self, alpha: float = 0.1, temperature: float = 20.0, correct_prob: float = 0.99):
         super().__init__()
         share('TFKDHook', alpha=alpha, correct_prob=correct_prob)

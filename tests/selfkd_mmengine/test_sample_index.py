@@ -1,7 +1,10 @@
 """Sample indices are unique and stable through every dataset wrapper, with forked and spawned workers."""
 
+import multiprocessing
+
 import pytest
-from mm_runs import digits_config
+from mm_runs import Recorder, assert_same_state, by_iterations, digits_config, find_hook, train
+from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 
 from selfkd_mmengine import SampleIndex
@@ -89,3 +92,53 @@ def test_no_sample_index_is_refused_with_the_way_out(digits):
         index(next(iter(loader)))
     with pytest.raises(ValueError, match=r"list: there is no sample index .* Set teacher='snapshot'"):
         SampleIndex([1, 2, 3])
+
+
+@pytest.fixture(scope='module')
+def without_workers(digits, tmp_path_factory):
+    return trained_on_three_parts(digits, tmp_path_factory.mktemp('run'), num_workers=0)
+
+
+def trained_on_three_parts(digits, folder, pairs=False, **loader):
+    """12 iterations on 60 images in three folders: what they were trained on, the final bank, and the weights."""
+    cfg = by_iterations(digits_config(digits, folder, dict(type='selfkd_mmpretrain.PSKDHook')), 12)
+    if pairs:
+        cfg.custom_hooks.append(ConfigDict(type='selfkd_mmpretrain.CSKDHook'))
+        cfg.train_dataloader.batch_sampler = dict(type='selfkd_mmengine.PairBatchSampler')
+    parts = [('train', 20), ('train', range(20, 40)), ('test', 20)]
+    parts = [{**leaf(digits, indices=indices), 'data_prefix': part} for part, indices in parts]
+    cfg.train_dataloader.update(loader)
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=parts)
+    before = set(multiprocessing.active_children())
+    runner = train(cfg, recorder := Recorder())
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == cfg.train_dataloader.num_workers  # those that the loop started first have gone
+    return recorder.steps, find_hook(runner, 'PSKDHook').bank.state_dict(), runner.model.state_dict()
+
+
+@pytest.mark.parametrize('start', ['fork', 'spawn'])
+def test_an_iteration_based_loops_workers_know_the_parts(digits, tmp_path, start, without_workers):
+    """It starts them before any hook is asked; training is what it is without workers."""
+    options = dict(multiprocessing_context=start, persistent_workers=start == 'spawn')
+    steps, bank, weights = trained_on_three_parts(digits, tmp_path, num_workers=2, **options)
+    assert len({path for step in steps for path in step['paths']}) == 60
+    assert bank['seen'].tolist() == [True] * 60
+    expected_steps, expected_bank, expected_weights = without_workers
+    assert [step['paths'] for step in steps] == [step['paths'] for step in expected_steps]
+    assert_same_state(bank, expected_bank)
+    assert_same_state(weights, expected_weights)
+
+
+def test_workers_anew_begin_where_the_first_began_with_a_batch_sampler_too(digits, tmp_path):
+    runs = [trained_on_three_parts(digits, tmp_path / str(n), pairs=True, num_workers=n) for n in (0, 2)]
+    assert [step['paths'] for step in runs[0][0]] == [step['paths'] for step in runs[1][0]]
+    assert_same_state(runs[0][1:], runs[1][1:])
+
+
+def test_workers_of_a_ready_made_loader_are_refused(digits, tmp_path):
+    cfg = by_iterations(digits_config(digits, tmp_path, dict(type='selfkd_mmpretrain.PSKDHook')), 12)
+    cfg.train_dataloader.num_workers, cfg.train_dataloader.dataset = 1, WRAPPERS['concat'][0](digits)
+    runner = Runner.from_cfg(cfg)
+    runner._train_dataloader = Runner.build_dataloader(runner._train_dataloader, seed=0)
+    with pytest.raises(ValueError, match="give train_dataloader as a config, or set num_workers=0, or teacher='snap"):
+        runner.train()
