@@ -190,9 +190,10 @@ def classify(method: str, plain: Outcome, trained: Outcome) -> str:
 
 
 def _total(step: Dict[str, float]) -> float:
-    """What was trained on; BaseModel.train_step logs it as ``loss`` unless an entry has that name."""
-    parts = [value for name, value in step.items() if 'loss' in name and name != 'loss']
-    return sum(parts) if parts and not step.get('loss') else max(step.get('loss', 0.0), sum(parts))
+    """What was trained on: mmengine logs it as ``loss``, unless an entry of that name stands for itself."""
+    parts = sum(value for name, value in step.items() if 'loss' in name and name != 'loss')
+    loss = step.get('loss', parts)
+    return loss if not parts or abs(loss - parts) < 1e-4 * abs(parts) else loss + parts
 
 
 def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print) -> Dict[str, Dict[str, str]]:

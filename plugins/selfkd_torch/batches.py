@@ -1,6 +1,6 @@
 """A data loader's own batches, and beside each of them which samples it holds."""
 
-from typing import Callable, Iterator, List, Optional
+from typing import Callable, Iterator, List
 
 import torch
 from torch import Tensor, nn

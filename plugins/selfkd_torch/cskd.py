@@ -122,7 +122,7 @@ class CSKD:
     def end_step(self) -> None:
         if self._first and not self._used:
             raise RuntimeError(
-                'CSKD: a batch was trained on without cskd.loss(logits, target) or cskd.term(logits): add it to the loss'
+                'CSKD: a batch was trained on without cskd.loss(logits, target) or cskd.term(logits): add one of them'
             )
         self._first = False
 
@@ -136,7 +136,7 @@ def _first(batch):
     if isinstance(batch, Tensor):
         return batch
     raise ValueError(
-        f"CSKD: which part of a batch ({type(batch).__name__}) goes to the model? Say it: inputs=lambda batch: batch['x']"
+        f"CSKD: which part of a {type(batch).__name__} goes to the model? Say it with inputs=, as lambda batch: batch['x']"
     )
 
 

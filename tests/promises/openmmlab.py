@@ -163,9 +163,9 @@ class Driver:
             return MODELS.build(copy.deepcopy(cfg.model))
 
     def total(self, step):
-        """What a step trained on."""
-        parts = [value for name, value in step.items() if 'loss' in name and name != 'loss']
-        return max(step.get('loss', 0.0), sum(parts)) if parts else step['loss']
+        """What a step trained on: mmengine logs it as ``loss``, unless an entry of that name stands for itself."""
+        parts = sum(value for name, value in step.items() if 'loss' in name and name != 'loss')
+        return step['loss'] if not parts or abs(step['loss'] - parts) < 1e-4 * abs(parts) else step['loss'] + parts
 
     def predictions(self, cfg, checkpoint):
         """Of the toolkit's own inference API on a picture: a tensor of numbers, and the names of the classes."""
