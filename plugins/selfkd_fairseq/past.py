@@ -12,6 +12,7 @@ from fairseq.data import LanguagePairDataset, MonolingualDataset
 from fairseq.distributed import utils as distributed_utils
 
 from selfkd.bank import PredictionBank
+from selfkd.bank_sync import exchange_rows
 from selfkd.losses import TopK
 from selfkd.teacher import SnapshotTeacher
 
@@ -183,7 +184,8 @@ class TokenBank(Past):
             )
         self.top_k = top_k
         self.bank, self.filled = None, False
-        self.unsent = []  # rows that the other processes have not got yet
+        self.unsent = []  # rows that the other processes have not got yet: (step, rows)
+        self.step = self.skipped = 0
 
     def check_length(self, epoch, total):
         if epoch >= total:
@@ -219,6 +221,9 @@ class TokenBank(Past):
                 'PS-KD: the checkpoint holds no token bank: plain training until each sentence was seen once'
             )
 
+    def begin_step(self, updates, model, ema_model):
+        self.step = updates
+
     def rows(self, sample, prefix):
         """The bank's row for each target position, and which positions are not padding: both [B * (T - prefix)]."""
         ids, real = sample['id'].cpu(), sample['target'].cpu().ne(self.padding_idx)
@@ -244,26 +249,23 @@ class TokenBank(Past):
         top = lprobs.detach().topk(self.top_k, dim=1)
         where = real.to(lprobs.device)
         self.bank.write(rows[real], TopK(top.values[where].exp(), top.indices[where]))
-        self.unsent.append(rows[real])
+        self.unsent.append((self.step, rows[real]))
         self.filled = True
 
     def synchronize(self):
-        group, processes = data_parallel_group()
-        mine = distributed_utils.get_rank(group) if processes > 1 else 0
-        for rank in range(processes) if processes > 1 else ():
-            tensors = None
-            if rank == mine:
-                rows = torch.cat([*self.unsent, torch.empty(0, dtype=torch.long)])
-                values, classes = self.bank.read_encoded(rows)
-                tensors = [rows, values, as_float16(classes)]
-            rows, values, classes = distributed_utils.broadcast_tensors(tensors, rank, group)
-            if rank != mine and len(rows):
-                self.bank.write_encoded(rows, (values, as_integer(classes)))
-                self.filled = True
+        steps = [torch.full((len(rows),), step) for step, rows in self.unsent]
+        none = torch.zeros(0, dtype=torch.long)
+        exchange_rows(self.bank, torch.cat([none, *(rows for _, rows in self.unsent)]), torch.cat([none, *steps]))
+        self.filled = True
         self.unsent.clear()
+        if self.bank.skipped > self.skipped:
+            self.skipped = self.bank.skipped
+            logger.warning(
+                f'PS-KD: {self.skipped} predictions were not finite (--fp16 overflow) and are not in the bank'
+            )
 
     def state_dict(self, end_of_epoch):
-        if self.unsent and data_parallel_group()[1] > 1:
+        if self.unsent and distributed_utils.get_data_parallel_world_size() > 1:
             logger.warning(
                 'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks '
                 'what the other processes predicted in this epoch'
@@ -279,14 +281,8 @@ class TokenBank(Past):
             self.filled = True
 
 
-def data_parallel_group():
-    """The processes that share the work, and how many they are."""
-    group = distributed_utils.get_data_parallel_group()
-    return group, distributed_utils.get_world_size(group)
-
-
 def as_float16(ids):
-    """16-bit ids under the name of a type that gloo and NCCL can send, bit for bit (fairseq sends checkpoints, too)."""
+    """16-bit ids under the name of a type that gloo and NCCL can send, bit for bit: fairseq sends checkpoints."""
     return ids.view(torch.float16) if ids.dtype == torch.int16 else ids
 
 
