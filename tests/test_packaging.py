@@ -4,6 +4,9 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
+from packaging.requirements import Requirement
+
 from conftest import ROOT
 
 TOOLKITS = {'mmpretrain', 'mmdet', 'mmseg', 'fairseq', 'detectron2'}
@@ -33,3 +36,16 @@ def test_a_plugin_imports_no_other_toolkit():
         for names in ('mmpretrain.models', 'mmpretrain.models, selfkd_mmpretrain')
     )
     assert before == after
+
+
+@pytest.mark.parametrize(('python', 'constraints'), [('3.11', 'constraints.txt'), ('3.10', 'constraints-py310.txt')])
+def test_the_pinned_versions_are_allowed(python, constraints):
+    """What pip would install for the extra of fairseq on that Python, against the versions that were run together."""
+    tomllib = pytest.importorskip('tomllib')  # Python 3.11
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    lines = (ROOT / 'requirements' / constraints).read_text().splitlines()
+    pinned = dict(line.split('==') for line in lines if '==' in line and not line.startswith('#'))
+    wanted = map(Requirement, project['dependencies'] + project['optional-dependencies']['fairseq'])
+    wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({'python_version': python})]
+    assert {'torch', 'fairseq-fixed' if python == '3.11' else 'fairseq'} <= {r.name for r in wanted}
+    assert [str(r) for r in wanted if not r.specifier.contains(pinned[r.name])] == []
