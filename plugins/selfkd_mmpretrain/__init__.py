@@ -3,7 +3,6 @@
 from .byot_head import BYOTClsHead
 from .cifar_backbones import (
     DenseNet_CIFAR,
-    PreReluResNet_CIFAR,
     PyramidNet_CIFAR,
     ResNeXt_CIFAR,
     WideResNet_CIFAR,
@@ -30,7 +29,6 @@ __all__ = [
     'OODMetric',
     'PSKDHook',
     'PreActResNet',
-    'PreReluResNet_CIFAR',
     'PyramidNet_CIFAR',
     'RecallAt1',
     'ResNeXt_CIFAR',

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from mmpretrain.models.backbones import DenseNet, ResNet_CIFAR, ResNeXt
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
-from mmpretrain.models.backbones.resnet import BasicBlock
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-__all__ = ['DenseNet_CIFAR', 'PreReluResNet_CIFAR', 'PyramidNet_CIFAR', 'ResNeXt_CIFAR', 'WideResNet_CIFAR']
+__all__ = ['DenseNet_CIFAR', 'PyramidNet_CIFAR', 'ResNeXt_CIFAR', 'WideResNet_CIFAR']
 
 INIT = [dict(type='Kaiming', layer=['Conv2d']), dict(type='Constant', val=1, layer=['_BatchNorm'])]
 
@@ -63,26 +62,6 @@ class ResNeXt_CIFAR(ResNet_CIFAR, ResNeXt):  # noqa: N801
         super().__init__(depth, groups=groups, width_per_group=width_per_group, **{**options, **kwargs})
 
 
-class PreReluBasicBlock(BasicBlock):
-    """ResNet's basic block with its last ReLU at the start of the next block."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
-        out = self.relu(self.norm1(self.conv1(x)))
-        out = self.drop_path(self.norm2(self.conv2(out)))
-        return out + (x if self.downsample is None else self.downsample(x))
-
-
-@MODELS.register_module()
-class PreReluResNet_CIFAR(ResNet_CIFAR):  # noqa: N801
-    """MMPretrain's ``ResNet_CIFAR``, weights and all, that returns each stage's sum before its ReLU.
-
-    What FRSKD's overhaul variant compares (``FRSKDClsHead(preact=True)``). Its checkpoints load into ``ResNet_CIFAR``.
-    """
-
-    arch_settings = {18: (PreReluBasicBlock, (2, 2, 2, 2)), 34: (PreReluBasicBlock, (3, 4, 6, 3))}
-
-
 @MODELS.register_module()
 class WideResNet_CIFAR(BaseBackbone):  # noqa: N801
     """FRSKD's wide residual network; 702,804 parameters as WRN-16-2 with 100 classes.
@@ -96,7 +75,6 @@ class WideResNet_CIFAR(BaseBackbone):  # noqa: N801
         depth: 6 n + 4, with n blocks in each of three stages.
         widen_factor: stages are 16, 32, 64 channels times this wide.
         out_indices: stages (0 to 2) to return.
-        preact: return them before their ReLU.
     """
 
     def __init__(
@@ -105,13 +83,12 @@ class WideResNet_CIFAR(BaseBackbone):  # noqa: N801
         widen_factor: int = 2,
         in_channels: int = 3,
         out_indices: Sequence[int] = (2,),
-        preact: bool = False,
         init_cfg=INIT,
     ):
         super().__init__(init_cfg)
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f'depth: must be 6 n + 4 with n >= 1 blocks in a stage, got {depth}')
-        self.out_indices, self.preact = out_indices, preact
+        self.out_indices = out_indices
         self.conv1 = _conv(in_channels, 16, 3)
         self.stages = nn.ModuleList()
         channels = 16
@@ -128,7 +105,7 @@ class WideResNet_CIFAR(BaseBackbone):  # noqa: N801
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i in self.out_indices:
-                outs.append(x if self.preact else F.relu(x))
+                outs.append(F.relu(x))
         return tuple(outs)
 
 

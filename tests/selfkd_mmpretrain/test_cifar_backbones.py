@@ -7,7 +7,6 @@ from mmpretrain.models.backbones import ResNet_CIFAR
 
 from selfkd_mmpretrain.cifar_backbones import (
     DenseNet_CIFAR,
-    PreReluResNet_CIFAR,
     PyramidNet_CIFAR,
     ResNeXt_CIFAR,
     WideResNet_CIFAR,
@@ -26,7 +25,6 @@ from selfkd_mmpretrain.preact_resnet import PreActBlock, PreActResNet
         (lambda: PyramidNet_CIFAR(200, 240), 1024, 26_844_952),
         (lambda: PyramidNet_CIFAR(200, 240, shake_drop=0.5), 1024, 26_844_952),
         (lambda: ResNet_CIFAR(18), 512, 11_220_132),
-        (lambda: PreReluResNet_CIFAR(18), 512, 11_220_132),
         # FRSKD's released code counts a batch norm of 2 x 128 parameters that its forward pass never uses; ours has
         # none.
         (lambda: WideResNet_CIFAR(16, 2), 128, 703_060 - 256),
@@ -43,10 +41,6 @@ def test_parameters_with_100_classes_as_published(make, channels, published):
         (ResNeXt_CIFAR(groups=2, width_per_group=4, out_indices=(0, 2)), [(256, 16, 16), (1024, 4, 4)]),
         (WideResNet_CIFAR(10, 1, out_indices=(0, 1, 2)), [(16, 16, 16), (32, 8, 8), (64, 4, 4)]),
         (PyramidNet_CIFAR(20, 12, out_indices=(0, 1, 2)), [(80, 16, 16), (96, 8, 8), (112, 4, 4)]),
-        (
-            PreReluResNet_CIFAR(18, stem_channels=4, base_channels=4, out_indices=(0, 3)),
-            [(4, 16, 16), (32, 2, 2)],
-        ),
     ],
 )
 def test_maps_and_gradients(backbone, shapes):
@@ -63,26 +57,6 @@ def test_preact_shortcut_is_of_the_activated_input():
     block.conv2.weight.zero_()
     x = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(block(x), F.batch_norm(x, None, None, training=True).relu())
-
-
-def test_resnet_before_relu_is_resnet_cifar():
-    torch.manual_seed(0)
-    options = dict(stem_channels=4, base_channels=4, out_indices=(0, 1, 2, 3), zero_init_residual=False)
-    ours, theirs = PreReluResNet_CIFAR(18, **options), ResNet_CIFAR(18, **options)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    x = torch.randn(2, 3, 16, 16)
-    for before, after in zip(ours(x), theirs(x)):
-        assert before.min() < 0
-        torch.testing.assert_close(before.relu(), after)
-
-
-def test_wide_resnet_preact_is_before_the_relu():
-    net = WideResNet_CIFAR(10, 1)
-    x = torch.randn(2, 3, 8, 8)
-    (after,), net.preact = net(x), True
-    (before,) = net(x)
-    assert before.min() < 0
-    torch.testing.assert_close(before.relu(), after)
 
 
 def test_shake_drop_forwards_and_backwards():
