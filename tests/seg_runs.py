@@ -61,7 +61,7 @@ def tiny(base):
 
 def config(voc, work_dir, *hooks, base='fcn_r50-d8', **options) -> Config:
     """A tiny model, crops of 48 x 48 in batches of 2, 7 iterations, a checkpoint after each."""
-    cfg = Config.fromfile(ROOT / 'configs/_base_/voc_digits_seg.py')
+    cfg = Config.fromfile(ROOT / 'configs/mmseg/_base_/voc_digits.py')
     cfg.model = tiny(base)
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=5e-4))
     cfg.merge_from_dict(

@@ -1,7 +1,17 @@
 """Self-knowledge distillation for MMSegmentation."""
 
-from .frskd import ConvHead, FRSKDEncoderDecoder, SelfTeacher
+from .decode_head import ConvHead
+from .efficientdet import EfficientDetNeck, EfficientDetSelfTeacher
+from .frskd import FRSKDEncoderDecoder, SelfTeacher
 from .metrics import PixelCalibrationMetric
 from .pskd_hook import PSKDHook
 
-__all__ = ['ConvHead', 'FRSKDEncoderDecoder', 'PSKDHook', 'PixelCalibrationMetric', 'SelfTeacher']
+__all__ = [
+    'ConvHead',
+    'EfficientDetNeck',
+    'EfficientDetSelfTeacher',
+    'FRSKDEncoderDecoder',
+    'PSKDHook',
+    'PixelCalibrationMetric',
+    'SelfTeacher',
+]

@@ -1,20 +1,60 @@
-"""What both methods ask of a decode head."""
+"""What both methods ask of a decode head, and the one of FRSKD's segmentation model."""
 
-from typing import List
+from typing import List, Optional, Sequence
 
+from mmcv.cnn import build_norm_layer
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-from torch import nn
+from mmseg.registry import MODELS
+from torch import Tensor, nn
 
-__all__ = ['losses_of', 'plain_loss']
+__all__ = ['ConvHead', 'losses_of', 'only_looks', 'plain_loss']
 
 
-def plain_loss(head: nn.Module) -> bool:
-    """Whether the head computes its loss as ``BaseDecodeHead`` does: each loss module once, on the head's logits.
+def plain_loss(head: type) -> bool:
+    """Whether heads of this type compute their loss as ``BaseDecodeHead`` does: each loss module once, on the logits.
 
     Heads with a ``loss_by_feat`` of their own call their losses on several outputs, or on masks.
     """
-    return getattr(type(head), 'loss_by_feat', None) is BaseDecodeHead.loss_by_feat
+    return getattr(head, 'loss_by_feat', None) is BaseDecodeHead.loss_by_feat
 
 
 def losses_of(head: nn.Module) -> List[nn.Module]:
     return list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+
+
+def only_looks(kwargs: dict) -> bool:
+    """Whether a call of a loss module is that of OHEMPixelSampler with ``thresh=None``, which looks for hard pixels."""
+    return kwargs.get('reduction_override') == 'none'
+
+
+@MODELS.register_module()
+class ConvHead(BaseDecodeHead):
+    """The decode head of FRSKD's segmentation model: 3x3 convolution - batch norm - ReLU - 3x3 convolution.
+
+    Initialised as torch initialises convolutions, as released.
+
+    Args:
+        in_channels: of the map that it reads, ``in_index``.
+        channels: between the convolutions. The paper's are 256.
+        norm_cfg: the released code's, unless given.
+        kwargs: of ``BaseDecodeHead``; ``num_classes`` among them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int = 256,
+        *,
+        norm_cfg: Optional[dict] = None,
+        dropout_ratio: float = 0.0,
+        init_cfg: Optional[dict] = None,
+        **kwargs,
+    ):
+        super().__init__(in_channels, channels, dropout_ratio=dropout_ratio, init_cfg=init_cfg, **kwargs)
+        norm = build_norm_layer(norm_cfg or dict(type='BN', eps=1e-4, momentum=0.997), channels)[1]
+        self.conv = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1), norm, nn.ReLU(inplace=True))
+        self.conv_seg = nn.Conv2d(channels, self.out_channels, 3, padding=1)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Logits ``[B, num_classes, H, W]`` at the size of the map."""
+        return self.cls_seg(self.conv(self._transform_inputs(inputs)))

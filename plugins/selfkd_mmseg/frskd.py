@@ -1,26 +1,30 @@
 """FRSKD for MMSegmentation's encoder-decoders: a self-teacher beside the decode head, in training only."""
 
+import inspect
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
-from mmcv.cnn import ConvModule
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModule
-from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
+from selfkd.checks import at_least_zero
 from selfkd.losses import attention_transfer, distillation_kl
 from selfkd.pyramid import BiFPN
 from selfkd.schedule import sigmoid_ramp_up
-from selfkd.checks import at_least_zero
 
-from .decode_head import losses_of, plain_loss
+from .decode_head import ConvHead, losses_of, only_looks, plain_loss
 
-__all__ = ['ConvHead', 'FRSKDEncoderDecoder', 'SelfTeacher']
+__all__ = ['FRSKDEncoderDecoder', 'SelfTeacher']
+
+# Segmentors that model.type replaces without a trace, known by what only they have.
+OTHERS_OPTIONS = {'num_stages': 'CascadeEncoderDecoder', 'image_encoder': 'MultimodalEncoderDecoder'}
+OTHERS_HEADS = {'SideAdapterCLIPHead': 'MultimodalEncoderDecoder', 'VPDDepthHead': 'DepthEstimator'}
 
 
 @MODELS.register_module()
@@ -32,63 +36,109 @@ class FRSKDEncoderDecoder(EncoderDecoder):
 
     Backbone, neck, decode head and auxiliary heads are those of the config, and keep their names: with the self-teacher
     dropped (``tools/publish_model.py``) its weights load strictly into that config; without it (``load_from``) training
-    goes on from such weights. Inference does not call the self-teacher. Two settings over any config::
+    goes on from such weights. Inference does not call the self-teacher. One setting over any config::
 
-        model = dict(
-            type='selfkd_mmseg.FRSKDEncoderDecoder',
-            self_teacher=dict(in_channels=[256, 512, 1024, 2048]),
-        )
+        model = dict(type='selfkd_mmseg.FRSKDEncoderDecoder')
 
     Args:
-        self_teacher: options of :class:`SelfTeacher`; ``num_classes``, ``ignore_index``, ``align_corners``,
-            ``norm_cfg``, ``loss_decode`` and ``sampler`` are the decode head's unless given.
+        self_teacher: options of :class:`SelfTeacher`, or of the ``type`` that it names. ``in_channels`` are found by
+            running the network once on an empty image unless given; ``num_classes``, ``ignore_index``,
+            ``align_corners``, ``norm_cfg``, ``loss_decode`` and ``sampler`` are the decode head's unless given.
         kwargs: of ``EncoderDecoder``.
 
     Raises:
-        ValueError: for decode heads and losses that it does not support, and for class counts that differ.
+        ValueError: for the options and heads of other segmentors, for decode heads and losses that it does not support,
+            for class counts that differ, and for feature maps that are not fine to coarse.
     """
 
-    def __init__(self, self_teacher: dict, **kwargs):
-        head = kwargs['decode_head']
-        if isinstance(head, (list, tuple)):
-            raise ValueError(
-                'FRSKDEncoderDecoder: one decode head is supported, not a cascade of several (CascadeEncoderDecoder)'
-            )
+    def __init__(self, self_teacher: Optional[dict] = None, **kwargs):
+        _check_replaces_encoder_decoder(kwargs)
         super().__init__(**kwargs)
         name = type(self.decode_head).__name__
-        if not plain_loss(self.decode_head):
-            raise ValueError(
-                f'FRSKDEncoderDecoder: {name} is not supported: it needs a decode head that computes its loss as '
-                'BaseDecodeHead does (FCN, PSP, DeepLabV3+, UPerNet, SegFormer, ...)'
-            )
         # The loss that sees the logits; others beside it (Dice, ...) may be sigmoid ones.
         softmax = [loss for loss in losses_of(self.decode_head) if not getattr(loss, 'use_sigmoid', False)]
-        if not softmax or self.out_channels != self.num_classes:
+        softmax.sort(key=lambda loss: not isinstance(loss, CrossEntropyLoss))
+        if not softmax or self.out_channels != self.num_classes or self.num_classes < 2:
             names = [type(loss).__name__ for loss in losses_of(self.decode_head)]
             raise ValueError(
                 f'FRSKDEncoderDecoder: {name} trains {self.out_channels} outputs with {names}, but the self-teacher '
                 'teaches a softmax over classes: decode_head.loss_decode needs a loss with use_sigmoid=False, and '
-                'decode_head.out_channels must be num_classes'
+                'decode_head.out_channels must be num_classes, two or more'
             )
         self._tapped = (softmax[0],)  # in a tuple: it is the decode head's sub-module, not ours
-        given = {key: head[key] for key in ('norm_cfg', 'loss_decode', 'sampler') if key in head}
-        same = {key: getattr(self.decode_head, key) for key in ('num_classes', 'ignore_index', 'align_corners')}
-        if self_teacher.get('num_classes', self.num_classes) != self.num_classes:
+        options = dict(self_teacher or {})
+        if options.get('num_classes', self.num_classes) != self.num_classes:
             raise ValueError(
-                f'FRSKDEncoderDecoder: self_teacher.num_classes is {self_teacher["num_classes"]}, but the decode head '
+                f'FRSKDEncoderDecoder: self_teacher.num_classes is {options["num_classes"]}, but the decode head '
                 f'has {self.num_classes} classes: leave it out, it is taken from there'
             )
-        self.self_teacher = SelfTeacher(**{**given, **same, **self_teacher})
+        if 'in_channels' not in options:
+            options['in_channels'] = self._channels(kwargs, options.get('in_index'))
+        head = kwargs['decode_head']
+        given = {key: head[key] for key in ('norm_cfg', 'loss_decode', 'sampler') if key in head}
+        same = {key: getattr(self.decode_head, key) for key in ('num_classes', 'ignore_index', 'align_corners')}
+        self.self_teacher = MODELS.build({'type': SelfTeacher, **given, **same, **options})
+
+    @torch.no_grad()
+    def _channels(self, kwargs: dict, in_index: Optional[Sequence[int]]) -> List[int]:
+        """Channels of the maps, or of those chosen; refuses maps that a pyramid cannot refine."""
+        training = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            feats = self._look(kwargs)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        if not isinstance(feats, (list, tuple)) or not all(isinstance(f, Tensor) and f.dim() == 4 for f in feats):
+            raise ValueError(
+                f'FRSKDEncoderDecoder: {type(self.backbone).__name__} does not give a list of feature maps '
+                '[B, C, H, W], which the self-teacher needs'
+            )
+        shapes = [tuple(f.shape[1:]) for f in feats]
+        there = f'the feature maps that reach the decode head are (channels, height, width) {shapes}'
+        chosen = list(range(len(feats)) if in_index is None else in_index)
+        if len(chosen) < 2 or any(not 0 <= i < len(feats) for i in chosen):
+            raise ValueError(
+                f'FRSKDEncoderDecoder: {there}: the self-teacher needs two of them or more; choose them by '
+                'self_teacher.in_index, or have the backbone give more (backbone.out_indices)'
+            )
+        sizes = [shapes[i][1:] for i in chosen]
+        if len(set(sizes)) == 1 or any(a < b for s, t in zip(sizes, sizes[1:]) for a, b in zip(s, t)):
+            raise ValueError(
+                f'FRSKDEncoderDecoder: {there}: the self-teacher needs maps of several sizes, fine to coarse, but '
+                f'{"those" if in_index is None else f"self_teacher.in_index={chosen}"} are not; name some in that '
+                'order by self_teacher.in_index'
+            )
+        return [shapes[i][0] for i in chosen]
+
+    def _look(self, kwargs: dict) -> Sequence[Tensor]:
+        """The feature maps of an empty image: a small one, or as large as in training for networks of fixed size."""
+        channels, crop = kwargs['backbone'].get('in_channels', 3), (kwargs.get('data_preprocessor') or {}).get('size')
+        for size in ((128, 128), crop):
+            try:
+                if size is not None:
+                    return self.extract_feat(torch.zeros(1, channels, *size))
+            except Exception as error:  # of whatever network
+                reason = error
+        raise ValueError(
+            'FRSKDEncoderDecoder: the network does not run on an empty image, so the channels of its feature maps '
+            f'are not known: set self_teacher.in_channels ({type(reason).__name__}: {reason})'
+        ) from reason
 
     def _decode_head_forward_train(self, inputs: List[Tensor], data_samples: SampleList) -> dict:
         """The decode head's losses, and under ``self_teacher.`` those of the self-teacher."""
         (loss_module,), calls = self._tapped, []
+
+        def tap(module, args, kwargs):
+            if not only_looks(kwargs):
+                calls.append(args[0])
+
         # mmseg calls decode_head.forward itself, which torch hooks on decode_head do not see.
-        tap = loss_module.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+        handle = loss_module.register_forward_pre_hook(tap, with_kwargs=True)
         try:
             losses = super()._decode_head_forward_train(inputs, data_samples)
         finally:
-            tap.remove()
+            handle.remove()
         if len(calls) != 1:
             raise RuntimeError(
                 f'FRSKDEncoderDecoder: {type(self.decode_head).__name__} called its loss {len(calls)} times in a '
@@ -100,27 +150,32 @@ class FRSKDEncoderDecoder(EncoderDecoder):
         return losses
 
 
+def _check_replaces_encoder_decoder(kwargs: dict) -> None:
+    """``model.type`` has replaced the config's own type, which must have been EncoderDecoder."""
+    head = kwargs.get('decode_head')
+    other = 'CascadeEncoderDecoder' if isinstance(head, (list, tuple)) else None
+    unknown = sorted(set(kwargs) - set(inspect.signature(EncoderDecoder).parameters))
+    for option in unknown:
+        other = OTHERS_OPTIONS.get(option, other)
+    if other or unknown:
+        raise ValueError(
+            f'FRSKDEncoderDecoder: model.type replaces EncoderDecoder, but this model is {other or "of another type"} '
+            f'({f"it has the options {unknown}" if unknown else "it has a list of decode heads"}), which FRSKD does '
+            'not support: leave model.type as it is'
+        )
+    if head is None or 'backbone' not in kwargs:
+        return  # EncoderDecoder names what is missing
+    head = head['type'] if isinstance(head['type'], type) else MODELS.get(head['type'])
+    if head is not None and not plain_loss(head):
+        raise ValueError(
+            f'FRSKDEncoderDecoder: {head.__name__} is not supported '
+            f'({f"it is a head of {OTHERS_HEADS[head.__name__]}; " if head.__name__ in OTHERS_HEADS else ""}'
+            'it needs a decode head that computes its loss as BaseDecodeHead does: FCN, PSP, DeepLabV3+, UPerNet, '
+            'SegFormer, ...)'
+        )
+
+
 @MODELS.register_module()
-class ConvHead(BaseDecodeHead):
-    """The decode head of FRSKD's segmentation model: 3x3 convolution - batch norm - ReLU - 3x3 convolution.
-
-    Args:
-        in_channels: of the map that it reads, ``in_index``.
-        channels: between the convolutions. The paper's are 256.
-        kwargs: of ``BaseDecodeHead``; ``num_classes`` among them.
-    """
-
-    def __init__(self, in_channels: int, channels: int = 256, *, dropout_ratio: float = 0.0, **kwargs):
-        super().__init__(in_channels, channels, dropout_ratio=dropout_ratio, **kwargs)
-        settings = dict(conv_cfg=self.conv_cfg, norm_cfg=self.norm_cfg or dict(type='BN'), act_cfg=self.act_cfg)
-        self.conv = ConvModule(self.in_channels, channels, 3, padding=1, **settings)
-        self.conv_seg = nn.Conv2d(channels, self.out_channels, 3, padding=1)
-
-    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Logits ``[B, num_classes, H, W]`` at the size of the map."""
-        return self.cls_seg(self.conv(self._transform_inputs(inputs)))
-
-
 class SelfTeacher(BaseModule):
     """FRSKD's self-teacher for segmentation: a :class:`selfkd.pyramid.BiFPN` and a :class:`ConvHead` on its finest map.
 
@@ -130,20 +185,24 @@ class SelfTeacher(BaseModule):
       ignored pixels, averaged over the pixels that the decode head's cross-entropy is averaged over,
     - ``loss_feature``: ``beta`` times attention transfer, summed over the levels,
 
-    both times ``ramp``, which is 0 in the first ``warmup`` of the iterations and exp(-5 (1 - s)^2) in the rest, where s
-    goes from 0 to 1. Outside mmengine's Runner it is 1.
+    both times ``ramp``, which is 0 in the first ``warmup`` of training and then exp(-5 (1 - s)^2), where s grows to 1:
+    (e + 1 - W) / (E - W) in epoch e of E, W of them warm-up, constant within an epoch. Loops by iteration (and of one
+    epoch) count iterations. Outside mmengine's Runner it is 1.
 
     Args:
         in_channels: channels of the feature maps, fine to coarse; two or more.
         in_index: which maps, if not all.
-        width: channels of every refined map. 64, 88 and 112 are the paper's for EfficientNet-b0, -b1 and -b2.
+        width: channels of every refined map.
         depth: separable convolutions per fusion.
-        repeats: BiFPN layers.
+        repeats: BiFPN layers; the last one goes top-down only, so that all that teaches is trained.
         channels: between the convolutions of the classifier.
         alpha: final weight of the KL.
         beta: final weight of attention transfer; 0 distils predictions only.
         warmup: share of training before both act, in [0, 1). The paper's is 40 of 60 epochs.
         kwargs: of the classifier: ``num_classes``, ``loss_decode``, ``norm_cfg``, ...
+
+    Raises:
+        ValueError: settings out of range; at the first step, a warm-up that does not end before training does.
     """
 
     def __init__(
@@ -169,10 +228,14 @@ class SelfTeacher(BaseModule):
         super().__init__()
         self.in_channels, self.in_index = list(in_channels), in_index
         self.alpha, self.beta, self.warmup = alpha, beta, warmup
-        widths = [width] * len(self.in_channels)
-        # The classifier reads the finest map: a last way up would teach what nothing trains.
-        self.pyramid = BiFPN(self.in_channels, widths, depth=depth, repeats=repeats, last_top_down=True)
+        self.pyramid = self.make_pyramid(width, depth, repeats)
         self.head = ConvHead(width, channels, in_index=0, **kwargs)
+
+    def make_pyramid(self, width: int, depth: int, repeats: int) -> nn.Module:
+        # The classifier reads the finest map, and maps that teach are constants.
+        return BiFPN(
+            self.in_channels, [width] * len(self.in_channels), depth=depth, repeats=repeats, last_top_down=True
+        )
 
     def forward(self, feats: Sequence[Tensor]) -> Tuple[List[Tensor], Tensor]:
         """The refined maps, and the logits at the size of the finest one."""
@@ -186,7 +249,7 @@ class SelfTeacher(BaseModule):
         if not there or [f.shape[1] for f in chosen] != self.in_channels:
             raise ValueError(
                 f'self_teacher: in_channels is {self.in_channels}, but the feature maps that reach the decode head '
-                f'have {[f.shape[1] for f in feats]} channels: set in_channels to these, or choose some by in_index too'
+                f'have {[f.shape[1] for f in feats]} channels: leave in_channels out, or choose some maps by in_index'
             )
         return chosen
 
@@ -205,25 +268,37 @@ class SelfTeacher(BaseModule):
         label = self.head._stack_batch_gt(data_samples)
         logits = resize(logits, label.shape[2:], mode='bilinear', align_corners=self.head.align_corners)
         weight = None if self.head.sampler is None else self.head.sampler.sample(logits, label)
-        label, ignored, ramp = label.squeeze(1), self.head.ignore_index, self.ramp()
+        label, ramp = label.squeeze(1), self.ramp()
         kd = feature = student_logits.new_zeros(())
         if ramp and self.alpha:
-            valid = label != ignored
-            kl = distillation_kl(student_logits, logits, temperature=1.0, reduction='none') * valid
-            kd = self.alpha * ramp * kl.sum() / (valid.sum().clamp(min=1) if avg_non_ignore else valid.numel())
+            kd = self.alpha * ramp * self.kl(student_logits, logits, label, avg_non_ignore)
         if ramp and self.beta:
             levels = [attention_transfer(f, m) for f, m in zip(self.select(feats), maps)]
             feature = self.beta * ramp * sum(levels)
         losses = {'loss_kd': kd, 'loss_feature': feature, 'ramp': torch.tensor(ramp)}
         # As BaseDecodeHead.loss_by_feat, without the accuracy, which costs a twelfth of a step on a CPU.
         for module in losses_of(self.head):
-            own = module(logits, label, weight=weight, ignore_index=ignored)
+            own = module(logits, label, weight=weight, ignore_index=self.head.ignore_index)
             losses[module.loss_name] = losses.get(module.loss_name, 0) + own
         return losses
+
+    def kl(self, student_logits: Tensor, logits: Tensor, label: Tensor, avg_non_ignore: bool) -> Tensor:
+        """The KL of the student's prediction from the self-teacher's: one number for the pixels of a batch."""
+        valid = label != self.head.ignore_index
+        kl = distillation_kl(student_logits, logits, temperature=1.0, reduction='none').masked_fill(~valid, 0)
+        return kl.sum() / (valid.sum().clamp(min=1) if avg_non_ignore else valid.numel())
 
     def ramp(self) -> float:
         """The share of their final weights that ``alpha`` and ``beta`` have now."""
         hub = MessageHub.get_current_instance()
-        total = hub.get_info('max_iters')
-        since = (hub.get_info('iter') / total - self.warmup) / (1 - self.warmup) if total else 1.0
-        return sigmoid_ramp_up(since) if since >= 0 else 0.0
+        unit = 'epoch' if (hub.get_info('max_epochs') or 1) > 1 else 'iter'
+        total, now = hub.get_info(f'max_{unit}s'), hub.get_info(unit)
+        if not total:
+            return 1.0
+        warmup = round(self.warmup * total, 6)
+        if warmup > total - 1 and (self.alpha or self.beta):
+            raise ValueError(
+                f'self_teacher: warmup={self.warmup:.3g} of {total} {unit}s ends with training, so the self-teacher '
+                f'would never teach: set self_teacher.warmup to {(total - 1) / total:.3g} or less'
+            )
+        return sigmoid_ramp_up((now + 1 - warmup) / (total - warmup)) if now >= warmup else 0.0

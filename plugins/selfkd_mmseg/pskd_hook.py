@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selfkd.losses import soft_cross_entropy
 from selfkd_mmengine import PSKDHookBase
 
-from .decode_head import losses_of, plain_loss
+from .decode_head import losses_of, only_looks, plain_loss
 
 __all__ = ['PSKDHook']
 
@@ -54,7 +54,7 @@ class PSKDHook(PSKDHookBase):
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
         head = getattr(model, 'decode_head', None)
-        if not isinstance(model, EncoderDecoder) or not plain_loss(head):
+        if not isinstance(model, EncoderDecoder) or not plain_loss(type(head)):
             raise ValueError(
                 f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: it needs an '
                 'EncoderDecoder whose decode head computes its loss as BaseDecodeHead does (FCN, PSP, DeepLabV3+, '
@@ -72,6 +72,9 @@ class PSKDHook(PSKDHookBase):
         super().setup(runner, model)
         self.align_corners, self.ignore_index = model.decode_head.align_corners, model.decode_head.ignore_index
 
+    def _tap(self, module, args, kwargs, output):
+        return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)
+
     def before_forward(self, inputs: Tensor) -> None:
         if self.teacher_ready:
             self._past_logits = self.teacher(inputs, mode='tensor')
@@ -86,14 +89,14 @@ class PSKDHook(PSKDHookBase):
         valid = label != self.ignore_index
         soft = soft_cross_entropy(logits, past.float().softmax(1), class_weight=class_weight, reduction='none')
         arguments['avg_factor'] = _avg_factor(module, class_weight, label, valid)
-        return self.mix(loss, self.reduced(weight_reduce_loss, soft * valid, arguments))
+        return self.mix(loss, self.reduced(weight_reduce_loss, soft.masked_fill(~valid, 0), arguments))
 
 
 def _avg_factor(module: CrossEntropyLoss, class_weight: Optional[Tensor], label: Tensor, valid: Tensor):
-    """What mmseg's cross-entropy divides by: all pixels (without ignored ones if told so), or their class weights."""
+    """What mmseg's cross-entropy divides by: all pixels, or their class weights; without ignored ones if told so."""
     if module.reduction != 'mean':
         return None
-    if class_weight is not None:
-        weights = class_weight[label.masked_fill(~valid, 0)]
-        return (weights * valid).sum()
-    return valid.sum() if module.avg_non_ignore else label.numel()
+    if class_weight is None:
+        return valid.sum() if module.avg_non_ignore else label.numel()
+    weights = class_weight[label]
+    return (weights.masked_fill(~valid, 0) if module.avg_non_ignore else weights).sum()

@@ -5,6 +5,7 @@ import torch
 from mm_runs import ROOT, counter
 from mmengine.config import Config
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 
 CONFIGS = sorted(p for method in ('frskd', 'pskd') for p in (ROOT / 'configs/mmseg' / method).glob('*voc*.py'))
 
@@ -32,26 +33,32 @@ def test_two_steps(devkit, tmp_path, path):
     cfg = Config.fromfile(path)
     cfg.model.pretrained = cfg.model.backbone.init_cfg = None
     cfg.model.data_preprocessor.size = (64, 64)
-    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    if cfg.train_cfg.type == 'EpochBasedTrainLoop':  # 16 images in batches of 8
+        cfg.train_cfg.update(max_epochs=1, val_interval=1)
+    else:
+        cfg.train_cfg.update(max_iters=2, val_interval=2)
     for hook in cfg.get('custom_hooks', []):
         hook.interval = 1  # PS-KD learns from the period before
-    if 'self_teacher' in cfg.model:
-        cfg.model.self_teacher.warmup = 0.5
+    if path.stem.endswith('frskd'):
+        cfg.merge_from_dict({'model.self_teacher.warmup': 0.5})
     for part in ('train', 'val'):
         loader = cfg[f'{part}_dataloader']
-        loader.update(batch_size=2 if part == 'train' else 1, num_workers=0, persistent_workers=False)
+        batch_size = 8 if cfg.train_cfg.type == 'EpochBasedTrainLoop' else 2
+        loader.update(batch_size=batch_size if part == 'train' else 1, num_workers=0, persistent_workers=False)
         for dataset in loader.dataset.get('datasets', [loader.dataset]):
             assert dataset.type == 'PascalVOCDataset'
             dataset.data_root = dataset.data_root.replace('data/VOCdevkit', str(devkit))
             for transform in dataset.pipeline:
-                if transform.type in ('Resize', 'RandomResize'):
-                    transform.scale = (256, 64)
+                if transform.type == 'RandomResize':
+                    transform.update(scale=(256, 64), ratio_range=(0.5, 2.0))
+                if transform.type == 'Resize':
+                    transform.scale = (64, 64) if transform.keep_ratio is False else (256, 64)
                 if 'crop_size' in transform:
                     transform.crop_size = (64, 64)
                 if transform.type == 'Pad':
                     transform.size = (64, 64)
     cfg.update(work_dir=str(tmp_path), experiment_name=f'voc{next(counter)}', log_level='ERROR', visualizer=None)
-    cfg.default_hooks.checkpoint.interval = 2
+    cfg.default_hooks.checkpoint.update(interval=2, by_epoch=False)
     cfg.default_hooks.pop('visualization', None)
     outputs = []
     runner = Runner.from_cfg(cfg)
@@ -65,35 +72,83 @@ def test_two_steps(devkit, tmp_path, path):
     assert (tmp_path / 'iter_2.pth').exists()
 
 
-def test_the_papers_model_and_schedule():
-    """Levels P2 to P7 of one width, three BiFPN layers and two more, a batch of 32, 40 of 60 epochs at lr 0.01."""
-    from mmseg.registry import MODELS
+PARAMETERS = {'b0': (4_327_590, 200_981), 'b1': (7_127_946, 257_909), 'b2': (8_592_940, 314_837)}
 
-    for arch, width in (('b0', 64), ('b1', 88), ('b2', 112)):
-        name = f'efficientnet-{arch}_fpn-bifpn_1xb8-60e_voc0712-512x512_frskd.py'
-        cfg = Config.fromfile(ROOT / 'configs/mmseg/frskd' / name)
-        cfg.model.backbone.init_cfg = None
-        model = MODELS.build(cfg.model).eval()
-        with torch.no_grad():
-            maps = model.extract_feat(torch.zeros(1, 3, 256, 256))
-            refined, logits = model.self_teacher(maps)
-        shapes = [(1, width, size, size) for size in (64, 32, 16, 8, 4, 2)]
-        assert [m.shape for m in maps] == [m.shape for m in refined] == shapes
-        assert logits.shape == (1, 21, 64, 64)
-        assert len(model.neck[1].layers) == 3
-        assert len(model.self_teacher.pyramid.layers) == 2
-        for head in (model.decode_head, model.self_teacher.head):
-            assert head.conv.conv.weight.shape == (256, width, 3, 3)
-            assert head.conv_seg.weight.shape == (21, 256, 3, 3)
-        teacher = model.self_teacher
-        assert (teacher.alpha, teacher.beta, teacher.warmup) == (1, 50, 2 / 3)
-        wrapper, passes = cfg.optim_wrapper, (422 + 2913) / cfg.train_dataloader.batch_size
-        assert cfg.train_dataloader.batch_size * wrapper.accumulative_counts == 32
-        assert wrapper.clip_grad == dict(type='value', clip_value=2)
-        assert wrapper.optimizer == dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4)
-        assert cfg.train_cfg.max_iters == pytest.approx(60 * passes, rel=1e-3)
-        assert cfg.param_scheduler[0].milestones == [pytest.approx(40 * passes, rel=1e-3)]
-        assert cfg.param_scheduler[0].gamma == 0.1
+
+def paper(arch, method='frskd'):
+    name = f'efficientnet-{arch}_fpn-bifpn_1xb16-60e_voc0712-512x512_{method}.py'
+    cfg = Config.fromfile(ROOT / 'configs/mmseg/frskd' / name)
+    cfg.model.backbone.init_cfg = None
+    return cfg
+
+
+@pytest.mark.parametrize(('arch', 'width'), [('b0', 64), ('b1', 88), ('b2', 112)])
+def test_the_papers_model(arch, width):
+    """Levels P2 to P7 of one width, the released numbers of parameters, and the plain model inside."""
+    model = MODELS.build(paper(arch).model).eval()
+    with torch.no_grad():
+        maps = model.extract_feat(torch.zeros(1, 3, 256, 256))
+        refined, logits = model.self_teacher(maps)
+    shapes = [(1, width, size, size) for size in (64, 32, 16, 8, 4, 2)]
+    assert [m.shape for m in maps] == [m.shape for m in refined] == shapes
+    assert logits.shape == (1, 21, 64, 64)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model, model.self_teacher)]
+    assert tuple(counts) == PARAMETERS[arch]
+    assert (model.self_teacher.alpha, model.self_teacher.beta, model.self_teacher.warmup) == (1, 50, 2 / 3)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith('self_teacher.')}
+    MODELS.build(paper(arch, 'plain').model).load_state_dict(state, strict=True)
+
+
+def test_the_papers_model_starts_as_torch_does():
+    """Convolutions outside the backbone: uniform within 1 / sqrt(fan in), biases too, also after init_weights."""
+    torch.manual_seed(0)
+    model = MODELS.build(paper('b0').model)
+    model.init_weights()
+    checked = 0
+    for part in (model.neck, model.decode_head, model.self_teacher):
+        for conv in part.modules():
+            if isinstance(conv, torch.nn.Conv2d):
+                bound = conv.weight[0].numel() ** -0.5
+                for tensor in (conv.weight, conv.bias):
+                    assert 0.5 * bound < tensor.abs().max() <= bound * (1 + 1e-6)
+                    checked += 1
+    assert checked == 2 * (8 + 3 * 11 + 2 + 11 + 6 + 2)
+
+
+def test_the_papers_schedule():
+    """Two batches of 16, clipped by value, lr 0.01 for 40 of 60 epochs; validation at 512 x 512 every epoch."""
+    cfg = paper('b0')
+    assert cfg.train_dataloader.batch_size == 16
+    assert cfg.train_dataloader.drop_last
+    wrapper = cfg.optim_wrapper
+    assert wrapper.accumulative_counts == 2
+    assert wrapper.clip_grad == dict(type='value', clip_value=2)
+    assert wrapper.optimizer == dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4)
+    assert cfg.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=60, val_interval=1)
+    assert cfg.param_scheduler == [dict(type='MultiStepLR', by_epoch=True, milestones=[40], gamma=0.1)]
+
+
+def test_the_papers_images(devkit):
+    """Training: shorter sides of 256 to 1024 pixels, black and background where padded. Validation: all 512 x 512."""
+    cfg = paper('b0')
+    from mmseg.registry import DATASETS
+
+    for part in ('train', 'val'):
+        dataset = cfg[f'{part}_dataloader'].dataset
+        for each in dataset.get('datasets', [dataset]):
+            each.data_root = each.data_root.replace('data/VOCdevkit', str(devkit))
+        dataset = DATASETS.build(dataset)
+        padded = 0
+        for i in range(len(dataset)):
+            item = dataset[i]
+            label = item['data_samples'].gt_sem_seg.data
+            assert item['inputs'].shape == (3, 512, 512)
+            assert label.shape == (1, 512, 512)
+            padded += not item['inputs'][:, -8:, -8:].any() and not label[:, -8:, -8:].any()
+            if part == 'val':
+                assert item['data_samples'].ori_shape == (512, 512)
+        assert len(dataset) == (16 if part == 'train' else 1)
+        assert (padded > 0) == (part == 'train')
 
 
 @pytest.mark.parametrize('method', ['baseline', 'pskd', 'frskd'])

@@ -1,6 +1,5 @@
-# FRSKD's segmentation model: levels P2 to P7 of EfficientNet, FPN, three BiFPN layers, and a head on the finest level.
-custom_imports = dict(imports=['mmpretrain.models'], allow_failed_imports=False)
-width = 64
+# FRSKD's segmentation model as released: levels P2 to P7 of EfficientNet, FPN, three BiFPN layers, and a head on P2.
+# Layers whose weights are not loaded start as torch initialises them.
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(
@@ -13,9 +12,8 @@ model = dict(
         size=(512, 512),
     ),
     backbone=dict(
-        type='mmpretrain.EfficientNet',
+        type='selfkd_mmseg.efficientnet.EfficientNetLevels',
         arch='b0',
-        out_indices=(2, 3, 4, 5),
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/efficientnet/'
@@ -23,13 +21,17 @@ model = dict(
             prefix='backbone',
         ),
     ),
-    neck=[
-        dict(type='FPN', in_channels=[24, 40, 112, 320], out_channels=width, num_outs=6),
-        dict(type='selfkd.pyramid.BiFPN', in_channels=[width] * 6, channels=[width] * 6, depth=1, repeats=3),
-    ],
-    decode_head=dict(type='selfkd_mmseg.ConvHead', in_channels=width, in_index=0, channels=256, num_classes=21),
+    neck=dict(type='selfkd_mmseg.EfficientDetNeck', in_channels=[24, 40, 80, 320], width=64),
+    decode_head=dict(
+        type='selfkd_mmseg.ConvHead',
+        in_channels=64,
+        in_index=0,
+        channels=256,
+        num_classes=21,
+        loss_decode=dict(type='CrossEntropyLoss', avg_non_ignore=True),
+    ),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
 )
-# EfficientNet's last layer is not used, nor (without a self-teacher) the coarser maps of the last BiFPN layer.
+# Two convolutions of the neck are never called; without a self-teacher, no loss sees its coarser maps.
 find_unused_parameters = True

@@ -1,5 +1,4 @@
 _base_ = ['efficientnet-b0_fpn-bifpn.py']
-width = 112
 model = dict(
     backbone=dict(
         arch='b2',
@@ -8,9 +7,6 @@ model = dict(
             'efficientnet-b2_3rdparty_8xb32-aa_in1k_20220119-1655338a.pth',
         ),
     ),
-    neck=[
-        dict(type='FPN', in_channels=[24, 48, 120, 352], out_channels=width, num_outs=6),
-        dict(type='selfkd.pyramid.BiFPN', in_channels=[width] * 6, channels=[width] * 6, depth=1, repeats=3),
-    ],
-    decode_head=dict(in_channels=width),
+    neck=dict(in_channels=[24, 48, 88, 352], width=112),
+    decode_head=dict(in_channels=112),
 )

@@ -1,4 +1,4 @@
-_base_ = ['mmseg::_base_/models/fpn_r50.py', '../../_base_/voc_digits_seg.py']
+_base_ = ['mmseg::_base_/models/fpn_r50.py', '../_base_/voc_digits.py']
 
 # From scratch, small: ResNet-18 of a quarter of the width.
 norm_cfg = dict(type='BN', requires_grad=True)

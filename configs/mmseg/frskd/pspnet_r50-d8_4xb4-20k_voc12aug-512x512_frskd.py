@@ -1,3 +1,3 @@
 # FRSKD over one of MMSegmentation's own configs.
 _base_ = 'mmseg::pspnet/pspnet_r50-d8_4xb4-20k_voc12aug-512x512.py'
-model = dict(type='selfkd_mmseg.FRSKDEncoderDecoder', self_teacher=dict(in_channels=[256, 512, 1024, 2048]))
+model = dict(type='selfkd_mmseg.FRSKDEncoderDecoder')

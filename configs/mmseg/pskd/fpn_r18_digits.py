@@ -1,1 +1,1 @@
-_base_ = ['../baseline/fpn_r18_digits.py', '../../_base_/pskd_mmseg.py']
+_base_ = ['../baseline/fpn_r18_digits.py', '../_base_/pskd.py']

@@ -1,2 +1,0 @@
-_base_ = './efficientnet-b2_fpn-bifpn_1xb8-60e_voc0712-512x512_plain.py'
-model = dict(type='selfkd_mmseg.FRSKDEncoderDecoder', self_teacher=dict(in_channels=[112] * 6, width=112))
