@@ -153,7 +153,7 @@ def test_the_papers_images(devkit):
 
 @pytest.mark.parametrize('method', ['baseline', 'pskd', 'frskd'])
 def test_toy_configs(voc, tmp_path, method):
-    """Two steps and a validation, on masks of one class that are those of ten classes otherwise."""
+    """Three steps and a validation, on masks of one class that are those of ten classes otherwise."""
     import make_toy_data
     import numpy as np
     from PIL import Image
@@ -167,7 +167,7 @@ def test_toy_configs(voc, tmp_path, method):
     for part in ('train', 'val', 'test'):
         assert cfg[f'{part}_dataloader'].dataset.data_root == 'data/VOCdigits/VOC2007'
         cfg[f'{part}_dataloader'].dataset.data_root = str(root)
-    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    cfg.train_cfg.update(max_iters=3, val_interval=3)
     for hook in cfg.get('custom_hooks', []):
         hook.interval = 1  # PS-KD learns from the period before
     cfg.update(work_dir=str(tmp_path), experiment_name=f'toy{next(counter)}', log_level='ERROR')

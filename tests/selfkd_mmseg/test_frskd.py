@@ -174,6 +174,38 @@ def test_gradients_stop_where_they_should(voc, tmp_path):
     assert (logits.grad[1].abs().sum(0) > 0).all()
 
 
+CE = dict(type='CrossEntropyLoss', loss_name='loss_ce', avg_non_ignore=True)
+LOVASZ = dict(type='LovaszLoss', loss_name='loss_lovasz', per_image=True)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'model.decode_head.loss_decode': [LOVASZ, CE]},  # another softmax loss before it
+        {'model.decode_head.sampler': dict(type='OHEMPixelSampler', min_kept=100)},  # which calls the losses itself
+    ],
+    ids=['Lovasz', 'OHEM without threshold'],
+)
+def test_the_kl_is_averaged_as_the_cross_entropy(voc, tmp_path, options):
+    label = torch.randint(0, 11, (2, 48, 48))
+    label[0, :24] = 255
+    expected, _ = step(frskd_config(voc, tmp_path, **{'model.decode_head.loss_decode': CE}), label)
+    losses, _ = step(frskd_config(voc, tmp_path, **{'model.decode_head.loss_decode': CE, **options}), label)
+    assert losses['self_teacher.loss_kd'].item() == pytest.approx(expected['self_teacher.loss_kd'].item(), rel=1e-5)
+    assert losses['self_teacher.loss_ce'] > 0
+
+
+def test_in_a_loop_by_epoch_the_ramp_counts_epochs(voc, tmp_path):
+    """Constant within an epoch; s is the share of the epochs after the warm-up, the present one included."""
+    cfg = frskd_config(voc, tmp_path, teacher={'warmup': 1 / 3})
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=3)
+    cfg.train_dataloader.sampler.type = 'DefaultSampler'
+    cfg.default_hooks.checkpoint.by_epoch = True
+    train(cfg, watch := Watch())
+    ramps = [logged['self_teacher.ramp'] for _, _, logged in watch.steps]
+    assert ramps == pytest.approx([0] * 4 + [torch.tensor(-5 / 4).exp().item()] * 4 + [1] * 4)
+
+
 @pytest.mark.parametrize('avg_non_ignore', [False, True])
 def test_all_ignored(voc, tmp_path, avg_non_ignore):
     options = {'model.decode_head.loss_decode.avg_non_ignore': avg_non_ignore}

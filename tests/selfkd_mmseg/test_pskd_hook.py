@@ -38,13 +38,24 @@ class Pixels(Hook):
         self.steps[-1].update(iter=runner.iter, outputs={k: v.item() for k, v in outputs.items() if v.numel() == 1})
 
 
+HEAD, LOSS = 'model.decode_head', 'model.decode_head.loss_decode'
+WEIGHTS = [0.2] + [1.0] * 9 + [2.0]
 CASES = {
     'plain': {},
+    'past copy in evaluation mode': {},
     'avg_non_ignore': {'model.decode_head.loss_decode.avg_non_ignore': True},
     'loss_weight': {'model.decode_head.loss_decode.loss_weight': 2.0},
     # mmseg itself fails on ignored pixels with class weights
-    'class weights': {'model.decode_head.loss_decode.class_weight': [0.2] + [1.0] * 9 + [2.0]},
-    'ohem': {'model.decode_head.sampler': dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)},
+    'class weights': {f'{LOSS}.class_weight': WEIGHTS},
+    'class weights, an ignored class': {f'{LOSS}.class_weight': WEIGHTS, f'{HEAD}.ignore_index': 0},
+    'class weights, an ignored class that does not count': {
+        f'{LOSS}.class_weight': WEIGHTS,
+        f'{HEAD}.ignore_index': 0,
+        f'{LOSS}.avg_non_ignore': True,
+    },
+    'ohem': {f'{HEAD}.sampler': dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)},
+    # which calls the loss itself: DeepLabV3 with d16-mg124
+    'ohem without threshold': {f'{HEAD}.sampler': dict(type='OHEMPixelSampler', min_kept=100)},
     'two losses': {
         'model.decode_head.loss_decode': [
             dict(type='CrossEntropyLoss', loss_name='loss_ce'),
@@ -56,33 +67,34 @@ CASES = {
 
 @pytest.mark.parametrize('case', CASES)
 def test_loss_recomputed_from_earlier_checkpoints(voc, tmp_path, case):
-    cfg = config(voc, tmp_path, PSKD, **CASES[case])
-    weights = torch.tensor(CASES[case].get('model.decode_head.loss_decode.class_weight', [1.0] * 11))
-    cfg.train_dataloader.dataset.pipeline[2]['void'] = case != 'class weights'
+    mode = 'eval' if 'evaluation' in case else 'train'
+    cfg = config(voc, tmp_path, dict(PSKD, **({'teacher_mode': 'eval'} if mode == 'eval' else {})), **CASES[case])
+    weighted, ignored = 'class weights' in case, CASES[case].get(f'{HEAD}.ignore_index', 255)
+    weights = torch.tensor(WEIGHTS if weighted else [1.0] * 11)
+    cfg.train_dataloader.dataset.pipeline[2]['void'] = not weighted
     train(cfg, pixels := Pixels())
     assert len(pixels.steps) == 7
-    teacher = MODELS.build(cfg.model).eval()
-    assert (pixels.steps[0]['label'] == 255).any() == (case != 'class weights')
+    teacher = MODELS.build(cfg.model).train(mode == 'train')
+    assert (pixels.steps[0]['label'] == 255).any() == (not weighted)
     for step in pixels.steps:
         label, since = step['label'], step['iter'] // 3 * 3
-        valid = label != 255
+        valid = label != ignored
         target = F.one_hot(label.masked_fill(~valid, 0), 11).permute(0, 3, 1, 2).double()
         if since:
             load_checkpoint(teacher, str(tmp_path / f'iter_{since}.pth'), strict=True)
             with torch.no_grad():
-                past = F.interpolate(teacher(step['inputs'], mode='tensor'), label.shape[1:], mode='bilinear').softmax(
-                    1
-                )
+                past = teacher(step['inputs'], mode='tensor')
+            past = F.interpolate(past, label.shape[1:], mode='bilinear').softmax(1)
             alpha = 0.8 * since / 7
             assert step['outputs']['pskd_alpha'] == pytest.approx(alpha)
             target = (1 - alpha) * target + alpha * past
         target = target * weights.view(-1, 1, 1)
         each = -(target * step['logits'].double().log_softmax(1)).sum(1) * valid
-        if step['weight'] is not None:
+        if 'ohem' in case:
             each = each * step['weight']
-        count = valid.sum() if case == 'avg_non_ignore' else label.numel()
-        expected = each.sum() / (weights[label].sum() if case == 'class weights' else count)
-        expected = 2 * expected if case == 'loss_weight' else expected
+        counted = valid if CASES[case].get(f'{LOSS}.avg_non_ignore') else torch.ones_like(valid)
+        count = weights[label][counted].sum() if weighted else counted.sum()
+        expected = CASES[case].get(f'{LOSS}.loss_weight', 1) * each.sum() / count
         assert step['outputs']['decode.loss_ce'] == pytest.approx(expected.item(), rel=1e-4)
     assert pixels.steps[-1]['outputs']['pskd_soft'] > 0
     assert 'aux.loss_ce' in pixels.steps[-1]['outputs']
