@@ -196,8 +196,7 @@ def test_two_steps(path, data, tmp_path, monkeypatch):
     assert all(torch.isfinite(p).all() for p in runner.model.parameters())
     assert not torch.equal(initial.weights['head.fc.weight'], runner.model.head.fc.weight)
     assert any('ece' in name for name in runner.message_hub.log_scalars)
-    if cfg.model.head.type == 'LinearClsHead':
-        assert_initialised(path.stem.split('_')[0], runner.model, initial.weights)
+    assert_initialised(path.stem.split('_')[0], runner.model, initial.weights)
 
 
 # As released (each authors' repository): the rule of the convolutions, of the linear layers, and whether these start
