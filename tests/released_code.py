@@ -240,8 +240,8 @@ TO_OURS = {
             (r'up_conv\.(\d)\.conv\.1\.(\d)', lambda m: f'top_down.{m[1]}.{int(m[2]) + 3}'),
             (r'down_conv\.(\d)\.conv\.0', r'bottom_up.\1'),
             (r'down_conv\.(\d)\.conv\.1\.(\d)', lambda m: f'bottom_up.{m[1]}.{int(m[2]) + 3}'),
-            ('up_weight', 'top_down_weights'),
-            ('down_weight', 'bottom_up_weights'),
+            (r'\.up_weight', '.top_down_weights'),
+            (r'\.down_weight', '.bottom_up_weights'),
         ),
     ),
 }

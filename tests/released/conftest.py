@@ -21,8 +21,8 @@ from mmengine.registry import DefaultScope
 ROWS = {}  # (section, what): {quantity: largest difference}
 
 
-@pytest.fixture(autouse=True)
-def everything_in_float64_without_cuda(monkeypatch):
+@pytest.fixture
+def float64_without_cuda(monkeypatch):
     """What the authors' code asks of CUDA is done where the tensors are; NumPy's old names, which it uses, exist."""
     monkeypatch.setattr(torch.Tensor, 'cuda', lambda self, *args, **kwargs: self)
     monkeypatch.setattr(torch.nn.Module, 'cuda', lambda self, *args, **kwargs: self)

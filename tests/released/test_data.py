@@ -18,7 +18,7 @@ from released_code import FOLDER, definitions, module, needs
 
 from selfkd import metrics
 
-pytestmark = needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD')
+pytestmark = [needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD'), pytest.mark.usefixtures('float64_without_cuda')]
 rng = np.random.default_rng(0)
 
 

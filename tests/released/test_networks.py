@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from released_code import TO_OURS, cskd, frskd, furthest, gradients, module, needs, ours, pskd, state
 from torch import nn
 
-pytestmark = needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD')
+pytestmark = [needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD'), pytest.mark.usefixtures('float64_without_cuda')]
 
 
 # The authors' network, our config, their names in ours, size of the images, how many.

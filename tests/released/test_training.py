@@ -1,8 +1,8 @@
 """Training over several epochs: the authors' own loops against MMPretrain's Runner with our hooks, on the same batches.
 
 Our run comes first and notes the batches it saw, augmentation and partners and all; their loop then gets these. Rates
-are small: at 0.1 rounding grows from step to step. The control is the released loop against itself, started from weights
-that were disturbed by 1e-15.
+are small: at 0.1 rounding grows from step to step. The control is the released loop against itself, started from
+weights that were disturbed by 1e-15.
 """
 
 import copy
@@ -24,7 +24,7 @@ from mmpretrain.registry import MODELS
 from released_code import TO_OURS, TheirFRSKD, cskd, definitions, furthest, module, needs, pskd, state
 from torch import nn
 
-pytestmark = needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD')
+pytestmark = [needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD'), pytest.mark.usefixtures('float64_without_cuda')]
 SECTION = "Training: the authors' loop against the Runner with our hook; loss of each step, final weights"
 EPOCHS, RATE, IMAGES, BATCH = 3, 1e-3, 12, 4
 
@@ -62,8 +62,9 @@ class Follow(Hook):
         hooks = {type(hook).__name__: hook for hook in runner.hooks}
         indices = hooks['PSKDHook']._indices if 'PSKDHook' in hooks else None
         parts = runner.model.data_preprocessor.noted  # CS-KD's partners are the second
+        loss = outputs['loss'].item() + outputs.get('loss_cskd', torch.zeros(())).item()  # 'loss' is the head's own
         batch = [torch.cat([part[i] for part in parts]) for i in range(2)]
-        self.epochs[-1].append((*batch, indices, outputs['loss'].item()))
+        self.epochs[-1].append((*batch, indices, loss))
 
     def losses(self):
         return torch.tensor([batch[-1] for epoch in self.epochs for batch in epoch])
