@@ -108,9 +108,10 @@ def with_self_teacher(cfg: CfgNode) -> CfgNode:
 class SelfKDTrainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` with what ``cfg.SELFKD`` asks for; derive your own from it as from that one."""
 
+    def __init__(self, cfg: CfgNode):
+        super().__init__(cfg)
+        self.register_hooks(selfkd_hooks(self.cfg))  # not in build_hooks, which others override without calling super()
+
     @classmethod
     def build_model(cls, cfg: CfgNode):
         return super().build_model(with_self_teacher(cfg))
-
-    def build_hooks(self) -> List[HookBase]:
-        return [*super().build_hooks(), *selfkd_hooks(self.cfg)]
