@@ -1,8 +1,11 @@
 """The scripts in tools/, run as a user runs them."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +125,25 @@ def test_cifar100_configs_have_the_papers_network(method):
     assert [dict(hook) for hook in cfg.get('custom_hooks', [])] == (
         [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)] if method == 'pskd' else []
     )
+
+
+def test_readmes_first_command(digits, tmp_path):
+    """``mim train``, over a config that has no line of selfkd's in it."""
+    cfg = digits_config(digits, tmp_path / 'run', **{'train_cfg.max_epochs': 2})
+    cfg.dump(tmp_path / 'config.py')
+    command = re.search(r'^mim train mmpretrain CONFIG (.*)$', (ROOT / 'README.md').read_text(), re.MULTILINE)[
+        1
+    ].split()
+    assert command[0] == '--cfg-options'
+    mim = Path(sys.executable).with_name('mim')
+    path = os.pathsep.join([str(ROOT / 'plugins'), os.environ.get('PYTHONPATH', '')])
+    outcome = subprocess.run(
+        [mim, 'train', 'mmpretrain', tmp_path / 'config.py', *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': path},
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    checkpoint = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=False)
+    assert checkpoint['selfkd']['PSKDHook']['bank']['seen'].all()
