@@ -77,7 +77,10 @@ def test_losses_recomputed(voc, tmp_path, case):
         for stage, (prefix, weight) in enumerate(weights.items()):
             z, y = step['calls'][stage]
             teacher = head.self_teacher['bbox_head'][stage]
-            read = head.self_teacher['roi_extractor'](maps, step['rois'][stage]).flatten(1)
+            read = head.self_teacher['roi_extractor'](maps, step['rois'][stage])
+            for layer in teacher.shared_convs:
+                read = layer(read)
+            read = read.flatten(1)
             for layer in teacher.shared_fcs:
                 read = layer(read).relu()
             t = teacher.fc_cls(read)

@@ -12,11 +12,7 @@ from mmengine.runner import load_checkpoint
 
 from selfkd_mmdet import CSKDHook, PSKDHook
 
-BATCH_NORM = {
-    'model.roi_head.bbox_head.type': 'Shared4Conv1FCBBoxHead',
-    'model.roi_head.bbox_head.conv_out_channels': 8,
-    'model.roi_head.bbox_head.norm_cfg': dict(type='BN'),
-}
+BATCH_NORM = {'model.roi_head.bbox_head.norm_cfg': dict(type='BN', _delete_=True)}
 
 
 @pytest.mark.parametrize(
