@@ -20,7 +20,7 @@ def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
     """The toy config: 4 images of 64 x 64, batches of 2, 2 epochs; no region is sampled at random.
 
     ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, cascade mask, c4,
-    dynamic, mask scoring, point rend, fcos, atss.
+    dynamic, mask scoring, point rend, sabl, fcos, atss.
     """
     name = model if model in ('faster-rcnn', 'retinanet') else 'faster-rcnn'
     cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
@@ -102,6 +102,17 @@ def point_rend(cfg) -> None:
         cfg.model.train_cfg.rcnn[name] = full.train_cfg.rcnn[name]
 
 
+def sabl(cfg) -> None:
+    """Side-aware boundary localisation: another box head in the same RoI head."""
+    cfg.model.roi_head.bbox_head = get_config(
+        'mmdet::sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py'
+    ).model.roi_head.bbox_head
+    cfg.model.roi_head.bbox_head.update(
+        num_classes=10, cls_in_channels=32, reg_in_channels=32, reg_offset_out_channels=32
+    )
+    cfg.model.roi_head.bbox_head.update(reg_cls_out_channels=32, cls_out_channels=16)
+
+
 def c4(cfg) -> None:
     """Regions from one map of the backbone, whose last stage is the head's; as mmdet's faster-rcnn_r50-caffe-c4."""
     model = cfg.model
@@ -138,6 +149,7 @@ MODIFY = {
     'dynamic': dynamic,
     'mask scoring': mask_scoring,
     'point rend': point_rend,
+    'sabl': sabl,
     'fcos': dense('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
     'atss': dense('atss/atss_r50_fpn_1x_coco.py'),
 }

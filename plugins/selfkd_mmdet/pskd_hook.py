@@ -73,12 +73,12 @@ class PSKDHook(PSKDHookBase):
         return [model.bbox_head.loss_cls] if self.many_calls else [head.loss_cls for head in region_heads(model)]
 
     def check(self, runner: Runner, model: nn.Module) -> None:
-        super().check(runner, model)
         one_stage = hasattr(model, 'bbox_head')
         (check_dense_head if one_stage else check_region_heads)('PSKDHook', model)
         if one_stage and not self.background:
             raise ValueError('PSKDHook: background=False is for two-stage detectors: remove it')
         self.many_calls = one_stage
+        super().check(runner, model)
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)

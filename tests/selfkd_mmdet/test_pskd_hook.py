@@ -30,6 +30,7 @@ BATCH_NORM = {'model.roi_head.bbox_head.norm_cfg': dict(type='BN', _delete_=True
         'dynamic',
         'mask scoring',
         'point rend',
+        'sabl',
     ],
 )
 def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp_path, case):
@@ -218,7 +219,7 @@ class DumpModels(Hook):
     [
         (
             {'model.roi_head.bbox_head.loss_cls': dict(type='SeesawLoss', num_classes=10, _delete_=True)},
-            'Shared2FCBBoxHead classifies regions with SeesawLoss',
+            'ConvFCBBoxHead classifies regions with SeesawLoss',
         ),
         (
             {'model.roi_head.bbox_head.loss_cls.use_sigmoid': True},
