@@ -28,14 +28,14 @@ def draw_predictions(models: Dict[str, Tuple[str, str]], images: Sequence[int], 
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    columns = {}
+    columns, shown = {}, set()
     for name, (config, checkpoint) in models.items():
         model, dataset = load(config, checkpoint)
         samples = [predict(model, dataset, i) for i in images]
         columns.setdefault('image', [image for image, _ in samples])
         columns.setdefault('labels', [colors(dataset, s.gt_sem_seg.data[0]) for _, s in samples])
         columns[name] = [colors(dataset, s.pred_sem_seg.data[0]) for _, s in samples]
-        shown = {int(c) for _, s in samples for part in (s.gt_sem_seg, s.pred_sem_seg) for c in part.data.unique()}
+        shown |= {int(c) for _, s in samples for part in (s.gt_sem_seg, s.pred_sem_seg) for c in part.data.unique()}
     figure, axes = grid(pyplot, len(images), columns)
     for column, (name, pictures) in zip(axes.T, columns.items()):
         column[0].set_title(name)
@@ -50,8 +50,8 @@ def draw_predictions(models: Dict[str, Tuple[str, str]], images: Sequence[int], 
 def draw_attention(config: str, checkpoint: str, images: Sequence[int], path: str) -> None:
     """Two rows per image of the test set: the attention maps of the student's feature maps, and of the self-teacher's.
 
-    An attention map is what attention transfer compares: the channel mean of the squares, here from its least to its
-    greatest value.
+    An attention map is what attention transfer compares: the channel mean of the squares. Each is painted from its own
+    least to its own greatest value, so brightness cannot be compared between panels; the picture says so.
     """
     import matplotlib
 
@@ -79,6 +79,7 @@ def draw_attention(config: str, checkpoint: str, images: Sequence[int], path: st
         line[0].imshow(image)
         for axis, values in zip(line[1:], maps):
             axis.imshow(values, cmap='magma', interpolation='nearest')
+    figure.supxlabel('each panel has its own scale: dark is its least value, bright its greatest', fontsize='medium')
     figure.savefig(path, dpi=110)
 
 

@@ -6,14 +6,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mm_runs import ROOT, train
 from PIL import Image
 from seg_runs import config
 
-from selfkd_mmseg.draw import colors, draw_attention, load, predict
+from selfkd_mmseg.draw import colors, draw_attention, draw_predictions, load, predict
 
 
-def test_pictures_of_predictions_and_attention(voc, tmp_path):
+def test_pictures_of_predictions_and_attention(voc, tmp_path, monkeypatch):
     options = {'train_cfg.max_iters': 1}
     train(plain := config(voc, tmp_path / 'plain', **options))
     options['model.type'] = 'selfkd_mmseg.FRSKDEncoderDecoder'
@@ -30,10 +31,29 @@ def test_pictures_of_predictions_and_attention(voc, tmp_path):
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     width, height = Image.open(out).size
     assert width > 1.5 * height > 300  # four columns, two rows
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, 'savefig', lambda self, *args, **kwargs: figures.append(self) or save(self, *args, **kwargs)
+    )
     draw_attention(*models[1].split(','), [1], str(out))
+    assert 'each panel has its own scale' in figures[-1].get_supxlabel()
     assert Image.open(out).size[0] > width  # a column for each of four maps
     with pytest.raises(ValueError, match='the model has no self-teacher'):
         draw_attention(*models[0].split(','), [1], str(out))
+
+    # The legend names what any of the models predicts.
+    def predict_one_class(model, dataset, i):
+        image, sample = predict(model, dataset, i)
+        sample.gt_sem_seg.data.fill_(0)
+        sample.pred_sem_seg.data.fill_(hasattr(model, 'self_teacher'))
+        return image, sample
+
+    monkeypatch.setattr('selfkd_mmseg.draw.predict', predict_one_class)
+    for order in (models, models[::-1]):
+        draw_predictions({name: name.split(',') for name in order}, [0], str(out))
+        names = {text.get_text() for text in figures[-1].legends[0].get_texts()}
+        assert names == {'background', 'digit'}
 
     model, dataset = load(*models[0].split(','))
     image, sample = predict(model, dataset, 1)
