@@ -17,7 +17,7 @@ from selfkd.checks import at_least_zero, one_of, positive
 from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
 from selfkd.pyramid import SelfTeacherPyramid
 
-from .heads import check_head, has_plain_loss
+from .heads import check_head, check_head_type, has_plain_loss
 
 __all__ = ['FRSKDImageClassifier', 'SelfTeacher', 'Stage', 'find_stages']
 
@@ -60,6 +60,7 @@ class FRSKDImageClassifier(ImageClassifier):
                 f'FRSKDImageClassifier: stands for an ImageClassifier, whose settings are {known}, got '
                 f'{foreign or sorted(kwargs)}: models of other types are not supported'
             )
+        check_head_type('FRSKDImageClassifier', kwargs.get('head'))
         super().__init__(**kwargs)
         check_head('FRSKDImageClassifier', self)
         if not has_plain_loss(self.head):
@@ -70,7 +71,7 @@ class FRSKDImageClassifier(ImageClassifier):
         options = dict(self_teacher or {})
         self._stages, num_classes = find_stages(self, options.pop('stages', None))
         with torch.random.fork_rng(devices=[]):  # what is drawn after it is what would be drawn without it
-            torch.manual_seed(torch.initial_seed() + 1)
+            torch.default_generator.manual_seed(torch.initial_seed() + 1)
             channels = [stage.channels for stage in self._stages]
             self.self_teacher = SelfTeacher(channels, num_classes, copy.deepcopy(self.head.loss_module), **options)
 

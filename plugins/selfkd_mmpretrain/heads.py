@@ -6,12 +6,13 @@ import torch
 from mmengine.runner import Runner
 from mmpretrain.models.heads import ArcFaceClsHead, ClsHead, ConformerHead, MultiLabelClsHead
 from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
+from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from selfkd_mmengine import SelfKDHook, unwrap
 
-__all__ = ['ClassifierHook', 'check_head', 'has_plain_loss', 'logits_of', 'target_of']
+__all__ = ['ClassifierHook', 'check_head', 'check_head_type', 'has_plain_loss', 'logits_of', 'target_of']
 
 
 def check_head(user: str, model: nn.Module) -> None:
@@ -48,6 +49,17 @@ def check_head(user: str, model: nn.Module) -> None:
             f'{user}: {name} trains with {type(loss).__name__}, but a prediction is a softmax over classes here: '
             'multi-label and sigmoid losses are not supported. Use CrossEntropyLoss (use_sigmoid=False) or '
             'LabelSmoothLoss (mode original or classy_vision) in model.head.loss'
+        )
+
+
+def check_head_type(user: str, head) -> None:
+    """Refuses the config of a head that is none of a classifier (but of self-supervision, say) before it is built."""
+    kind = head.get('type') if isinstance(head, dict) else type(head)
+    kind = MODELS.get(kind) if isinstance(kind, str) else kind
+    if isinstance(kind, type) and head is not None and not issubclass(kind, (ClsHead, MultiLabelClsHead)):
+        raise ValueError(
+            f'{user}: {kind.__name__} is not a classification head: use an ImageClassifier with a LinearClsHead or the '
+            'like'
         )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from mm_runs import ROOT, Recorder, assert_same_state, digits_config, find_hook, train, train_in_processes
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
+from mmengine.hub import get_config
 from mmpretrain import ImageClassificationInferencer, get_model
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
@@ -470,6 +471,14 @@ def test_models_that_cannot_work_are_refused(digits, tmp_path, model, message):
 def test_a_timm_classifier_is_refused():
     with pytest.raises(ValueError, match=r"got \['model_name'\]: models of other types are not supported"):
         MODELS.build(dict(type='selfkd_mmpretrain.FRSKDImageClassifier', model_name='resnet18'))
+
+
+def test_self_supervision_is_refused():
+    """Its head and preprocessor are others, its settings have the same names."""
+    cfg = get_config('mmpretrain::barlowtwins/barlowtwins_resnet50_8xb256-coslr-300e_in1k.py')
+    cfg.model.update(type='selfkd_mmpretrain.FRSKDImageClassifier', data_preprocessor=cfg.data_preprocessor)
+    with pytest.raises(ValueError, match='LatentCrossCorrelationHead is not a classification head'):
+        MODELS.build(cfg.model)
 
 
 def test_the_toolkits_own_inference(digits, tmp_path):

@@ -497,9 +497,9 @@ def test_a_classifier_inside_the_backbone(digits, tmp_path):
 
 def test_predictions_that_the_bank_did_not_take_are_logged(digits, tmp_path, monkeypatch):
     """They come from accelerators; the count stands in for one here."""
-    train(digits_config(digits, tmp_path / 'none', PSKD, **{'train_cfg.max_epochs': 1}), none := Recorder())
+    train(digits_config(digits, tmp_path / 'none', PSKD, **{'train_cfg.max_epochs': 2}), none := Recorder())
     monkeypatch.setattr(PredictionBank, 'skipped', property(lambda bank: 3))
-    train(digits_config(digits, tmp_path / 'some', PSKD, **{'train_cfg.max_epochs': 1}), some := Recorder())
+    train(digits_config(digits, tmp_path / 'some', PSKD, **{'train_cfg.max_epochs': 2}), some := Recorder())
     assert not any('pskd_skipped' in step for step in none.steps)
     assert all(step['pskd_skipped'] == 3 for step in some.steps)
 
