@@ -19,21 +19,21 @@ NETWORKS = {
         'pskd/preact-resnet18_1xb128-300e_cifar100_plain',
         'preact',
         32,
-        4,
+        2,
     ),
     'PS-KD: "PreAct ResNet-101"': (
         pskd('CIFAR_ResNet101_Bottle', num_classes=100),
         'pskd/resnet101-cifar_1xb128-300e_cifar100_plain',
         'resnet',
         32,
-        4,
+        2,
     ),
     'PS-KD: DenseNet-121': (
         pskd('CIFAR_DenseNet121', num_classes=100, bias=True),
         'pskd/densenet121-cifar_1xb128-300e_cifar100_plain',
         'densenet-cifar',
         32,
-        4,
+        2,
     ),
     'PS-KD: ResNeXt-29 8x64d': (
         pskd('CifarResNeXt', cardinality=8, depth=29, nlabels=100, base_width=64, widen_factor=4),
@@ -61,21 +61,21 @@ NETWORKS = {
         'pskd/resnet152_8xb16-300e_imagenet_plain',
         'resnet',
         64,
-        4,
+        2,
     ),
     'CS-KD: PreAct ResNet-18': (
         cskd('CIFAR_ResNet18', 100),
         'cskd/preact-resnet18_1xb128-200e_cifar100_plain',
         'preact',
         32,
-        4,
+        2,
     ),
     'CS-KD: DenseNet-121, 32': (
         cskd('CIFAR_DenseNet121', 200),
         'cskd/densenet121-cifar_1xb128-200e_tinyimagenet_plain',
         'densenet-cifar',
         32,
-        4,
+        2,
     ),
     'CS-KD: ResNet-18, 224': (cskd('resnet18', 200), 'cskd/resnet18_1xb32-200e_cub200_plain', 'resnet', 64, 4),
     'CS-KD: DenseNet-121, 224': (
@@ -83,14 +83,14 @@ NETWORKS = {
         'cskd/densenet121_1xb32-200e_cub200_plain',
         'densenet',
         64,
-        4,
+        2,
     ),
     'FRSKD: ResNet-18': (
         frskd('cifarresnet18', 100),
         'frskd/resnet18-cifar_1xb128-200e_cifar100_plain',
         'resnet',
         32,
-        4,
+        2,
     ),
     'FRSKD: WRN-16-2': (frskd('wrn16x2', 100), 'frskd/wrn16-2_1xb128-200e_cifar100_plain', 'wrn', 32, 4),
     'FRSKD: ResNet-18, 224': (frskd('resnet18', 200), 'frskd/resnet18_1xb32-200e_cub200_plain', 'resnet', 64, 4),
@@ -122,19 +122,17 @@ def step(net, images, labels, seed=1):
     return logits.detach()
 
 
-def differences(theirs, mine, mapping, images, labels):
-    """Each the largest of its kind: logits in training mode, gradients, running statistics, logits in evaluation."""
-    first, second = step(theirs, images, labels), step(mine, images, labels)
+def passes(net, images, labels):
+    """What a network computes, by kind: in training mode logits, gradients, running statistics; then evaluation."""
+    logits = step(net, images, labels)
     with torch.no_grad():
-        last, other = logits_of(theirs.eval(), images), logits_of(mine.eval(), images)
-    keep = '.running_'
+        evaluation = logits_of(net.eval(), images)
+    statistics = {name: value for name, value in state(net).items() if '.running_' in name}
     return {
-        'logits': furthest({'': first}, {'': second}),
-        'gradients': furthest(mapping(gradients(theirs)), gradients(mine)),
-        'statistics': furthest(
-            *({k: v for k, v in s.items() if keep in k} for s in (mapping(state(theirs)), state(mine)))
-        ),
-        'evaluation': furthest({'': last}, {'': other}),
+        'logits': {'': logits},
+        'gradients': gradients(net),
+        'statistics': statistics,
+        'evaluation': {'': evaluation},
     }
 
 
@@ -162,9 +160,10 @@ def test_network(name, measured):
     with torch.no_grad():
         for p in disturbed.parameters():
             p.mul_(1 + 1e-15 * torch.randn_like(p))
-    undisturbed = copy.deepcopy(theirs)
-    found = differences(theirs, mine, mapping, images, labels)
-    control = differences(undisturbed, disturbed, lambda named: named, images, labels)
+    first, second, third = (passes(net, images, labels) for net in (theirs, mine, disturbed))
+    maps = {'gradients': mapping, 'statistics': mapping}
+    found = {kind: furthest(maps.get(kind, dict)(named), second[kind]) for kind, named in first.items()}
+    control = {kind: furthest(named, third[kind]) for kind, named in first.items()}
     measured(
         'Networks: logits and running statistics in training mode, gradients, logits in evaluation mode',
         name,

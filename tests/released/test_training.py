@@ -26,7 +26,7 @@ from torch import nn
 
 pytestmark = [needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD'), pytest.mark.usefixtures('float64_without_cuda')]
 SECTION = "Training: the authors' loop against the Runner with our hook; loss of each step, final weights"
-EPOCHS, RATE, IMAGES, BATCH = 3, 1e-3, 12, 4
+EPOCHS, RATE, IMAGES, BATCH = 3, 1e-3, 8, 4
 
 
 @MODELS.register_module(force=True)
@@ -122,9 +122,9 @@ class Batches:
         return len(self.batches)
 
 
-def sgd(params, nesterov):
+def sgd(params, nesterov, rate=RATE):
     decay = 5e-4 if nesterov else 1e-4
-    return torch.optim.SGD(params, lr=RATE, momentum=0.9, weight_decay=decay, nesterov=nesterov)
+    return torch.optim.SGD(params, lr=rate, momentum=0.9, weight_decay=decay, nesterov=nesterov)
 
 
 def noted_losses(monkeypatch):
@@ -238,6 +238,22 @@ def test_cskd(measured, monkeypatch, tmp_path):
     )
 
 
+class TheirNet(nn.Module):
+    """All of FRSKD's, to be copied and disturbed as one, and its loop."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.frskd = TheirFRSKD(network, 100)
+        self.all = self.frskd.all
+
+    def loop(self, epochs, rate=RATE):
+        optimizer = sgd(self.all.parameters(), nesterov=False, rate=rate)
+        scheduler = module('FRSKD', 'classification.utils').lr_scheduler(optimizer, 'step', [2], 0.1, EPOCHS)
+        for batches in epochs:
+            self.frskd.train([batch[:2] for batch in batches], optimizer)
+            scheduler.step()
+
+
 @pytest.mark.parametrize(
     ('network', 'mapping', 'config'),
     [
@@ -246,22 +262,25 @@ def test_cskd(measured, monkeypatch, tmp_path):
     ],
 )
 def test_frskd(network, mapping, config, measured, monkeypatch, tmp_path):
-    theirs = TheirFRSKD(network, 100)
-
-    class Net(nn.Module):  # all of theirs, to be copied and disturbed as one
-        def __init__(self):
-            super().__init__()
-            self.frskd, self.weights = theirs, theirs.all
-
-    def loop(net, epochs):
-        optimizer = sgd(net.frskd.all.parameters(), nesterov=False)
-        scheduler = module('FRSKD', 'classification.utils').lr_scheduler(optimizer, 'step', [2], 0.1, EPOCHS)
-        for batches in epochs:
-            net.frskd.train([batch[:2] for batch in batches], optimizer)
-            scheduler.step()
-
     def to_ours(net):
         return net.frskd.map(state, mapping)
 
-    net = Net()
-    compare(f'FRSKD, {network}', measured, monkeypatch, to_ours(net), config, loop, net, to_ours, tmp_path, 1e-11)
+    net = TheirNet(network)
+    name = f'FRSKD, {network}'
+    compare(name, measured, monkeypatch, to_ours(net), config, TheirNet.loop, net, to_ours, tmp_path, 1e-11)
+
+
+def test_rounding_grows_with_the_rate(measured):
+    """Why the rates here are small: the released code against itself at the papers' rate."""
+    start = TheirNet('wrn16x2')
+    epochs = [[(torch.randn(BATCH, 3, 32, 32), torch.randint(100, (BATCH,))) for _ in range(5)] for _ in range(EPOCHS)]
+    off = {}
+    for rate in (RATE, 0.1):
+        nets = copy.deepcopy(start), disturbed(start)
+        for net in nets:
+            net.loop(epochs, rate)
+        off[rate] = furthest(*(state(net.all) for net in nets))
+        measured(
+            'The control: weights of the released WRN-16-2 with FRSKD after 15 steps', f'rate {rate}', control=off[rate]
+        )
+    assert off[0.1] > 10 * off[RATE]
