@@ -119,6 +119,20 @@ def test_catalogues(catalogues, tmp_path, languages):
     assert sum(map(len, programs.values())) == 12
 
 
+def test_the_config_for_catalogues(catalogues, tmp_path, fairseq):
+    """The commands of docs/translation.md."""
+    text = tmp_path / 'out'
+    tool('prepare_translation.py', 'catalogues', catalogues, text, '--bpe-tokens', 30, '--held-out', 30)
+    prefixes = ' '.join(f'--{split}pref {text}/{split}' for split in ('train', 'valid', 'test'))
+    fairseq.run(f'fairseq-preprocess -s en -t de {prefixes} --joined-dictionary --destdir {text}/bin')
+    log = fairseq.run(
+        f'fairseq-hydra-train --config-dir {CONFIGS} --config-name messages {USER_DIR} task.data={text}/bin '
+        f'checkpoint.save_dir={text}/run common.log_format=json optimization.max_epoch=2'
+    )
+    assert '"train_alpha": "0.7"' in log
+    assert '"valid_ece"' in log
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
