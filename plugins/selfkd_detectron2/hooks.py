@@ -131,7 +131,7 @@ class PSKDHook(SelfKDHook):
             )
         self.period = self.interval or _epoch_length(self.trainer.data_loader)
         start, end = self.trainer.start_iter, self.trainer.max_iter
-        if self.period >= end:
+        if self.alpha > 0 and self.period >= end:
             period = 'interval (SELFKD.PSKD.INTERVAL)' if self.interval else 'a pass over the training set'
             raise ValueError(
                 f'PSKDHook: {period} is {self.period} iterations, and the whole training {end}: the past copy would '
