@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# Makes .venv ready for `make demo` (argument: demo) or `make test` (argument: test).
+# Makes .venv ready for `make demo` (argument: demo) or `make test` (argument: test), or .venv-latest, with the newest
+# torch, for `make test-latest` (argument: latest).
 #
 # Every step may be interrupted and run again: a stage counts as done only once its stamp, a hash of all
 # that the stage was made from, is written at its end.
 #   PYTHON      interpreter that .venv is made with (default python3.11)
-#   VENV        where the environment is (default .venv)
+#   VENV        where the environment is (default .venv; latest: .venv-latest)
 #   SELFKD_CACHE  where compiled wheels are kept (default ~/.cache/selfkd)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stage=${1:?usage: tools/setup.sh demo|test}
+stage=${1:?usage: tools/setup.sh demo|test|latest}
 PYTHON=${PYTHON:-python3.11}
-VENV=${VENV:-.venv}
+[ "$stage" = latest ] && default=.venv-latest constraints=constraints-latest.txt || default=.venv constraints=constraints.txt
+VENV=${VENV:-$default}
 CACHE=${SELFKD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/selfkd}
 REQ=requirements
 py=$VENV/bin/python
 say() { printf '[setup] %s\n' "$*"; }
 version() { "$1" -c 'import sys, sysconfig; print(f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}")'; }
-pip_install() { "$py" -m pip install -qq --disable-pip-version-check -c $REQ/constraints.txt "$@"; }
+pip_install() { "$py" -m pip install -qq --disable-pip-version-check -c $REQ/$constraints "$@"; }
 installed() { "$py" -c "import importlib.metadata as m; m.version('$1')" 2>/dev/null; }
-stamp_of() { { cat "$REQ/constraints.txt" pyproject.toml tools/setup.sh "$@"; pwd; version "$py"; } | sha256sum | cut -d' ' -f1; }
+stamp_of() { { cat "$REQ/$constraints" pyproject.toml tools/setup.sh "$@"; pwd; version "$py"; } | sha256sum | cut -d' ' -f1; }
 done_with() { [ -f "$VENV/.selfkd-$1" ] && [ "$(cat "$VENV/.selfkd-$1")" = "$2" ]; }
 
 command -v "$PYTHON" >/dev/null || { say "there is no '$PYTHON' here: name a Python 3.11 with PYTHON=..."; exit 1; }
@@ -86,5 +88,20 @@ setup_test() {
     echo "$stamp" > "$VENV/.selfkd-test"
 }
 
-setup_demo
-if [ "$stage" = test ]; then setup_test; fi
+setup_latest() {
+    local stamp; stamp=$(stamp_of $REQ/latest.txt)
+    if done_with latest "$stamp"; then return; fi
+    say "installing today's torch, mmengine, mmpretrain, lightning, transformers (about 3 minutes, 6 GB on disk)"
+    pip_install -r $REQ/latest.txt
+    if ! "$py" -c 'import cv2' 2>/dev/null; then pip_install --force-reinstall --no-deps opencv-python-headless; fi
+    pip_install setuptools wheel
+    pip_install --no-deps --no-build-isolation -e .
+    echo "$stamp" > "$VENV/.selfkd-latest"
+}
+
+case $stage in
+    demo) setup_demo ;;
+    test) setup_demo; setup_test ;;
+    latest) setup_latest ;;
+    *) say "unknown stage '$stage': demo, test or latest"; exit 1 ;;
+esac
