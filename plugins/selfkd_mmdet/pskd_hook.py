@@ -134,7 +134,8 @@ class PSKDHook(PSKDHookBase):
         return quality_focal_loss(logits, past.float().sigmoid(), reduction='none').sum(1)
 
     def _region_losses(self, stage: int, arguments: Dict[str, object]) -> Tensor:
-        logits, label, past = arguments['cls_score'], arguments['label'], self._past.pop(stage)
+        logits, label = arguments['cls_score'], arguments['label']
+        past, self._past[stage] = self._past[stage], None
         if not self.background:
             hard = label == region_heads(self.student)[stage].num_classes
             past[hard] = F.one_hot(label[hard], logits.shape[1]).to(past)

@@ -154,7 +154,7 @@ def test_weight_0_trains_to_the_vanilla_weights(voc, tmp_path, vanilla, model, h
     assert_same_state(ours, vanilla[model])
 
 
-@pytest.mark.parametrize('model', ['faster-rcnn', 'retinanet'])
+@pytest.mark.parametrize('model', ['faster-rcnn', 'cascade', 'retinanet'])
 def test_nothing_but_the_past_copys_weights_is_added(voc, tmp_path, model):
     """The checkpoint loads strictly into the vanilla detector, which then predicts the same; nothing is optimised, and
     no feature map of the copy outlives its use."""
