@@ -79,20 +79,23 @@ class Training:
         if position != self.position:  # and not the next of --update-freq batches
             self.position = position
             self.past.begin_step(update_num, self.model, ema_model)
-        result = out_of_memory = None
         try:
             result = original(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
         except RuntimeError as error:
-            if 'out of memory' not in str(error):
-                raise
-            out_of_memory = error  # fairseq goes on without this process's share, and the others know nothing of it
-        interval, done = self.cfg.save_interval_updates, (update_num, update_num + 1)  # fp16 may skip this update
-        on_interval = interval > 0 and any(updates % interval == 0 for updates in done)
-        if self.train_itr.end_of_epoch() or self.cfg.max_update in done or on_interval:
-            self.past.synchronize()  # fairseq may save now, on the first process alone
-        if out_of_memory is not None:
-            raise out_of_memory
+            if 'out of memory' in str(
+                error
+            ):  # fairseq goes on without this batch; the other processes wait for this one
+                self.before_saving(update_num)
+            raise
+        self.before_saving(update_num)
         return result
+
+    def before_saving(self, updates):
+        """Lets the processes exchange what the first of them may save after this step."""
+        interval, done = self.cfg.save_interval_updates, (updates, updates + 1)  # fp16 may skip this update
+        on_interval = interval > 0 and any(n % interval == 0 for n in done)
+        if self.train_itr.end_of_epoch() or self.cfg.max_update in done or on_interval:
+            self.past.synchronize()
 
     def valid_step(self, original, *args, ema_model=None, **kwargs):
         return original(*args, **kwargs)
