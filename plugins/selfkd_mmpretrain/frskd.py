@@ -103,7 +103,7 @@ class FRSKDImageClassifier(ImageClassifier):
         if teacher.sla:
             if target.dim() != 1 or inputs.shape[2] != inputs.shape[3]:
                 raise ValueError(
-                    f'FRSKDImageClassifier: self_teacher.sla needs class ids (without Mixup, CutMix, ...: remove '
+                    'FRSKDImageClassifier: self_teacher.sla needs class ids (without Mixup, CutMix, ...: remove '
                     f'augments from model.train_cfg) and square images, got {tuple(inputs.shape[2:])} and targets '
                     f'{tuple(target.shape)}'
                 )
@@ -298,7 +298,7 @@ def find_stages(model: ImageClassifier, names: Optional[Sequence[str]] = None) -
     if len(stages) < 2 or (names and len(stages) != len(names)):
         sizes = ', '.join(f'{height} x {width}' for height, width in found) or 'none'
         raise ValueError(
-            f'FRSKDImageClassifier: the self-teacher is a pyramid on feature maps of two sizes or more, and those of '
+            'FRSKDImageClassifier: the self-teacher is a pyramid on feature maps of two sizes or more, and those of '
             f'{name} (for an image of {size[0]} x {size[1]}) are {sizes}: ViTs and their like are not supported, use '
             'PSKDHook or CSKDHook; in other networks name modules whose maps differ in size in self_teacher.stages'
         )

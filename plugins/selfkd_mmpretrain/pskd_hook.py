@@ -78,7 +78,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
             )
         if teacher == 'bank' and teacher_mode != 'train':
             raise ValueError(
-                f"PSKDHook: teacher_mode belongs to teacher='snapshot'; the bank keeps predictions made in training, "
+                "PSKDHook: teacher_mode belongs to teacher='snapshot'; the bank keeps predictions made in training, "
                 f'got teacher_mode={teacher_mode!r}'
             )
         super().__init__(alpha, snapshot=teacher == 'snapshot', interval=interval, teacher_mode=teacher_mode)
