@@ -82,9 +82,8 @@ class Training:
         try:
             result = original(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
         except RuntimeError as error:
-            if 'out of memory' in str(
-                error
-            ):  # fairseq goes on without this batch; the other processes wait for this one
+            # fairseq then goes on without this batch, while the other processes wait for this one
+            if 'out of memory' in str(error):
                 self.before_saving(update_num)
             raise
         self.before_saving(update_num)
