@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from det_runs import CSKD, FRSKD, PSKD, Regions, config
+from det_runs import CSKD, FRSKD, MODIFY, PSKD, Regions, config
 from mm_runs import assert_same_state, train
 
 from selfkd.pairing import same_class_partners
@@ -20,7 +20,12 @@ def restated(logits, weight, avg_factor, pairs):
     return 0.5 * total / avg_factor
 
 
-@pytest.mark.parametrize('case', ['faster-rcnn', 'positives count double', 'cascade', 'cascade, FRSKD', 'mask', 'c4'])
+OTHERS = ['dynamic', 'mask scoring', 'point rend', 'sabl']
+
+
+@pytest.mark.parametrize(
+    'case', ['faster-rcnn', 'positives count double', 'cascade', 'cascade, FRSKD', 'mask', 'c4', *OTHERS]
+)
 def test_loss_and_gradient_recomputed(voc, tmp_path, case):
     """The gradient shows that partners are constants; FRSKD (of weight 0) does not get in the way.
 
@@ -30,7 +35,7 @@ def test_loss_and_gradient_recomputed(voc, tmp_path, case):
     options = {'model.train_cfg.rcnn.pos_weight': 2.0} if 'double' in case else {}
     if frskd:
         options = {**FRSKD, 'model.roi_head.alpha': 0.0}
-    model = case if case in ('cascade', 'mask', 'c4') else 'faster-rcnn'
+    model = case if case in MODIFY else 'faster-rcnn'
     train(config(voc, tmp_path, CSKD, model=model, **options), regions := Regions())
     found = 0
     for iteration, step in enumerate(regions.steps):
