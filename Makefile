@@ -22,4 +22,4 @@ test-latest:
 
 lint:
 	@bash tools/setup.sh test
-	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

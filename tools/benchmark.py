@@ -10,7 +10,7 @@ import os
 from importlib import import_module
 
 SUITES = {
-    'loss': 'selfkd.benchmark:loss_suite',
+    'loss': 'selfkd.loss_benchmark:loss_suite',
     'mmpretrain': 'selfkd_mmpretrain.benchmark:step_suite',
     'distillation': 'selfkd_mmpretrain.benchmark:distillation_suite',
     'mmdet': 'selfkd_mmdet.benchmark:step_suite',

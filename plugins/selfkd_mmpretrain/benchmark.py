@@ -9,7 +9,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
 from mmpretrain.registry import DATASETS
 
-from selfkd.benchmark import Cost, PlainPyramid, compare
+from selfkd.benchmark import Cost, compare
 from selfkd_mmengine.benchmark import step_of
 
 __all__ = ['distillation_suite', 'step_suite']
@@ -22,9 +22,6 @@ HOOKS: Dict[str, Optional[dict]] = {
 }
 
 
-LEVELS = [64, 128, 256, 512]
-
-
 @DATASETS.register_module()
 class RandomImages(BaseDataset):
     """Random 32 x 32 images of 100 classes."""
@@ -35,7 +32,7 @@ class RandomImages(BaseDataset):
         return [dict(img=image, gt_label=int(rng.integers(100))) for image in images]
 
 
-def make_step(hook: Optional[dict], work_dir: str, frskd: bool = False, straightforward: bool = False):
+def make_step(hook: Optional[dict], work_dir: str, frskd: bool = False):
     """One training step, hooks included, of a run in its second epoch, where past predictions exist."""
     cfg = Config(
         dict(
@@ -61,10 +58,7 @@ def make_step(hook: Optional[dict], work_dir: str, frskd: bool = False, straight
     )
     if frskd:
         cfg.model.type = 'selfkd_mmpretrain.FRSKDImageClassifier'
-    runner = Runner.from_cfg(cfg)
-    if straightforward:
-        runner.model.self_teacher.pyramid = PlainPyramid(LEVELS, 100)
-    return step_of(runner)
+    return step_of(Runner.from_cfg(cfg))
 
 
 def step_suite() -> List[Cost]:
@@ -81,9 +75,6 @@ def distillation_suite() -> List[Cost]:
                 'plain': make_step(None, f'{folder}/plain'),
                 'CS-KD': make_step(dict(type='selfkd_mmpretrain.CSKDHook'), f'{folder}/cskd'),
                 'FRSKD': make_step(None, f'{folder}/frskd', frskd=True),
-                'FRSKD, straightforward self-teacher': make_step(
-                    None, f'{folder}/same', frskd=True, straightforward=True
-                ),
             },
             repeats=12,
         )

@@ -1,12 +1,12 @@
-"""The self-teacher against the straightforward arrangement of the same layers in selfkd_mmpretrain.benchmark."""
+"""The self-teacher against the straightforward arrangement of the same layers in tests/plain_pyramid.py."""
 
 import copy
 
 import pytest
 import torch
+from plain_pyramid import PlainPyramid
 from torch import nn
 
-from selfkd.benchmark import PlainPyramid
 from selfkd.pyramid import BiFPN, SelfTeacherPyramid
 
 
