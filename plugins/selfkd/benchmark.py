@@ -1,6 +1,7 @@
 """Cost of a method as a ratio to the plain computation, both timed alternately in one run.
 
-What is measured, the suites, lies with the plugins. A ratio of interleaved steps cancels what else the machine is doing; absolute times would not.
+A ratio of interleaved steps cancels what else the machine is doing; absolute times would not. What is measured, the
+suites, lies with the plugins.
 """
 
 import platform

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import tracing
+from .depthwise import Depthwise3x3
+
 __all__ = ['BiFPN', 'SelfTeacherPyramid']
 
 
@@ -74,9 +77,10 @@ class BiFPN(nn.Module):
             ValueError: another number of maps or channels than promised, or maps that are not fine to coarse.
         """
         self._check(feats)
+        maps = list(feats)
         for i, layer in enumerate(self.layers):
-            feats = layer(feats, preact and i + 1 == len(self.layers))
-        return feats
+            maps = layer(maps, preact and i + 1 == len(self.layers))
+        return maps
 
     def _check(self, feats: Sequence[Tensor]) -> None:
         channels = [f.shape[1] for f in feats]
@@ -113,11 +117,13 @@ class SelfTeacherPyramid(BiFPN):
         super().__init__(in_channels, [width * c for c in in_channels], depth=depth, repeats=repeats)
         self.fc = nn.Linear(self.channels[-1], num_classes)
 
-    def forward(self, feats: Sequence[Tensor], *, preact: bool = False) -> Tuple[List[Tensor], Tensor]:
+    def forward(  # type: ignore[override]
+        self, feats: Sequence[Tensor], *, preact: bool = False
+    ) -> Tuple[List[Tensor], Tensor]:
         """As :meth:`BiFPN.forward`; returns the refined maps and the logits ``[N, C]`` of the coarsest."""
-        feats = super().forward(feats, preact=preact)
-        coarsest = F.relu(feats[-1]) if preact else feats[-1]
-        return feats, self.fc(coarsest.mean((2, 3)))
+        maps = super().forward(feats, preact=preact)
+        coarsest = F.relu(maps[-1]) if preact else maps[-1]
+        return maps, self.fc(coarsest.mean((2, 3)))
 
 
 class _Pass(nn.Module):
@@ -169,115 +175,50 @@ class _Pass(nn.Module):
         return out if preact else activated
 
 
+def _pointwise(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+
 def _conv1x1(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(_Pointwise(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+    return nn.Sequential(_pointwise(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 def _separable3x3(channels: int, depth: int) -> nn.Sequential:
     layers = []
     for _ in range(depth):
         layers += [
-            _Depthwise3x3(channels),
-            _Pointwise(channels, channels),
+            Depthwise3x3(channels),
+            _pointwise(channels, channels),
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         ]
     return nn.Sequential(*layers[:-1])
 
 
-class _Pointwise(nn.Conv2d):
-    """A 1x1 convolution; on the CPU, for maps of many pixels and few channels, as the faster matrix product."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        if x.device.type != 'cpu' or height * width < self.out_channels:
-            return super().forward(x)
-        return torch.bmm(self.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, (height, width))
-
-
-class _Depthwise3x3(nn.Conv2d):
-    """A depthwise 3x3 convolution whose gradient on the CPU is another one."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1, groups=channels, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == 'cpu' and not torch.is_autocast_cpu_enabled():
-            return _DepthwiseFunction.apply(x, self.weight)
-        return super().forward(x)
-
-
-class _DepthwiseFunction(torch.autograd.Function):
-    """On the CPU, torch's gradient with respect to the input of a depthwise convolution takes 4 to 25 times as long as
-    the convolution of the gradient with the flipped kernel, which it equals (padding 1, stride 1)."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=1, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=1, groups=len(weight))
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=1, groups=len(weight))
-        return grad_x, grad_weight
-
-
 def _weighted_sum(weights: Tensor, *maps: Tensor) -> Tensor:
     """sum_k w_k maps_k with normalised weights; a last map that is smaller than the first is upsampled (nearest)."""
     weights = F.relu(weights)
-    return _WeightedSum.apply(weights / (weights.sum() + 1e-6), *maps)
+    terms = [w * m for w, m in zip(weights / (weights.sum() + 1e-6), maps)]
+    if terms[-1].shape != terms[0].shape:
+        terms[-1] = F.interpolate(terms[-1], terms[0].shape[2:], mode='nearest')
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
-class _WeightedSum(torch.autograd.Function):
-    """The weighted sum and its gradients in as few passes over the maps as they can take: composed operations write
-    each product, and in the backward pass each product with the gradient, to memory."""
-
-    @staticmethod
-    def forward(ctx, weights, *maps):
-        ctx.save_for_backward(weights, *maps)
-        weights, last = weights.to(maps[0].dtype), maps[-1] * weights[-1].to(maps[0].dtype)
-        out = last if last.shape == maps[0].shape else F.interpolate(last, maps[0].shape[2:], mode='nearest')
-        for weight, m in zip(weights[:-1], maps[:-1]):
-            out.addcmul_(m, weight)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        weights, *maps = ctx.saved_tensors
-        grads = [grad] * len(maps)
-        if maps[-1].shape != grad.shape:
-            size, sizes = grad.shape[2:], maps[-1].shape
-            grads[-1] = torch.ops.aten.upsample_nearest2d_backward(grad, size, sizes)
-        grad_weights = torch.stack([_dot(g, m) for g, m in zip(grads, maps)]).to(weights.dtype)
-        weights = weights.to(grad.dtype)
-        return (grad_weights, *(g * w for g, w in zip(grads, weights)))
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == torch.float32 and a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.flatten(), b.flatten())
-    return (a * b).sum(dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
-
-
-def _upsampled_conv(conv: nn.Sequential, x: Tensor, size: Tuple[int, int]) -> Tensor:
+def _upsampled_conv(conv: nn.Sequential, x: Tensor, size: Sequence[int]) -> Tensor:
     """What ``conv`` gives on x upsampled (nearest) to ``size``, but perhaps on fewer pixels: upsample the result."""
     copies = size[0] * size[1] // (x.shape[2] * x.shape[3])
     even = size[0] % x.shape[2] == 0 and size[1] % x.shape[3] == 0
-    convolution, norm, relu = conv
+    convolution, norm, relu = conv[0], conv[1], conv[2]
     pixels = len(x) * x.shape[2] * x.shape[3]
-    if not even or type(norm) is not nn.BatchNorm2d or pixels == 1:
+    if even and (not norm.training or copies == 1):
+        return conv(x)
+    plain = type(norm) is nn.BatchNorm2d and norm.running_var is not None and norm.momentum is not None
+    if not even or not plain or pixels == 1 or tracing():
         # Pixels repeated unequally change the statistics; a SyncBatchNorm counts other ranks' pixels as well.
         return conv(F.interpolate(x, size, mode='nearest'))
-    if not norm.training or copies == 1:
-        return conv(x)
     # A 1x1 convolution and a batch norm commute with repeating every pixel equally often, except that the running
     # variance is the unbiased one: n / (n - 1) of the pixels after repetition, not before.
     variance = torch.zeros_like(norm.running_var)
@@ -292,7 +233,7 @@ def _upsampled_conv(conv: nn.Sequential, x: Tensor, size: Tuple[int, int]) -> Te
     return relu(out)
 
 
-def _pool(x: Tensor, size: Tuple[int, int]) -> Tensor:
+def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
     """Max-pooling 3x3 with stride 2 and "same" padding, or to ``size`` where that does not give it.
 
     For maps after ReLU: "same" padding is with zeros, which then never win.
@@ -302,4 +243,4 @@ def _pool(x: Tensor, size: Tuple[int, int]) -> Tensor:
         return x
     if ((height + 1) // 2, (width + 1) // 2) == tuple(size):
         return F.max_pool2d(x, 3, 2, padding=(height % 2, width % 2), ceil_mode=True)
-    return F.adaptive_max_pool2d(x, size)
+    return F.adaptive_max_pool2d(x, list(size))
