@@ -7,7 +7,6 @@ from torch import nn
 from selfkd.pyramid import SelfTeacherPyramid
 
 
-
 class PlainPyramid(nn.Module):
     """FRSKD's self-teacher layer by layer as the paper lists them, from torch's modules, for comparison."""
 

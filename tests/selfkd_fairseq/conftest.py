@@ -67,9 +67,11 @@ class Fairseq:
 
     def train_args(self, save, *args, model='transformer', data='bin'):
         return (
-            f'fairseq-train {data} --user-dir {USER_DIR} --cpu --seed 7 --optimizer adam --lr 0.005 --max-tokens 500 '
-            f'--save-dir {save} --log-format json --log-interval 1 --update-epoch-batch-itr True '
-            f'--required-batch-size-multiple 1 {MODEL[model]}',
+            (
+                f'fairseq-train {data} --user-dir {USER_DIR} --cpu --seed 7 --optimizer adam --lr 0.005 '
+                f'--max-tokens 500 --save-dir {save} --log-format json --log-interval 1 --update-epoch-batch-itr True '
+                f'--required-batch-size-multiple 1 {MODEL[model]}'
+            ),
             *args,
         )
 
