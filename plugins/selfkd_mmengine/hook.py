@@ -156,7 +156,8 @@ class SelfKDHook(Hook):
         if not self._forwards:
             raise RuntimeError(
                 f'{type(self).__name__}: the model computed a training loss without a call model(..., mode="loss"), so '
-                'it could not be tapped (has it a train_step of its own?); remove this hook to train without it'
+                'it could not be tapped (has it a train_step of its own, or one compiled for an earlier run of '
+                'this process?); remove this hook to train without it'
             )
 
     def after_train(self, runner: Runner) -> None:
