@@ -32,7 +32,7 @@ class Regions(NamedTuple):
     Attributes:
         labels: ``[R]``, in [0, K]; K is background.
         images: number of the image in the batch, ``[R]``.
-        objects: number of the object in the batch, ``[R]``; of no meaning for background.
+        objects: number of the object in its image, ``[R]``; of no meaning for background.
     """
 
     labels: Tensor
@@ -138,17 +138,14 @@ def _classify(heads: nn.Module, stage: int, features: Dict[str, Tensor], boxes: 
 
 def _match(boxes: List[Boxes], targets: List[Instances], matcher: Matcher, background: int) -> Regions:
     """What the detector took the regions for. It draws them at random, but matches them by rule."""
-    images, rows, first = [], [], 0
+    rows = []
     for image, (regions, target) in enumerate(zip(boxes, targets)):
         labels = objects = torch.full((len(regions),), background, device=regions.device)
         if len(target):
             objects, kinds = matcher(pairwise_iou(target.gt_boxes, regions))
             labels = torch.where(kinds == 1, target.gt_classes[objects], background)
-        images.append(torch.full_like(labels, image))
-        rows.append((labels, objects + first))
-        first += len(target)
-    labels, objects = (torch.cat(column) for column in zip(*rows))
-    return Regions(labels, torch.cat(images), objects)
+        rows.append(Regions(labels, torch.full_like(labels, image), objects))
+    return Regions(*(torch.cat(column) for column in zip(*rows)))
 
 
 class DenseTap:
