@@ -180,6 +180,15 @@ class BoxesAsMasks(BaseTransform):
         return results
 
 
+@TRANSFORMS.register_module(force=True)
+class OneClass(BaseTransform):
+    """All objects are of class 0."""
+
+    def transform(self, results):
+        results['gt_bboxes_labels'] = results['gt_bboxes_labels'] * 0
+        return results
+
+
 class Regions(Hook):
     """Keeps, for each training step: the inputs, regions, what went through the loss modules, and the logs.
 

@@ -24,7 +24,17 @@ OTHERS = ['dynamic', 'mask scoring', 'point rend', 'sabl']
 
 
 @pytest.mark.parametrize(
-    'case', ['faster-rcnn', 'positives count double', 'cascade', 'cascade, FRSKD', 'mask', 'c4', *OTHERS]
+    'case',
+    [
+        'faster-rcnn',
+        'one class, one image',
+        'positives count double',
+        'cascade',
+        'cascade, FRSKD',
+        'mask',
+        'c4',
+        *OTHERS,
+    ],
 )
 def test_loss_and_gradient_recomputed(voc, tmp_path, case):
     """The gradient shows that partners are constants; FRSKD (of weight 0) does not get in the way.
@@ -33,10 +43,17 @@ def test_loss_and_gradient_recomputed(voc, tmp_path, case):
     """
     case, *frskd = case.split(', ')
     options = {'model.train_cfg.rcnn.pos_weight': 2.0} if 'double' in case else {}
+    if case == 'one class':  # pairs of objects in an image
+        frskd, options = [], {'train_dataloader.batch_size': 1}
     if frskd:
         options = {**FRSKD, 'model.roi_head.alpha': 0.0}
     model = case if case in MODIFY else 'faster-rcnn'
-    train(config(voc, tmp_path, CSKD, model=model, **options), regions := Regions())
+    cfg = config(voc, tmp_path, CSKD, model=model, **options)
+    if case == 'one class':
+        cfg.train_dataloader.dataset.pipeline.insert(3, dict(type='OneClass'))
+    train(cfg, regions := Regions())
+    if case == 'one class':
+        assert any(len(objects.unique()) > 2 for step in regions.steps for objects in step['objects'])
     found = 0
     for iteration, step in enumerate(regions.steps):
         generator = step_generator(iteration)
