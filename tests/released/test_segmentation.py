@@ -6,11 +6,9 @@ sides compute in float64.
 
 import ast
 import importlib.util
-import os
 import random
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,26 +17,32 @@ import torch
 from mm_runs import ROOT, counter
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner, load_state_dict
 from mmengine.structures import PixelData
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
+from released_code import FOLDER, needs
 from torch import nn
 
-RELEASED = Path(os.environ.get('SELFKD_RELEASED', 'nowhere')) / 'FRSKD/segmentation'
-pytestmark = pytest.mark.skipif(
-    not RELEASED.is_dir(), reason='SELFKD_RELEASED names no folder that holds the repository FRSKD'
-)
+RELEASED = FOLDER / 'FRSKD/segmentation'
+pytestmark = needs('FRSKD')
 ARCHS = ('b0', 'b1', 'b2')
 SECTION = "Segmentation: FRSKD's model, self-teacher, losses, training and pictures"
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        yield
 
 
 @pytest.fixture(scope='module')
 def released():
     """Their package of models and losses."""
-    register_all_modules()
+    register_all_modules(init_default_scope=False)
     pytest.importorskip('efficientnet_pytorch', reason='the released code builds on the package efficientnet_pytorch')
     spec = importlib.util.spec_from_loader('frskd_segmentation', loader=None, is_package=True)
     package = importlib.util.module_from_spec(spec)
