@@ -443,12 +443,12 @@ def test_frskd_on_a_torchvision_network():
     names = list(model.state_dict())
     before = copy.deepcopy(model.state_dict())
     random = torch.random.get_rng_state()
-    frskd = FRSKD(model, ['layer1', 'layer2', 'layer3', 'layer4'], num_classes=5, example=torch.zeros(1, 3, 32, 32))
+    frskd = FRSKD(model, ['layer1', 'layer2', 'layer3', 'layer4'], num_classes=5, example=torch.zeros(1, 3, 64, 64))
     assert list(model.state_dict()) == names
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not torch.equal(random, torch.random.get_rng_state())  # only the self-teacher's weights were drawn
-    optimizer = torch.optim.SGD([*model.parameters(), *frskd.parameters()], lr=0.01)
-    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    optimizer = torch.optim.SGD([*model.parameters(), *frskd.parameters()], lr=0.001)
+    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8) % 4
     losses = []
     for _ in range(3):
         logits = model(images)
