@@ -51,6 +51,8 @@ class Driver:
     def __init__(self, row, request, folder):
         self.row, self.folder, self.name = row, folder, row.toolkit.name
         self.data = request.getfixturevalue('digits' if self.name == 'mmpretrain' else 'voc')
+        if self.name == 'mmseg':
+            self.data = self.data / 'VOC2007'
         self.monkeypatch, self.count = request.getfixturevalue('monkeypatch'), 0
 
     def config(self, *, on=True, settings=None, loop='epoch', batch=None, **options):
@@ -82,6 +84,9 @@ class Driver:
         cfg.default_hooks.checkpoint = checkpoint
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         cfg.randomness = ConfigDict(seed=0)
+        if self.name == 'mmdet':  # so short a training finds nothing with confidence
+            test = cfg.model.test_cfg
+            (test.rcnn if 'rcnn' in test else test).score_thr = 0.0
         if on:
             cfg.merge_from_dict(copy.deepcopy(self.row.options))
             cfg.custom_hooks = [ConfigDict({**hook, **(settings or {})}) for hook in self.row.hooks]
@@ -190,5 +195,6 @@ class Driver:
                 return torch.cat([found.bboxes, found.scores[:, None]], dim=1), tuple(model.dataset_meta['classes'])
             from mmseg.apis import inference_model, init_model
 
+            cfg.test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
             model = init_model(cfg, checkpoint, device='cpu')
             return inference_model(model, picture).seg_logits.data, tuple(model.dataset_meta['classes'])

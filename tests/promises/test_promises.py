@@ -20,8 +20,8 @@ def same(a, b):
 def test_it_acts_and_weight_zero_is_plain_training_to_the_last_bit(row, runs):
     plain, on = runs.train(runs.config(on=False)), runs.train(runs.config())
     first, last = (runs.total(on['steps'][i]) - runs.total(plain['steps'][i]) for i in (0, -1))
-    assert (abs(first) > 1e-4) == row.acts_at_once
-    assert abs(last) > 1e-4
+    assert (first != 0) == row.acts_at_once
+    assert abs(last) > 1e-6
     assert any((on['weights'][name] != value).any() for name, value in plain['weights'].items())
     if row.zero is not None:
         zero = runs.train(runs.config(settings=row.zero))
@@ -94,7 +94,7 @@ def test_mixed_precision(row, runs):
     cfg, plain = (runs.bfloat16(runs.config(on=on)) for on in (True, False))
     on, off = runs.train(cfg), runs.train(plain)
     assert all(torch.isfinite(torch.tensor(runs.total(step))) for step in on['steps'])
-    assert abs(runs.total(on['steps'][-1]) - runs.total(off['steps'][-1])) > 1e-4
+    assert abs(runs.total(on['steps'][-1]) - runs.total(off['steps'][-1])) > 1e-6
     assert all(value.dtype != torch.bfloat16 for value in on['weights'].values())
 
 
