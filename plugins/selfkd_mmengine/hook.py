@@ -19,7 +19,7 @@ from torch import Tensor, nn
 __all__ = ['SelfKDHook', 'epoch_length', 'training_progress', 'unwrap']
 
 CHECKPOINT_KEY = 'selfkd'
-STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of FlexibleRunner, in which hooks were tried
+STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of FlexibleRunner: plain calls of a torch module
 
 
 class SelfKDHook(Hook):
@@ -239,7 +239,7 @@ def _check_strategy(user: str, runner: Runner) -> None:
     strategy = type(getattr(runner, 'strategy', None))  # FlexibleRunner's
     if strategy is not type(None) and not {kind.__name__ for kind in strategy.__mro__} & set(STRATEGIES):
         raise ValueError(
-            f'{user}: the strategy {strategy.__name__} is not supported (it has not been tried): use one of '
+            f'{user}: the strategy {strategy.__name__} is not supported (it was not tried): use one of '
             f'{", ".join(STRATEGIES)}'
         )
 
