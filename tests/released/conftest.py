@@ -59,6 +59,7 @@ def pytest_terminal_summary(terminalreporter):
         lines.append('| --- ' * (len(columns) + 1) + '|')
         lines += [f'| {what} | {" | ".join(_number(row.get(c)) for c in columns)} |' for what, row in rows.items()]
         lines.append('')
+    terminalreporter.write_line('\n'.join(lines))
     commits = [f'[{name}]({url}) at `{released.commit(name)}`' for name, url in released.REPOSITORIES.items()]
     page = os.environ.get('SELFKD_FIDELITY')
     if page and terminalreporter.stats.get('failed'):
@@ -66,23 +67,16 @@ def pytest_terminal_summary(terminalreporter):
     elif page:
         text = Path(page).read_text()
         for mark, block in (('commits', ', '.join(commits)), ('table', '\n'.join(lines))):
-            pattern = rf'(<!-- {mark} -->\n).*(\n<!-- end of {mark} -->)'
-            text, found = re.subn(pattern, lambda m, block=block: m[1] + block + m[2], text, flags=re.DOTALL)
+            pattern = rf'(<!-- {mark} -->\n).*(<!-- end of {mark} -->)'
+            text, found = re.subn(pattern, lambda m, block=block: f'{m[1]}{block}\n{m[2]}', text, flags=re.DOTALL)
             if not found:
                 raise ValueError(f'SELFKD_FIDELITY: {page} has no lines <!-- {mark} --> and <!-- end of {mark} -->')
         Path(page).write_text(text)
-    terminalreporter.write_line('\n'.join(lines))
 
 
 def _number(value) -> str:
     if value is None:
         return ''
-    return (
-        value
-        if isinstance(value, str)
-        else '0'
-        if value == 0
-        else f'{value:.1e}'
-        if abs(value) < 1e-2
-        else f'{value:.4g}'
-    )
+    if isinstance(value, str) or value == 0:
+        return str(value or 0)
+    return f'{value:.1e}' if abs(value) < 1e-2 else f'{value:.4g}'

@@ -180,8 +180,8 @@ def test_initial_self_teacher(name, measured):
         elif len(first) > 1000:
             off = max(off, abs(second.std() / first.std() - 1).item())
     measured(
-        'Initial weights: deviation of ours over theirs less 1 (a draw has noise)',
-        f'self-teacher of {name}',
+        'Initial weights of the self-teacher: deviation of ours over theirs less 1 (a draw has noise)',
+        name,
         all_layers=off,
     )
     assert off < 0.05

@@ -30,7 +30,7 @@ from torch import nn
 RELEASED = FOLDER / 'FRSKD/segmentation'
 pytestmark = needs('FRSKD')
 ARCHS = ('b0', 'b1', 'b2')
-SECTION = "Segmentation: FRSKD's model, self-teacher, losses, training and pictures"
+SECTION = "Segmentation: FRSKD's model, self-teacher and losses"
 
 
 @pytest.fixture(autouse=True)
@@ -334,7 +334,9 @@ def test_training(build, released, monkeypatch, tmp_path, measured):
     trained, scores = our_training(cfg, ours, tmp_path, lr)
     both = [(a, b) for _, a, b in pairs(theirs, trained) if isinstance(a, nn.Parameter)]
     difference = distance(*zip(*both)) / way
-    measured(SECTION, 'EfficientNet-b0, 8 steps, weights as shares of their way', weights=difference, control=drift)
+    measured(
+        'Segmentation: training, in shares of the way of the weights', 'b0, 8 steps', weights=difference, control=drift
+    )
     assert way > 1e-3
     assert difference < max(1e-8, 10 * drift) < 1e-4
     assert scores == pytest.approx([row['mIOU'] for row in logged], abs=1e-4)  # of percent with two digits
@@ -388,5 +390,5 @@ def test_images(released, monkeypatch, tmp_path, measured):
         assert torch.equal(label, expected['label'].long())
         assert (label == 255).any()
         difference = (image - expected['image']).abs().max().item()
-        measured(SECTION, f'pictures, {phase}, shorter side {short or 512}', difference=difference)
+        measured('Segmentation: pictures', f'{phase}, shorter side {short or 512}', difference=difference)
         assert difference < 1e-5
