@@ -345,7 +345,7 @@ def test_training(build, released, monkeypatch, tmp_path, measured):
 def images_of(cfg, path, part):
     """What a pipeline of the config makes of an image, normalised as the network gets it, and its labels."""
     cfg.model.data_preprocessor.size = None if part == 'val' else (512, 512)
-    pipeline = cfg.train_pipeline if part == 'train' else cfg.test_pipeline
+    pipeline = cfg.train_pipeline if part == 'train' else cfg.val_pipeline
     results = dict(img_path=str(path[0]), seg_map_path=str(path[1]), seg_fields=[], reduce_zero_label=False)
     results['label_map'] = None
     for step in pipeline:

@@ -24,10 +24,11 @@ test_pipeline = [
     load_image,
     dict(type='LoadAnnotations'),
     dict(type='Resize', scale=(512, 512), keep_ratio=False, backend='pillow'),
-    # Predictions are resized to ori_shape before they are compared: make that the present shape.
-    dict(type='KeyMapper', mapping=dict(ori_shape='img_shape'), remapping=dict(ori_shape='ori_shape')),
     dict(type='PackSegInputs'),
 ]
+# Predictions are resized to ori_shape before they are compared: for the score, that is the present shape.
+score_here = dict(type='KeyMapper', mapping=dict(ori_shape='img_shape'), remapping=dict(ori_shape='ori_shape'))
+val_pipeline = [*test_pipeline[:-1], score_here, test_pipeline[-1]]
 train = dict(
     type=dataset_type,
     data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClass'),
@@ -55,7 +56,7 @@ val_dataloader = dict(
         data_root=f'{root}/VOC2007',
         data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClass'),
         ann_file='ImageSets/Segmentation/test.txt',
-        pipeline=test_pipeline,
+        pipeline=val_pipeline,
     ),
 )
 test_dataloader = val_dataloader

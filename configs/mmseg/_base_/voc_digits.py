@@ -11,18 +11,20 @@ dataset = dict(
     seg_map_suffix='.png',
     metainfo=metainfo,
 )
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomCrop', crop_size=(96, 96)),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         ann_file='ImageSets/Segmentation/trainval.txt',
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='RandomCrop', crop_size=(96, 96)),
-            dict(type='PackSegInputs'),
-        ],
+        pipeline=train_pipeline,
         **dataset,
     ),
 )
@@ -32,7 +34,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         ann_file='ImageSets/Segmentation/test.txt',
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')],
+        pipeline=test_pipeline,
         **dataset,
     ),
 )
