@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-FOLDER = Path(os.environ.get('SELFKD_RELEASED', ''))
+FOLDER = Path(os.environ.get('SELFKD_RELEASED', '')).resolve()
 REPOSITORIES = {
     'PS-KD-Pytorch': 'https://github.com/lgcnsai/PS-KD-Pytorch',
     'cs-kd': 'https://github.com/alinlab/cs-kd',
