@@ -1,5 +1,6 @@
 """A data loader's own batches, and beside each of them which samples it holds."""
 
+from collections import deque
 from typing import Callable, Iterator, List
 
 import torch
@@ -30,6 +31,7 @@ class Batches:
         self.loader, self.methods = loader, []
         self.epoch, self.step = 0, 0  # both count from 0; the epoch under way, or the next one
         self._numbered, self.pairing, self._seed = None, None, 0
+        self.noted = deque()  # rows and partners of the batches handed out and not yet trained on, oldest first
 
     def number(self, method: str) -> None:
         """Asks for the rows of the samples. ValueError: the loader cannot give them."""
@@ -50,8 +52,8 @@ class Batches:
             raise ValueError(f'{method}: the loader has batch_size=None: partners need a batch sampler')
         self.pairing, self._seed = pairing, seed
 
-    def _loader(self):
-        """The loader, or one like it that also gives rows."""
+    def lend(self):
+        """The loader, or one like it that notes which rows its batches hold: for a loop that is not ours."""
         if self._numbered is True:
             loader = self.loader
             sampler = dict(batch_size=None, sampler=loader.sampler)
@@ -60,27 +62,46 @@ class Batches:
                 sampler = dict(batch_sampler=_PairSampler(anchors, self) if self.pairing else anchors)
             options = {name: getattr(loader, name) for name in OPTIONS if hasattr(loader, name)}
             collate = _Collate(loader.collate_fn, loader.batch_sampler is not None, self.pairing is not None)
-            self._numbered = DataLoader(_Numbered(loader.dataset), collate_fn=collate, **sampler, **options)
+            self._numbered = _Noting(_Numbered(loader.dataset), collate_fn=collate, **sampler, **options)
+            self._numbered.noted = self.noted
         return self._numbered or self.loader
 
+    def replace(self, loader) -> None:
+        """From now on the batches are those of this loader, over the same data set."""
+        self.loader, self._numbered = loader, self._numbered and True
+
     def __iter__(self) -> Iterator:
-        for method in self.methods:
-            method.begin_epoch()
-        finished = False
+        loader, finished = self.lend(), False
+        self.begin_epoch()
         try:
-            for item in self._loader():
-                rows, batch, partners = item if self._numbered else (None, item, None)
-                for method in self.methods:
-                    method.begin_step(rows, partners)
+            for batch in loader:
+                self.begin_step()
                 yield batch
-                for method in self.methods:
-                    method.end_step()
-                self.step += 1
+                self.end_step()
             finished = True
         finally:
-            self.epoch += 1
-            for method in self.methods:
-                method.end_epoch(finished)
+            self.end_epoch(finished)
+
+    # What an epoch consists of. A loop that is not ours (Lightning's, ...) calls these in its own places.
+
+    def begin_epoch(self) -> None:
+        for method in self.methods:
+            method.begin_epoch()
+
+    def begin_step(self) -> None:
+        rows, partners = self.noted.popleft() if self._numbered else (None, None)
+        for method in self.methods:
+            method.begin_step(rows, partners)
+
+    def end_step(self) -> None:
+        for method in self.methods:
+            method.end_step()
+        self.step += 1
+
+    def end_epoch(self, finished: bool) -> None:
+        self.epoch += 1
+        for method in self.methods:
+            method.end_epoch(finished)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -95,6 +116,19 @@ class Batches:
 
     def load_state_dict(self, state: dict) -> None:
         self.epoch, self.step = state['epoch'], state['step']
+
+
+class _Noting(DataLoader):
+    """Gives the batches, and notes what else :class:`_Collate` made."""
+
+    def __iter__(self) -> Iterator:
+        self.noted.clear()
+        return map(self._note, super().__iter__())  # not a generator: the seeds are drawn now, as the loader's own are
+
+    def _note(self, item):
+        rows, batch, partners = item
+        self.noted.append((rows, partners))
+        return batch
 
 
 class _Numbered:

@@ -29,7 +29,7 @@ class PSKD:
 
     Args:
         loader: the DataLoader of the training set, or another method's ``batches()``.
-        num_classes: C; for the bank.
+        num_classes: C; for the bank. By default it is seen at the first loss.
         alpha: final share of the past prediction in the target, in [0, 1]; it grows linearly, by epochs. Defaults to
             0.8, the paper's.
         max_epochs: how many epochs the whole training takes.
@@ -98,18 +98,21 @@ class PSKD:
         else:
             if model is not None or outputs is not None or teacher_mode != 'train':
                 raise ValueError("PSKD: model, outputs and teacher_mode are for teacher='snapshot': remove them")
-            if num_classes is None:
-                raise ValueError("PSKD: teacher='bank' needs num_classes")
             self.data.number('PSKD')
-            rows = len(self.data.loader.dataset)
-            self.bank = PredictionBank(rows, num_classes, top_k=top_k, dtype=dtype, device=device)
+            self._bank = dict(top_k=top_k, dtype=dtype, device=device)
+            if num_classes is not None:
+                self._make_bank(num_classes)
         if any(isinstance(method, PSKD) for method in self.data.methods):
             raise ValueError('PSKD: these batches have a PSKD already: one is enough')
         self.data.methods.append(self)
         self.current_alpha = 0.0  # of the epoch under way
         self._rows, self._past, self._softened, self._count = None, None, 0, 0
-        self._inside = self._ready = self._resumed = False
+        self._inside = self._ready = self._computing = False
+        self._resumed: Optional[int] = None  # the epoch that the restored teacher is for
         self._hook, self._written = None, []
+
+    def _make_bank(self, num_classes: int) -> None:
+        self.bank = PredictionBank(len(self.data.loader.dataset), num_classes, **self._bank)
 
     def batches(self) -> Batches:
         """The loader's own batches; iterate over it once in every epoch."""
@@ -129,10 +132,14 @@ class PSKD:
             ValueError: logits that are not those of the batch.
         """
         past, seen = self._past_of(logits, target)
-        if past is None:
-            return F.cross_entropy(logits, target, **options)
-        alpha = self.current_alpha if seen is None else self.current_alpha * seen.to(logits.device)
-        return pskd_cross_entropy(logits, target, past, alpha, **options)
+        self._computing = True  # a tap around this leaves alone what is computed here
+        try:
+            if past is None:
+                return F.cross_entropy(logits, target, **options)
+            alpha = self.current_alpha if seen is None else self.current_alpha * seen.to(logits.device)
+            return pskd_cross_entropy(logits, target, past, alpha, **options)
+        finally:
+            self._computing = False
 
     def _past_of(self, logits: Tensor, target: Tensor):
         """What was predicted for the batch (None where nothing was, or where it does not count), and of which samples
@@ -142,15 +149,24 @@ class PSKD:
                 'PSKD: the loss is for training, in a loop over pskd.batches(); for validation use the plain one'
             )
         self._softened += 1
-        if self.bank is None:
-            past = self._past if self._ready and self.current_alpha > 0 else None
-            if past is not None and past.shape != logits.shape:
+        if self.teacher is not None:
+            if not (self._ready and self.current_alpha > 0):
+                return None, None
+            past = self._past
+            if past is None:
+                raise RuntimeError(
+                    f'PSKD: the {type(unwrap(self.model)).__name__} given as model= was not called before the loss, so '
+                    'its past copy was not either: give the module that the loop calls'
+                )
+            if past.shape != logits.shape:
                 raise ValueError(
                     f'PSKD: the past model gave logits {tuple(past.shape)} for the last inputs of the model, but the '
                     f'loss is of {tuple(logits.shape)}: call the model, then the loss, or set outputs='
                 )
             return past, None
         rows = self._rows
+        if self.bank is None:
+            self._make_bank(logits.shape[1] if logits.dim() > 1 else 1)
         if self._softened > 1:
             raise RuntimeError(
                 'PSKD: a second loss in one batch: the bank keeps one prediction for each sample. Call the loss once, '
@@ -175,7 +191,7 @@ class PSKD:
         return past.to(logits.device, non_blocking=True), seen
 
     @contextmanager
-    def tap(self, loss_module: Optional[nn.Module] = None):
+    def tap(self, loss_module: Optional[nn.Module] = None, *, check: bool = True):
         """For code that cannot be edited: softens the cross-entropy that is computed inside.
 
         ::
@@ -188,6 +204,7 @@ class PSKD:
                 (``nn.CrossEntropyLoss`` calls it, too). A loss that is written another way is given here: a module that
                 is called with (logits, target), gives a mean or a value for each sample, and is linear in its
                 target, as label smoothing is.
+            check: False where less than a batch runs inside.
 
         Raises:
             RuntimeError: no loss was computed inside.
@@ -202,7 +219,7 @@ class PSKD:
                 yield
             finally:
                 handle.remove()
-        if self._count == before:
+        if check and self._count == before:
             raise RuntimeError(
                 'PSKD: no training loss was computed inside tap(), so it was plain training: give the loss module, '
                 'tap(criterion), or call pskd.loss(logits, target)'
@@ -231,12 +248,12 @@ class PSKD:
         self._inside, self._first = True, True
         if self.teacher is None:
             return
-        if epoch and not self._resumed:
+        if epoch and self._resumed != epoch:
             self.teacher.update(unwrap(self.model))
             if self.teacher.mode == 'eval' and _world_size() > 1:  # batch norms' statistics differ between processes
                 for buffer in self.teacher.model.buffers():
                     torch.distributed.broadcast(buffer, 0)
-        self._ready, self._resumed = epoch > 0, False
+        self._ready, self._resumed = epoch > 0, None
         inner = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
         self._hook = inner.register_forward_pre_hook(_Predict(self), with_kwargs=True)
 
@@ -275,8 +292,8 @@ class PSKD:
         """What a checkpoint must hold beside the model: plain tensors and numbers. Saved within an epoch, the resumed
         run begins this epoch anew."""
         state = {'batches': self.data.state_dict()}
-        if self.bank is not None:
-            state['bank'] = self.bank.state_dict()
+        if self.teacher is None:
+            state['bank'] = self.bank.state_dict() if self.bank is not None else None
         elif self._inside and self._ready:  # between epochs the model's own weights are the next teacher
             state['teacher'] = {name: value.detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
         return state
@@ -287,15 +304,17 @@ class PSKD:
         Raises:
             ValueError: the state is that of the other ``teacher``, or of a bank with other settings.
         """
-        if ('bank' in state) != (self.bank is not None):
+        if ('bank' in state) != (self.teacher is None):
             kind = 'bank' if 'bank' in state else 'snapshot'
             raise ValueError(f"PSKD: the state is of teacher='{kind}': resume with the same teacher")
         self.data.load_state_dict(state['batches'])
-        if self.bank is not None:
+        if state.get('bank') is not None:
+            if self.bank is None:
+                self._make_bank(state['bank']['num_classes'])
             self.bank.load_state_dict(state['bank'])
         elif 'teacher' in state:
             self.teacher.load_state_dict(state['teacher'])
-            self._resumed = True
+            self._resumed = self.data.epoch
 
 
 class _Predict:
@@ -323,11 +342,12 @@ class _Softened(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is not F.cross_entropy or not (self.pskd._inside and torch.is_grad_enabled()):
+        pskd = self.pskd
+        if function is not F.cross_entropy or pskd._computing or not (pskd._inside and torch.is_grad_enabled()):
             return function(*args, **kwargs)
         call = inspect.signature(F.cross_entropy).bind(*args, **kwargs).arguments
         kept = {name: call[name] for name in ('weight', 'ignore_index', 'reduction', 'label_smoothing') if name in call}
-        return self.pskd.loss(call['input'], call['target'], **kept)
+        return pskd.loss(call['input'], call['target'], **kept)
 
 
 def _world_size() -> int:

@@ -232,6 +232,23 @@ def test_resume_is_exact(digits, teacher):
         PSKD(loader_of(digits), max_epochs=4, **other).load_state_dict(saved['p'])
 
 
+def test_the_number_of_classes_is_seen_at_the_first_loss_or_in_the_state(digits):
+    given, found = (PSKD(loader_of(digits), classes, alpha=0.8, max_epochs=EPOCHS) for classes in (10, None))
+    assert train(network(), found.batches(), found.loss) == train(network(), given.batches(), given.loss)
+    again = PSKD(loader_of(digits), max_epochs=EPOCHS)
+    assert again.state_dict()['bank'] is None
+    again.load_state_dict(found.state_dict())
+    assert torch.equal(again.bank.read(torch.arange(60)), given.bank.read(torch.arange(60)))
+
+
+def test_an_explicit_loss_inside_a_tap_counts_once(digits):
+    tapped, plain = (PSKD(loader_of(digits), 10, alpha=0.8, max_epochs=EPOCHS) for _ in range(2))
+    options = dict(weight=torch.linspace(0.5, 2, 10))
+    with tapped.tap():
+        losses = train(network(), tapped.batches(), lambda x, y: tapped.loss(x, y, **options))
+    assert losses == train(network(), plain.batches(), lambda x, y: plain.loss(x, y, **options))
+
+
 def test_a_snapshot_saved_within_an_epoch_is_the_one_that_taught(digits):
     model = network()
     pskd = PSKD(loader_of(digits), max_epochs=4, teacher='snapshot', model=model)
@@ -477,7 +494,6 @@ def test_what_cannot_work_is_refused(digits):
          lambda: PSKD(DataLoader(Stream(digits)), num_classes=10, max_epochs=3)),
         (ValueError, 'loader must be a torch DataLoader, got list', lambda: PSKD([1], num_classes=10, max_epochs=3)),
         (ValueError, 'max_epochs must be a whole number from 2 on, got 1', lambda: PSKD(loader, 10, max_epochs=1)),
-        (ValueError, 'needs num_classes', lambda: PSKD(loader, max_epochs=3)),
         (ValueError, r'alpha must lie in \[0, 1\], got 1.5', lambda: PSKD(loader, 10, alpha=1.5, max_epochs=3)),
         (ValueError, "teacher='snapshot' copies the model", lambda: PSKD(loader, max_epochs=3, teacher='snapshot')),
         (ValueError, "are for teacher='snapshot': remove them", lambda: PSKD(loader, 10, max_epochs=3, model=model)),
@@ -493,6 +509,9 @@ def test_what_cannot_work_is_refused(digits):
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             make()
+    other = PSKD(loader, max_epochs=2, teacher='snapshot', model=network())
+    with pytest.raises(RuntimeError, match='the Sequential given as model= was not called before the loss'):
+        train(model, other.batches(), other.loss, epochs=2)
     pskd = PSKD(loader, num_classes=10, max_epochs=2)
     with pytest.raises(RuntimeError, match=r'in a loop over pskd.batches\(\)'):
         pskd.loss(torch.randn(2, 10), torch.tensor([0, 1]))

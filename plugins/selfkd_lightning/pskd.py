@@ -1,0 +1,203 @@
+"""PS-KD as a callback of Lightning's Trainer."""
+
+import math
+from contextlib import ExitStack
+from typing import Any, Dict, Optional
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor, nn
+
+import selfkd_torch
+from selfkd.checks import one_of, share
+from selfkd_torch import Batches
+
+__all__ = ['PSKD']
+
+
+class PSKD(pl.Callback):
+    """Progressive self-knowledge distillation in every ``training_step``.
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
+    https://arxiv.org/abs/2006.12000
+
+    ``Trainer(max_epochs=90, callbacks=[selfkd_lightning.PSKD(alpha=0.8)])`` softens the cross-entropy that
+    ``training_step`` computes by what was predicted for the same samples in the last epoch. Which samples a batch holds
+    is noted when the loader makes it. Past predictions go into Lightning's checkpoints.
+
+    Args:
+        alpha, num_classes, teacher, teacher_mode, top_k, dtype, device: as of :class:`selfkd_torch.PSKD`.
+        loss: name of the sub-module that computes the loss, as ``'criterion'``, where that is not torch's
+            cross-entropy; see :meth:`selfkd_torch.PSKD.tap`.
+        model: for ``'snapshot'``: name of the sub-module that computes the logits; by default the only one with
+            parameters.
+
+    The number of epochs is the Trainer's ``max_epochs``, or what its ``max_steps`` come to.
+
+    Raises:
+        ValueError: for settings that cannot work or would never act, here or when ``fit`` begins.
+        RuntimeError: a training step without a loss that could be softened.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.8,
+        num_classes: Optional[int] = None,
+        *,
+        teacher: str = 'bank',
+        loss: Optional[str] = None,
+        model: Optional[str] = None,
+        teacher_mode: str = 'train',
+        top_k: Optional[int] = None,
+        dtype: torch.dtype = torch.float32,
+        device='cpu',
+    ):
+        share('PSKD', alpha=alpha)
+        one_of('PSKD', ('bank', 'snapshot'), teacher=teacher)
+        if teacher == 'bank' and model is not None:
+            raise ValueError("PSKD: model is for teacher='snapshot': remove it")
+        self.teacher, self._loss, self._model = teacher, loss, model
+        self._options: Dict[str, Any] = dict(alpha=alpha, num_classes=num_classes, teacher=teacher)
+        self._options.update(teacher_mode=teacher_mode, top_k=top_k, dtype=dtype, device=device)
+        self.pskd: Optional[selfkd_torch.PSKD] = None
+        self._data: Optional[Batches] = None
+        self._saved: Dict[str, Any] = {}
+        self._tap = ExitStack()  # open during a training step
+
+    def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
+        """To be called by ``training_step`` in place of ``F.cross_entropy``, for those who rather say it themselves."""
+        if self.pskd is None:
+            raise RuntimeError('PSKD: the loss is for training_step, under a Trainer that has this callback')
+        return self.pskd.loss(logits, target, **options)
+
+    @property
+    def current_alpha(self) -> float:
+        """Share of the past prediction in the epoch under way."""
+        return self.pskd.current_alpha if self.pskd else 0.0
+
+    # In the order in which Lightning calls them.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != 'fit':
+            return
+        strategy = trainer.strategy
+        vars(strategy).pop('process_dataloader', None)
+        if self.teacher == 'snapshot' and type(strategy) not in (DDPStrategy, SingleDeviceStrategy):
+            raise ValueError(
+                f"PSKD: under {type(strategy).__name__} no process has the whole model to copy: use teacher='bank'"
+            )
+        if getattr(pl_module, '_compiler_ctx', None):
+            raise ValueError(
+                'PSKD: torch.compile of the whole LightningModule hides its loss: compile the network inside, as '
+                'self.net = torch.compile(net)'
+            )
+        if self.pskd is not None:  # fit is called once more
+            self._saved, self.pskd = (self.pskd.state_dict() if trainer.current_epoch else {}), None
+        self._data = None
+        process = strategy.process_dataloader  # comes after Lightning has put its sampler into the loader
+        strategy.process_dataloader = lambda loader: process(self._noting(trainer, loader))
+
+    def _noting(self, trainer: pl.Trainer, loader):
+        """The loader of the training data, so that it notes which samples are in its batches."""
+        if trainer.state.stage != RunningStage.TRAINING:
+            return loader
+        if self.pskd is None:
+            self._data = Batches(loader)
+        elif self.teacher == 'bank' and loader.dataset is not self._data.loader.dataset:
+            raise ValueError(
+                'PSKD: reload_dataloaders_every_n_epochs brought another data set, to which the rows of the bank do '
+                "not belong: use teacher='snapshot', or give the loader the same data set each time"
+            )
+        else:
+            self._data.replace(loader)
+        if self.teacher == 'bank':
+            self._data.number('PSKD')
+        return self._data.lend()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._data is None or trainer.train_dataloader is not self._data.lend():
+            raise ValueError('PSKD: the training data must come from one DataLoader (of a ConcatDataset)')
+        options = {**self._options, 'max_epochs': self._epochs(trainer)}
+        if self.teacher == 'snapshot':
+            options['model'] = self._network(pl_module)
+        self.pskd = selfkd_torch.PSKD(self._data, **options)
+        if self._saved:
+            self.pskd.load_state_dict(self._saved)
+
+    @staticmethod
+    def _epochs(trainer: pl.Trainer) -> int:
+        """How many epochs the training will take."""
+        if trainer.fast_dev_run:  # a look whether it runs, with the tap; it learns from no past
+            return 2
+        limits = [trainer.max_epochs] if trainer.max_epochs not in (None, -1) else []
+        if trainer.max_steps != -1:
+            batches = trainer.num_training_batches
+            if batches == math.inf:
+                raise ValueError('PSKD: how many epochs max_steps makes of data without length: set max_epochs as well')
+            limits.append(math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
+        if not limits:
+            raise ValueError('PSKD: alpha grows up to the last epoch: set max_epochs or max_steps of the Trainer')
+        if min(limits) < 2:
+            raise ValueError(
+                f'PSKD: the training ends within its first epoch (max_epochs={trainer.max_epochs}, '
+                f'max_steps={trainer.max_steps}), in which there is no past, so it would be plain: train for more'
+            )
+        return min(limits)
+
+    def _network(self, pl_module: nn.Module) -> nn.Module:
+        if self._model is not None:
+            return pl_module.get_submodule(self._model)
+        found = [name for name, child in pl_module.named_children() if next(child.parameters(), None) is not None]
+        if len(found) != 1:
+            raise ValueError(
+                f"PSKD: teacher='snapshot' copies the one module that computes the logits, but there are {found}: name "
+                'it, as model="net" (several can be put into an nn.Sequential)'
+            )
+        return pl_module.get_submodule(found[0])
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
+        data = self._data
+        if (
+            not self.pskd._inside
+        ):  # not in on_train_epoch_start: Lightning leaves it out when it resumes within an epoch
+            data.epoch = trainer.current_epoch
+            data.begin_epoch()
+        if self.teacher == 'bank' and not data.noted:
+            raise ValueError(
+                "PSKD: training_step(dataloader_iter) fetches batches by itself: take a batch, or teacher='snapshot'"
+            )
+        data.begin_step()
+        module = pl_module.get_submodule(self._loss) if self._loss else None
+        self._tap.enter_context(self.pskd.tap(module, check=False))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        if batch is None:  # Lightning has skipped it
+            self._data.noted and self._data.noted.popleft()
+            return
+        self._tap.close()
+        self._data.end_step()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tap.close()  # still open where the module's on_train_batch_start ended the epoch
+        if self.pskd._inside:
+            self._data.end_epoch(True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._tap.close()
+        self.teardown(trainer, pl_module, 'fit')
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        vars(trainer.strategy).pop('process_dataloader', None)
+
+    def state_dict(self) -> Dict[str, Any]:
+        if self.pskd is None:
+            return self._saved
+        self.pskd.synchronize()  # Lightning asks in all processes
+        return self.pskd.state_dict()
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self._saved = state
+        if self.pskd is not None:
+            self.pskd.load_state_dict(state)

@@ -1,0 +1,318 @@
+"""Self-distillation under Lightning's own Trainer, over real scans of digits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from forks import in_processes
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
+
+pl = pytest.importorskip('lightning.pytorch', reason='lightning is not installed')
+
+import selfkd_torch  # noqa: E402
+from selfkd_lightning import PSKD  # noqa: E402
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope='module')
+def digits():
+    scans = load_digits()
+    images = torch.tensor(scans.data[:60], dtype=torch.float32) / 16
+    return TensorDataset(images, torch.tensor(scans.target[:60]))
+
+
+class Classifier(pl.LightningModule):
+    """A user's module: nothing in it knows of self-distillation."""
+
+    def __init__(self, criterion=F.cross_entropy, seeded=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 10))
+        self.criterion, self.seeded, self.losses = criterion, seeded, []
+
+    def loss_of(self, batch):
+        x, y = batch
+        return self.criterion(self.net(x), y)
+
+    def training_step(self, batch, batch_idx):
+        if self.seeded:  # Lightning's checkpoints hold no random states
+            torch.manual_seed(self.global_step)
+        loss = self.loss_of(batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        with torch.enable_grad():
+            self.log('val', self.loss_of(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.2, momentum=0.9)
+
+
+def loader_of(data, **options):
+    return DataLoader(data, **{'batch_size': 20, 'shuffle': True, **options})
+
+
+def fit(module, loader, *callbacks, ckpt_path=None, folder=None, **options):
+    options = {'max_epochs': EPOCHS, 'accelerator': 'cpu', 'num_sanity_val_steps': 0, **options}
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)
+    if not any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks):
+        quiet['enable_checkpointing'] = False
+    trainer = pl.Trainer(callbacks=list(callbacks), **quiet, **options)
+    torch.manual_seed(1)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    return module
+
+
+def same(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+def in_a_plain_loop(data, **options):
+    """What selfkd_torch makes of the same model in a user's own loop."""
+    module = Classifier(seeded=True)
+    optimizer = module.configure_optimizers()
+    torch.manual_seed(1)
+    if options.get('teacher') == 'snapshot':
+        options['model'] = module.net
+    pskd = selfkd_torch.PSKD(loader_of(data, shuffle=False), alpha=0.8, max_epochs=EPOCHS, **options)
+    losses = []
+    for _ in range(EPOCHS):
+        for x, y in pskd.batches():
+            torch.manual_seed(len(losses))
+            loss = pskd.loss(module.net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_it_is_the_plain_loop(digits, teacher):
+    callback = PSKD(alpha=0.8, teacher=teacher)
+    module = fit(Classifier(seeded=True), loader_of(digits, shuffle=False), callback)
+    assert module.losses == pytest.approx(in_a_plain_loop(digits, teacher=teacher), rel=1e-5)
+    assert callback.current_alpha == pytest.approx(0.8)
+    plain = fit(Classifier(seeded=True), loader_of(digits, shuffle=False))
+    assert module.losses[:3] == plain.losses[:3]
+    assert all(abs(a - b) > 1e-4 for a, b in zip(module.losses[3:], plain.losses[3:]))
+
+
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+@pytest.mark.parametrize('options', [{}, dict(num_workers=1, persistent_workers=True)], ids=['', 'workers'])
+def test_weight_zero_is_plain_training_to_the_last_bit(digits, teacher, options):
+    plain = fit(Classifier(), loader_of(digits, **options))
+    zero = fit(Classifier(), loader_of(digits, **options), PSKD(alpha=0.0, teacher=teacher))
+    assert zero.losses == plain.losses
+    assert same(zero, plain)
+
+
+class Rows(PSKD):
+    """Keeps which samples were trained on, as the batches say and as the callback takes it."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        data = self._data.loader.dataset
+        assert torch.equal(batch[0], torch.stack([data[row][0] for row in self.pskd._rows]))
+        self.rows = [*getattr(self, 'rows', []), self.pskd._rows]
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+class FromHooks(pl.LightningDataModule):
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def train_dataloader(self):
+        return loader_of(self.data, batch_size=15, num_workers=1)
+
+    def val_dataloader(self):
+        return loader_of(self.data, shuffle=False)
+
+
+def test_rows_are_those_of_the_batches(digits, tmp_path):
+    """With workers, validation within the epoch, data modules, reloaded loaders, limits, and accumulation."""
+    half = Rows()
+    fit(Classifier(), loader_of(ConcatDataset([digits, digits])), half, limit_train_batches=0.5, max_epochs=2)
+    assert len(half.rows) == 2 * 3
+    assert half.pskd.bank.num_samples == 120
+    few = Rows()
+    fit(Classifier(), loader_of(digits), few, overfit_batches=1, max_epochs=4)
+    assert [rows.tolist() for rows in few.rows] == [list(range(20))] * 4
+    whole = Rows()
+    module = fit(
+        Classifier(),
+        FromHooks(digits),
+        whole,
+        val_check_interval=2,
+        reload_dataloaders_every_n_epochs=1,
+        accumulate_grad_batches=2,
+        max_epochs=-1,
+        max_steps=6,
+    )
+    assert len(module.losses) == 12
+    assert whole.pskd.max_epochs == 3
+    assert sorted(torch.cat(whole.rows[4:8]).tolist()) == list(range(60))
+    assert whole.pskd._count == 12  # validation computes the loss as well, with gradients
+    compiled, plain = Classifier(), fit(Classifier(), loader_of(digits), PSKD())
+    compiled.net = torch.compile(compiled.net, backend='eager')
+    assert fit(compiled, loader_of(digits), PSKD()).losses == pytest.approx(plain.losses)
+
+
+class Explicit(Classifier):
+    def configure_callbacks(self):
+        self.pskd = PSKD(alpha=0.8)
+        self.criterion = self.pskd.loss
+        return [self.pskd]
+
+
+class OwnLoss(nn.Module):
+    """Written with log_softmax, as timm's."""
+
+    def forward(self, x, target):
+        return -x.log_softmax(-1).gather(1, target[:, None]).mean()
+
+
+def test_the_loss_said_explicitly_or_computed_another_way(digits):
+    tapped = fit(Classifier(), loader_of(digits), PSKD(alpha=0.8))
+    explicit = Explicit()
+    fit(explicit, loader_of(digits))
+    assert explicit.losses == tapped.losses
+    own = fit(Classifier(OwnLoss()), loader_of(digits), PSKD(alpha=0.8, loss='criterion'))
+    assert own.losses == pytest.approx(tapped.losses, rel=1e-5)
+
+
+def test_mixed_precision(digits):
+    callback = PSKD()
+    module = fit(Classifier(), loader_of(digits), callback, precision='bf16-mixed')
+    plain = fit(Classifier(), loader_of(digits), precision='bf16-mixed')
+    assert module.losses[:3] == plain.losses[:3]
+    assert module.losses[3:] != plain.losses[3:]
+    assert callback.pskd.bank.read(torch.arange(60)).dtype == torch.float32
+
+
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+@pytest.mark.parametrize('when', ['end', 'validation', 'middle'])
+def test_resume_is_exact(digits, teacher, when, tmp_path):
+    """From a checkpoint of the end of epoch 2, of its validation, or (bank) of its first step."""
+    how = dict(end={}, validation=dict(save_on_train_epoch_end=False), middle=dict(every_n_train_steps=4))[when]
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, **how)
+    loaders = pl.LightningDataModule.from_datasets(digits, digits, batch_size=20)
+    loaders.train_dataloader = lambda: loader_of(digits, shuffle=False)
+    straight, callback = Classifier(seeded=True), PSKD(alpha=0.8, teacher=teacher)
+    fit(straight, loaders, checkpoint, callback, folder=tmp_path)
+    step = 4 if when == 'middle' else 6
+    (saved,) = tmp_path.glob(f'*step={step}.ckpt')
+    torch.load(saved, weights_only=True)
+    resumed, again = Classifier(seeded=True), PSKD(alpha=0.8, teacher=teacher)
+    fit(resumed, loaders, again, ckpt_path=saved, folder=tmp_path)
+    if when == 'middle':  # Lightning begins the epoch's data anew
+        assert again.pskd._ready == (teacher == 'snapshot')
+        assert again.current_alpha == pytest.approx(0.8)
+        return
+    assert resumed.losses == straight.losses[6:]
+    assert same(resumed, straight)
+    if teacher == 'bank':
+        torch.testing.assert_close(again.state_dict()['bank'], callback.state_dict()['bank'], rtol=0, atol=0)
+
+
+def distributed(data, folder):
+    callback = Rows()
+    checkpoint = pl.callbacks.ModelCheckpoint(folder, every_n_train_steps=2)
+    strategy = pl.strategies.DDPStrategy(process_group_backend='gloo')
+    loader = loader_of(data, batch_size=10)
+    options = dict(devices=2, strategy=strategy, folder=folder)
+    module = fit(Classifier(), loader, callback, checkpoint, **options)
+    snapshot = PSKD(teacher='snapshot')
+    fit(Classifier(), loader, snapshot, **{**options, 'strategy': 'ddp'})
+    return dict(
+        bank=callback.pskd.bank.state_dict(),
+        rows=torch.cat(callback.rows[:3]),
+        weights=module.state_dict(),
+        past=snapshot.pskd.teacher.state_dict(),
+    )
+
+
+def test_two_processes_hold_one_bank(digits, tmp_path):
+    one, two = in_processes(tmp_path, lambda rank: distributed(digits, tmp_path), 2)
+    assert sorted([*one['rows'].tolist(), *two['rows'].tolist()]) == list(range(60))  # Lightning's sampler is in it
+    for part in ('bank', 'weights'):
+        for name, value in one[part].items():
+            if 'running' not in name:
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[part][name])), name
+    assert bool(one['bank']['seen'].all())
+    assert torch.equal(one['past']['0.weight'], two['past']['0.weight'])
+    (saved,) = tmp_path.glob('*.ckpt')
+    (state,) = [s for s in torch.load(saved, weights_only=True)['callbacks'].values() if 'bank' in s]
+    assert bool(state['bank']['seen'].all())  # of both processes, though saved within an epoch
+
+
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter([self.data[i] for i in range(60)])
+
+
+class Fetching(Classifier):
+    def training_step(self, dataloader_iter):
+        return self.loss_of(next(dataloader_iter)[0])
+
+
+class TwoParts(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+
+
+class Stops(Classifier):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 1 else None
+
+
+def test_a_step_that_is_left_out_leaves_nothing_behind(digits):
+    module = fit(Stops(), loader_of(digits), PSKD())
+    assert len(module.losses) == EPOCHS
+    callback = PSKD()
+    with pytest.raises(KeyError):
+        fit(Classifier(lambda *_: {}['?']), loader_of(digits), callback)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_what_cannot_work_is_refused(digits):
+    loader, stream = loader_of(digits), DataLoader(Stream(digits), batch_size=20)
+    snapshot = PSKD(teacher='snapshot')
+    for error, message, how in (
+        (ValueError, r'ends within its first epoch \(max_epochs=1', dict(max_epochs=1)),
+        (ValueError, r'ends within its first epoch .*max_steps=3', dict(max_steps=3)),
+        (ValueError, 'set max_epochs or max_steps', dict(max_epochs=-1)),
+        (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot'", dict(loader=stream)),
+        (ValueError, r'from one DataLoader \(of a ConcatDataset\)', dict(loader=[loader, loader])),
+        (ValueError, r'training_step\(dataloader_iter\) fetches', dict(module=Fetching())),
+        (ValueError, r"but there are \['net', 'head'\]", dict(module=TwoParts(), callback=snapshot)),
+        (ValueError, 'compile the network inside', dict(module=torch.compile(Classifier(), backend='eager'))),
+        (RuntimeError, 'a batch was trained on without', dict(module=Classifier(OwnLoss()))),
+        (RuntimeError, 'was not called before the loss', dict(module=TwoParts(), callback=PSKD(
+            teacher='snapshot', model='head'))),
+        (RuntimeError, 'a second loss in one batch', dict(module=Classifier(
+            lambda x, y: F.cross_entropy(x, y) + F.cross_entropy(x, y)))),
+    ):  # fmt: skip
+        how = {'module': Classifier(), 'loader': loader, 'callback': PSKD(), **how}
+        with pytest.raises(error, match=message):
+            fit(how.pop('module'), how.pop('loader'), how.pop('callback'), **how)
+    with pytest.raises(RuntimeError, match='more than one stateful callback'):
+        fit(Classifier(), loader, PSKD(), PSKD())
+    with pytest.raises(ValueError, match=r'alpha must lie in \[0, 1\], got 2'):
+        PSKD(alpha=2)
+    with pytest.raises(ValueError, match="model is for teacher='snapshot'"):
+        PSKD(model='net')
+    with pytest.raises(RuntimeError, match='the loss is for training_step'):
+        PSKD().loss(torch.zeros(1, 2), torch.zeros(1).long())
+    assert len(fit(Classifier(), stream, snapshot).losses) == 9
+    assert len(fit(Classifier(), loader, PSKD(), fast_dev_run=True).losses) == 1
+    assert copy.deepcopy(snapshot).teacher == 'snapshot'
