@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fairseq_runs import fairseq  # noqa: F401  (a fixture)
 
 sys.path.insert(0, str(Path(__file__).parent))
 

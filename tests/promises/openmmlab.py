@@ -12,6 +12,7 @@ from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from selfkd.publish import publish_checkpoint
 from selfkd_mmengine.launch import prepare_cpu_launch
 
 BATCH = {'mmpretrain': 8, 'mmdet': 2, 'mmseg': 2}
@@ -48,6 +49,8 @@ class Driver:
         folder: for work dirs.
     """
 
+    epochs = 3
+
     def __init__(self, row, request, folder):
         self.row, self.folder, self.name = row, folder, row.toolkit.name
         self.data = request.getfixturevalue('digits' if self.name == 'mmpretrain' else 'voc')
@@ -72,11 +75,11 @@ class Driver:
         cfg.param_scheduler = ConfigDict(type='ConstantLR', factor=1.0, by_epoch=False)
         checkpoint = ConfigDict(type='CheckpointHook', by_epoch=loop == 'epoch', max_keep_ckpts=50)
         if loop == 'epoch':
-            cfg.train_cfg = ConfigDict(by_epoch=True, max_epochs=3, val_interval=100)
+            cfg.train_cfg = ConfigDict(by_epoch=True, max_epochs=self.epochs, val_interval=100)
             cfg.train_dataloader.sampler = ConfigDict(type='DefaultSampler', shuffle=True)
             checkpoint.interval = 1
         else:
-            cfg.train_cfg = ConfigDict(by_epoch=False, max_iters=3 * steps, val_interval=1000)
+            cfg.train_cfg = ConfigDict(by_epoch=False, max_iters=self.epochs * steps, val_interval=1000)
             cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=True)
             checkpoint.interval = steps // 2 + 1  # in mid-pass
             if self.row.pairs:
@@ -133,6 +136,11 @@ class Driver:
 
         with DefaultScope.overwrite_default_scope(self.name):
             return tuple(Runner.build_dataloader(self.config(on=False).train_dataloader).dataset.metainfo['classes'])
+
+    def publish(self, trained, target):
+        """The weights for inference, and how many were dropped."""
+        dropped = publish_checkpoint(trained['checkpoint'], target)
+        return torch.load(target, weights_only=True)['state_dict'], dropped
 
     def load_strictly(self, cfg, weights):
         self._build(cfg).load_state_dict(weights, strict=True)

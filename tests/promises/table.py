@@ -51,6 +51,13 @@ def _openmmlab(row, request, folder):
     return Driver(row, request, folder)
 
 
+def _fairseq(row, request, folder):
+    from translation import Driver
+
+    return Driver(row, request, folder)
+
+
+FAIRSEQ = Toolkit('fairseq', _fairseq)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
 
@@ -71,6 +78,22 @@ ROWS = [
         'FRSKD',
         MMSEG,
         options={'model.type': 'selfkd_mmseg.FRSKDEncoderDecoder', 'model.self_teacher.warmup': 0.0},
+    ),
+    *(
+        Row(
+            f'PSKD-{past}',
+            FAIRSEQ,
+            options=dict(args=f'--criterion pskd_label_smoothed_cross_entropy --pskd-past {past} --pskd-alpha 0.8'),
+            zero=dict(args=f'--criterion pskd_label_smoothed_cross_entropy --pskd-past {past} --pskd-alpha 0'),
+            acts_at_once=False,
+        )
+        for past in ('snapshot', 'bank')
+    ),
+    Row(
+        'CSKD',
+        FAIRSEQ,
+        options=dict(args='--criterion cskd_label_smoothed_cross_entropy --cskd-weight 1'),
+        zero=dict(args='--criterion cskd_label_smoothed_cross_entropy --cskd-weight 0'),
     ),
 ]
 

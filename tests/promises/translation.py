@@ -1,0 +1,98 @@
+"""fairseq as the promises drive it: its own programs, on a small parallel corpus."""
+
+import glob
+import itertools
+import os
+import re
+import signal
+import time
+
+import torch
+
+
+PLAIN = '--criterion label_smoothed_cross_entropy'
+SMOOTHING = '--label-smoothing 0.1 --dropout 0.1'
+TOKENS = 1000
+count = itertools.count()
+
+
+class Driver:
+    """Trains a row's criterion, or the plain one."""
+
+    batch, epochs = TOKENS, 4
+
+    def __init__(self, row, request, folder):
+        self.row, self.fairseq = row, request.getfixturevalue('fairseq')
+
+    def config(self, *, on=True, settings=None, loop='epoch', batch=TOKENS):
+        """Arguments of fairseq-train."""
+        method = (settings or self.row.options)['args'] if on else PLAIN
+        length = f'--max-epoch {self.epochs}' if loop == 'epoch' else '--max-update 40'
+        return dict(args=f'{method} {SMOOTHING} {length} --max-tokens {batch}', save=f'promise{next(count)}')
+
+    def accumulate(self, cfg):
+        return {**cfg, 'args': cfg['args'] + ' --update-freq 2'}
+
+    def train(self, cfg, *, processes=1, kill_at=None, resume=False):
+        args, save = cfg['args'] + ' --save-interval-updates 2', cfg['save']
+        if kill_at is not None:
+            return self._kill(save, args)
+        if resume:  # what was killed may have left its last file half written: the one before is whole
+            files = sorted(glob.glob(str(self.fairseq.folder / save / 'checkpoint_2_*')), key=os.path.getmtime)
+            args, save = f'{args} --restore-file {files[0]}', f'{save}-resumed'
+        if processes > 1:
+            logs = self.fairseq.train_together(save, args, processes=processes)
+            return [self._result(save, logs[0], resume)] * processes  # one saves for all, and logs
+        return self._result(save, self.fairseq.train(save, args), resume)
+
+    def _kill(self, save, args):
+        pid, log = self.fairseq.start(*self.fairseq.train_args(save, args))
+        deadline = time.time() + 900
+        while len(re.findall(r'Saved checkpoint \S*checkpoint_2_', log.read_text())) < 2:
+            assert time.time() < deadline, log.read_text()[-3000:]
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        assert self.fairseq.wait(pid) == -signal.SIGKILL
+
+    def _result(self, save, log, resumed):
+        epochs = [{'loss': entry['train_loss'], 'alpha': entry.get('train_alpha')} for entry in log.stats('train')]
+        return {
+            'weights': self.fairseq.weights(save),
+            'steps': epochs[1:] if resumed else epochs,  # one resumed within is not logged as a whole
+            'bank': None,  # banks and copies show in what they teach: the weights
+            'teacher': None,
+            'checkpoint': str(self.fairseq.folder / save / 'checkpoint_last.pt'),
+        }
+
+    def total(self, step):
+        return step['loss']
+
+    def trained(self, weights):
+        return list(weights)
+
+    def publish(self, trained, target):
+        """fairseq's own checkpoint is the plain model's already."""
+        os.link(trained['checkpoint'], target)
+        return trained['weights'], 0
+
+    def load_strictly(self, cfg, weights):
+        """fairseq loads strictly itself, see :meth:`predictions`."""
+
+    def predictions(self, cfg, checkpoint):
+        """In this process, which knows nothing of the criterion."""
+        from fairseq import checkpoint_utils
+
+        (model,), args, task = checkpoint_utils.load_model_ensemble_and_task(
+            [checkpoint], arg_overrides={'data': str(self.fairseq.folder / 'bin')}
+        )
+        task.load_dataset('test')
+        sample = task.dataset('test').collater([task.dataset('test')[i] for i in range(4)])
+        generator = task.build_generator([model.eval()], args['generation'])
+        found = task.inference_step(generator, [model], sample)
+        return torch.cat([hypotheses[0]['positional_scores'] for hypotheses in found]), tuple(task.tgt_dict.symbols)
+
+    @property
+    def classes(self):
+        from fairseq.data import Dictionary
+
+        return tuple(Dictionary.load(str(self.fairseq.folder / 'bin/dict.en.txt')).symbols)
