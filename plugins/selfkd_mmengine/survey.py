@@ -21,7 +21,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from PIL import Image
 
-__all__ = ['METHODS', 'Outcome', 'classify', 'families', 'shrink', 'survey', 'table', 'train_two_steps']
+__all__ = ['METHODS', 'Outcome', 'classify', 'families', 'refusal', 'shrink', 'survey', 'table', 'train_two_steps']
 
 METHODS: Dict[str, Dict[str, dict]] = {
     'mmpretrain': {
@@ -46,7 +46,7 @@ METHODS: Dict[str, Dict[str, dict]] = {
 LEFT_OUT = ('benchmarks', 'deploy')
 SMALL = ('atto', 'nano', 'tiny', 'x0-', '_xs', 'xxs', 'b0', '-s0', '050', 'r18', 'small', '_s_', '-s_', 'resnet18')
 SMALL += ('r34', 'd20', '-t_', '_t_', 'a0', 'b1', '400mf', 'r50', 'resnet50', 'base', '-b_', 'p16', 'r101', 'large')
-SIZE = {'mmdet': 128, 'mmseg': 128}
+SIZE = {'mmdet': 128, 'mmseg': 64}
 OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refusal of ours begins with
 SECONDS = 600  # for one training of two steps
 
@@ -167,16 +167,23 @@ class _Losses(Hook):
         )
 
 
-def classify(method: str, plain: Outcome, trained: Outcome) -> str:
-    """One of ``trains``, ``refused: ...``, ``toolkit: ...`` (it cannot run the config here) and ``DEFECT: ...``."""
+def refusal(method: str, trained: Outcome) -> Optional[str]:
+    """``refused: ...`` if the training was refused by name before its first step."""
     message = (trained.error or '').strip().split('\n')[0]
-    refusal = re.match(rf'\w+: (?:class `\w+` in \S+: )*({OURS}: .*)', message)
-    if refusal and not trained.losses:
-        return f'refused: {refusal[1]}'
+    ours = re.match(rf'\w+: (?:class `\w+` in \S+: )*({OURS}: .*)', message)
+    if ours and not trained.losses:
+        return f'refused: {ours[1]}'
+    if method == 'FRSKD' and "unexpected keyword argument 'roi_head'" in message:
+        return 'refused: by MMDetection, a detector without regions has no roi_head'
+    return None
+
+
+def classify(method: str, plain: Outcome, trained: Outcome) -> str:
+    """What became of a training that was not refused: ``trains``, ``toolkit: ...`` (it cannot run the config here) or
+    ``DEFECT: ...``."""
+    message = (trained.error or '').strip().split('\n')[0]
     if plain.error:
         return 'toolkit: ' + plain.error.strip().split('\n')[0]
-    if method == 'FRSKD' and "unexpected keyword argument 'roi_head'" in message:
-        return 'refused: the detector has no roi_head'
     if trained.error:
         return f'DEFECT: after {len(trained.losses)} steps {message}'
     if not all(np.isfinite(value) for step in plain.losses for name, value in step.items() if 'loss' in name):
@@ -216,14 +223,18 @@ def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 cfg = shrink(get_config(f'{toolkit}::{name}'), toolkit, folder)
-                plain = train_two_steps(cfg)
             except Exception as problem:  # a config that cannot even be read here
                 rows[family].update(dict.fromkeys(METHODS[toolkit], f'toolkit: {type(problem).__name__}: {problem}'))
                 continue
+            plain = None
             for method, options in METHODS[toolkit].items():
                 switched = copy.deepcopy(cfg)
                 switched.merge_from_dict(options)
-                outcome = classify(method, plain, train_two_steps(switched))
+                trained = train_two_steps(switched)
+                outcome = refusal(method, trained)
+                if outcome is None:
+                    plain = plain or train_two_steps(cfg)
+                    outcome = classify(method, plain, trained)
                 rows[family][method] = re.sub(r'\s+', ' ', outcome)
         report(f'{family} ({time.time() - started:.0f} s): ' + json.dumps(rows[family]))
     return rows
