@@ -28,8 +28,8 @@ args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
 record = args.out / f'{args.toolkit}.json'
 rows = json.loads(record.read_text()) if record.exists() else {}
-for family in families(args.toolkit):
-    if (args.families and family not in args.families) or (family in rows and not args.again):
+for family in families(args.toolkit, args.families):
+    if family in rows and not args.again:
         continue
     rows.update(survey(args.toolkit, [family]))
     record.write_text(json.dumps(dict(sorted(rows.items())), indent=1))

@@ -63,25 +63,25 @@ class Outcome(NamedTuple):
     error: Optional[str] = None
 
 
-def families(toolkit: str) -> Dict[str, str]:
-    """A config of each family in the installed toolkit's zoo: the smallest by its name that says what it trains."""
-    from mmengine.hub import get_config
-
-    package = __import__(toolkit)
-    zoo = Path(package.__file__).parent / '.mim' / 'configs'
-    chosen = {}
-    for folder in sorted(path for path in zoo.iterdir() if path.name != '_base_'):
+def families(toolkit: str, names: Sequence[str] = ()) -> Dict[str, str]:
+    """A config of each family (or some) of the installed toolkit's zoo: the smallest by its name that has a model."""
+    zoo, chosen = _zoo(toolkit), {}
+    for folder in sorted(path for path in zoo.iterdir() if (path.name in names if names else path.name != '_base_')):
         paths = [path.relative_to(zoo) for path in folder.rglob('*.py')]
         paths = [path for path in paths if not any(part[0] == '_' or part in LEFT_OUT for part in path.parts)]
         for path in sorted(paths, key=_size):
             try:
-                cfg = get_config(f'{toolkit}::{path}')
+                cfg = Config.fromfile(zoo / path)
             except Exception:  # some import what is not installed, or name files that are not there
                 continue
             if {'type', 'backbone', 'detector', 'image_encoder'} & set(cfg.get('model') or ()):
                 chosen[folder.name] = str(path)
                 break
     return chosen
+
+
+def _zoo(toolkit: str) -> Path:
+    return Path(__import__(toolkit).__file__).parent / '.mim' / 'configs'
 
 
 def _size(config: Path) -> tuple:
@@ -211,18 +211,15 @@ def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print)
         names: some families only.
         report: is given a line for each family.
     """
-    from mmengine.hub import get_config
     from mmengine.utils import import_modules_from_strings
 
     import_modules_from_strings([f'{toolkit}.models', f'{toolkit}.datasets', f'selfkd_{toolkit}'])
-    rows, zoo = {}, families(toolkit)
-    for family, name in zoo.items():
-        if names and family not in names:
-            continue
+    rows = {}
+    for family, name in families(toolkit, names).items():
         started, rows[family] = time.time(), {'config': name}
         with tempfile.TemporaryDirectory() as folder:
             try:
-                cfg = shrink(get_config(f'{toolkit}::{name}'), toolkit, folder)
+                cfg = shrink(Config.fromfile(_zoo(toolkit) / name), toolkit, folder)
             except Exception as problem:  # a config that cannot even be read here
                 rows[family].update(dict.fromkeys(METHODS[toolkit], f'toolkit: {type(problem).__name__}: {problem}'))
                 continue

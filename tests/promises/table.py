@@ -10,10 +10,21 @@ import pytest
 
 
 class Toolkit(NamedTuple):
-    """A toolkit, and the class that drives it."""
+    """A toolkit.
+
+    Attributes:
+        name: as it is imported.
+        driver: gives what drives it in a test.
+        loops: kinds of training loop that it has.
+        accumulates: whether it accumulates gradients over batches.
+        casts: whether it trains in mixed precision on a CPU.
+    """
 
     name: str
     driver: Callable
+    loops: Tuple[str, ...] = ('epoch', 'iteration')
+    accumulates: bool = True
+    casts: bool = True
 
 
 class Row(NamedTuple):
@@ -57,7 +68,14 @@ def _fairseq(row, request, folder):
     return Driver(row, request, folder)
 
 
-FAIRSEQ = Toolkit('fairseq', _fairseq)
+def _detectron2(row, request, folder):
+    from detectron import Driver
+
+    return Driver(row, request, folder)
+
+
+FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False)
+DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
 
@@ -95,14 +113,32 @@ ROWS = [
         options=dict(args='--criterion cskd_label_smoothed_cross_entropy --cskd-weight 1'),
         zero=dict(args='--criterion cskd_label_smoothed_cross_entropy --cskd-weight 0'),
     ),
+    Row(
+        'PSKD',
+        DETECTRON2,
+        options=dict(args='SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3'),
+        zero=dict(args='SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3 SELFKD.PSKD.ALPHA 0'),
+        acts_at_once=False,
+    ),
+    Row(
+        'CSKD',
+        DETECTRON2,
+        options=dict(args='SELFKD.CSKD.ENABLED True'),
+        zero=dict(args='SELFKD.CSKD.ENABLED True SELFKD.CSKD.WEIGHT 0'),
+    ),
+    Row('FRSKD', DETECTRON2, options=dict(args='SELFKD.FRSKD.ENABLED True')),
 ]
 
 
-def rows(*, where: Callable = lambda row: True):
-    """The rows as parameters of a test; those of a toolkit that is not installed are skipped with that reason."""
-    return pytest.mark.parametrize(
-        'row', [pytest.param(row, id=str(row), marks=_marks(row)) for row in ROWS if where(row)]
-    )
+def rows(*, where: Callable = lambda row: True, loops: bool = False):
+    """The rows as parameters of a test (with the loops of their toolkits, if asked for); those of a toolkit that is not
+    installed are skipped with that reason."""
+    chosen = [row for row in ROWS if where(row)]
+    if not loops:
+        return pytest.mark.parametrize('row', [pytest.param(row, id=str(row), marks=_marks(row)) for row in chosen])
+    pairs = [(row, loop) for row in chosen for loop in row.toolkit.loops]
+    parameters = [pytest.param(row, loop, id=f'{row}-{loop}', marks=_marks(row)) for row, loop in pairs]
+    return pytest.mark.parametrize(('row', 'loop'), parameters)
 
 
 def _marks(row: Row):

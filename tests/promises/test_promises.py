@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from table import FAIRSEQ, rows
+from table import rows
 
 SCHEDULE = ('pskd_alpha', 'alpha', 'ramp', 'self_teacher.ramp')  # names in the logs
 
@@ -43,8 +43,7 @@ def test_the_published_file_is_the_plain_models_in_the_toolkits_own_inference(ro
     assert classes == their_classes == runs.classes
 
 
-@rows()
-@pytest.mark.parametrize('loop', ['epoch', 'iteration'])
+@rows(loops=True)
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(row, runs, loop):
     straight = runs.train(runs.config(loop=loop))
     steps = len(straight['steps'])
@@ -58,8 +57,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(row, runs, loop):
         same(resumed['bank'], straight['bank'])
 
 
-@rows()
-@pytest.mark.parametrize('loop', ['epoch', 'iteration'])
+@rows(loops=True)
 def test_two_processes_agree_and_count_as_one_with_their_whole_batch(row, runs, loop):
     alone = runs.train(runs.config(loop=loop))
     ranks = runs.train(runs.config(loop=loop, batch=runs.batch // 2), processes=2)
@@ -75,7 +73,7 @@ def test_two_processes_agree_and_count_as_one_with_their_whole_batch(row, runs, 
             assert [s.get(logged) for s in rank['steps']] == [s.get(logged) for s in alone['steps']]
 
 
-@rows()
+@rows(where=lambda row: row.toolkit.accumulates)
 def test_accumulated_steps_do_not_advance_the_schedule_twice(row, runs):
     once = runs.train(runs.config())
     twice = runs.train(runs.accumulate(runs.config(batch=runs.batch // 2)))
@@ -85,7 +83,7 @@ def test_accumulated_steps_do_not_advance_the_schedule_twice(row, runs):
         assert [step.get(logged) for step in twice['steps'][:: len(twice['steps']) // runs.epochs]] == values
 
 
-@rows(where=lambda row: row.toolkit is not FAIRSEQ)  # which has none on the CPU
+@rows(where=lambda row: row.toolkit.casts)
 def test_mixed_precision(row, runs):
     cfg, plain = (runs.bfloat16(runs.config(on=on)) for on in (True, False))
     on, off = runs.train(cfg), runs.train(plain)
