@@ -38,7 +38,7 @@ class PSKDHookBase(SelfKDHook):
         super().__init__()
         share('PSKDHook', alpha=alpha)
         one_of('PSKDHook', MODES, teacher_mode=teacher_mode)
-        if interval is not None and interval < 1:
+        if interval is not None and (type(interval) is not int or interval < 1):
             raise ValueError(f'PSKDHook: interval must be a positive number of iterations, got {interval}')
         self.alpha, self.snapshot, self.interval, self.teacher_mode = alpha, snapshot, interval, teacher_mode
         self.current_alpha = 0.0

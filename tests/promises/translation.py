@@ -9,7 +9,6 @@ import time
 
 import torch
 
-
 PLAIN = '--criterion label_smoothed_cross_entropy'
 SMOOTHING = '--label-smoothing 0.1 --dropout 0.1'
 TOKENS = 1000

@@ -386,6 +386,7 @@ def refused(message, cfg, error=ValueError):
         (dict(PSKD, teacher_mode='eval'), r"teacher_mode belongs to teacher='snapshot'; .* got teacher_mode='eval'"),
         (dict(SNAPSHOT, teacher_mode='test'), r"teacher_mode must be one of \['train', 'eval'\], got 'test'"),
         (dict(SNAPSHOT, interval=0), r'interval must be a positive number of iterations, got 0'),
+        (dict(SNAPSHOT, interval=2.5), r'interval must be a positive number of iterations, got 2.5'),
         (
             dict(SNAPSHOT, interval=3),
             r'interval works with a snapshot teacher in an iteration-based training loop only',
