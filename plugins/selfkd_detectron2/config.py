@@ -97,7 +97,7 @@ def with_self_teacher(cfg: CfgNode) -> CfgNode:
         raise ValueError(
             f'SELFKD.FRSKD.ENABLED does not work with {found}: the self-teacher refines the feature pyramid of '
             f'{" or ".join(SELF_TAUGHT)} in {" or ".join(ARCHITECTURES)}, and subclasses may work otherwise. Take such '
-            f'a config, or set it to False (SELFKD.PSKD works with Res5ROIHeads, RetinaNet and FCOS, too)'
+            'a config, or set it to False (SELFKD.PSKD works with Res5ROIHeads, RetinaNet and FCOS, too)'
         )
     cfg = cfg.clone()
     cfg.defrost()

@@ -231,6 +231,6 @@ def make_tap(model: nn.Module, method: str, dense: bool):
             setting = ' with use_sigmoid_ce (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)' if sigmoid else ''
             raise ValueError(
                 f'{method}: the box predictor {type(predictor).__name__}{setting} is not supported: it needs '
-                f'FastRCNNOutputLayers, which classifies regions with a softmax'
+                'FastRCNNOutputLayers, which classifies regions with a softmax'
             )
     return tap

@@ -52,7 +52,7 @@ class SelfTaught:
         if levels < 2:
             raise ValueError(
                 f'{user}: MODEL.ROI_HEADS.IN_FEATURES is {self.box_in_features}, but the self-teacher refines a '
-                f'pyramid of two levels or more: use an FPN, or SELFKD.PSKD or SELFKD.CSKD'
+                'pyramid of two levels or more: use an FPN, or SELFKD.PSKD or SELFKD.CSKD'
             )
         for predictor in _stages(self.box_predictor):
             if type(predictor) is not FastRCNNOutputLayers or predictor.use_sigmoid_ce:
@@ -82,7 +82,7 @@ class SelfTaught:
         if not node.ENABLED:
             raise ValueError(
                 f'MODEL.ROI_HEADS.NAME {cls.__name__} is not set by hand: leave the name that the config has, and set '
-                f'SELFKD.FRSKD.ENABLED True'
+                'SELFKD.FRSKD.ENABLED True'
             )
         in_channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         return {**super().from_config(cfg, input_shape), 'in_channels': in_channels, **options(node)}

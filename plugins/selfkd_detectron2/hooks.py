@@ -43,7 +43,7 @@ class SelfKDHook(HookBase):
         if sum(type(hook) is type(self) for hook in self.trainer._hooks) > 1:
             raise ValueError(
                 f'{name} is registered twice, by SELFKD in the config and by the script, perhaps: the two would act on '
-                f"each other's loss. Remove one"
+                "each other's loss. Remove one"
             )
         model = _unwrap(self.trainer.model)
         self.tap = make_tap(model, name, self.dense)
@@ -58,8 +58,8 @@ class SelfKDHook(HookBase):
         if not self._fired:
             raise RuntimeError(
                 f'{type(self).__name__}: the detector computed no classification loss that could be tapped, so the '
-                f'training is the plain one (does the trainer run another model than trainer.model?); remove this hook '
-                f'to train without it'
+                'training is the plain one (does the trainer run another model than trainer.model?); remove this hook '
+                'to train without it'
             )
 
     def after_train(self) -> None:
@@ -127,7 +127,7 @@ class PSKDHook(SelfKDHook):
         if not self.background and not hasattr(model, 'roi_heads'):
             raise ValueError(
                 f'PSKDHook: background=False (SELFKD.PSKD.BACKGROUND) is for regions; {type(model).__name__} has no '
-                f'background class: remove it'
+                'background class: remove it'
             )
         self.period = self.interval or _epoch_length(self.trainer.data_loader)
         start, end = self.trainer.start_iter, self.trainer.max_iter
@@ -135,7 +135,7 @@ class PSKDHook(SelfKDHook):
             period = 'interval (SELFKD.PSKD.INTERVAL)' if self.interval else 'a pass over the training set'
             raise ValueError(
                 f'PSKDHook: {period} is {self.period} iterations, and the whole training {end}: the past copy would '
-                f'never teach, and training would be the plain one. Set interval (SELFKD.PSKD.INTERVAL) well below '
+                'never teach, and training would be the plain one. Set interval (SELFKD.PSKD.INTERVAL) well below '
                 f'that, to {max(1, end // 10)}, say'
             )
         self.teacher = SnapshotTeacher(model, mode=self.teacher_mode)
@@ -146,8 +146,8 @@ class PSKDHook(SelfKDHook):
             self._resumed = None
         elif start > self.period and start % self.period:
             logger.warning(
-                f'PS-KD: training resumes without a past copy (PS-KD was off in the run that saved the checkpoint, or '
-                f'PSKDHook was registered after the checkpoint was loaded): until iteration '
+                'PS-KD: training resumes without a past copy (PS-KD was off in the run that saved the checkpoint, or '
+                'PSKDHook was registered after the checkpoint was loaded): until iteration '
                 f'{(start // self.period + 1) * self.period} the weights as resumed are the past copy'
             )
 
@@ -250,5 +250,5 @@ def _epoch_length(data_loader) -> int:
     except TypeError:
         raise ValueError(
             f'PSKDHook: cannot tell from {type(data_loader).__name__} how many iterations a pass over the training set '
-            f'has: set interval (SELFKD.PSKD.INTERVAL)'
+            'has: set interval (SELFKD.PSKD.INTERVAL)'
         ) from None

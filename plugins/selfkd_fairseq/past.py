@@ -190,7 +190,7 @@ class TokenBank(Past):
     def check_length(self, epoch, total):
         if epoch >= total:
             raise ValueError(
-                f'--pskd-past bank: learns from a sentence when it comes again, in the second epoch, and training ends '
+                '--pskd-past bank: learns from a sentence when it comes again, in the second epoch, and training ends '
                 f'after {total} updates, in the first: it would be plain training; train on, or take --pskd-past ema'
             )
 

@@ -71,7 +71,7 @@ def class_of_each(dataset) -> List[int]:
     if not hasattr(dataset, 'get_data_info'):
         raise ValueError(
             f'{name}: cannot tell the class of a sample without loading it (no get_data_info), so CS-KD cannot draw '
-            f'same-class partners. Use an mmengine BaseDataset, or one of its wrappers'
+            'same-class partners. Use an mmengine BaseDataset, or one of its wrappers'
         )
     labels = [dataset.get_data_info(i).get('gt_label') for i in range(len(dataset))]
     for i, label in enumerate(labels):

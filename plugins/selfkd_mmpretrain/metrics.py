@@ -86,7 +86,7 @@ class OODMetric(BaseMetric):
             raise ValueError(
                 f'OODMetric: the loader has no {kind} samples. Concatenate both data sets, with '
                 "dict(type='selfkd_mmpretrain."
-                f"MarkOOD') in the pipeline of the out-of-distribution one"
+                "MarkOOD') in the pipeline of the out-of-distribution one"
             )
         return metrics.ood_scores(confidence[ood == 0][:, None], confidence[ood == 1][:, None])
 
