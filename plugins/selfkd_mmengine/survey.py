@@ -219,7 +219,7 @@ def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print)
         started, rows[family] = time.time(), {'config': name}
         with tempfile.TemporaryDirectory() as folder:
             try:
-                cfg = shrink(Config.fromfile(_zoo(toolkit) / name), toolkit, folder)
+                cfg = shrink(Config.fromfile(_zoo(toolkit) / name, format_python_code=False), toolkit, folder)
             except Exception as problem:  # a config that cannot even be read here
                 rows[family].update(dict.fromkeys(METHODS[toolkit], f'toolkit: {type(problem).__name__}: {problem}'))
                 continue
