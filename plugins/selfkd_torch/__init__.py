@@ -4,5 +4,6 @@ from .batches import Batches
 from .cskd import CSKD
 from .frskd import FRSKD
 from .pskd import PSKD
+from .tokens import TokenPSKD
 
-__all__ = ['CSKD', 'FRSKD', 'PSKD', 'Batches']
+__all__ = ['CSKD', 'FRSKD', 'PSKD', 'Batches', 'TokenPSKD']

@@ -1,0 +1,233 @@
+"""PS-KD as a mix-in of transformers' Trainer."""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from selfkd.checks import one_of, share
+from selfkd.teacher import MODES
+from selfkd_torch import Batches, TokenPSKD
+
+__all__ = ['PSKDArguments', 'PSKDMixin', 'PSKDTrainingArguments']
+
+logger = logging.getLogger(__name__)
+
+ROWS = 'selfkd_rows'  # the entry of a batch that says which samples it holds
+FILE = 'selfkd.pt'  # in a checkpoint's folder
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={'help': text})
+
+
+@dataclass
+class PSKDArguments:
+    """PS-KD's settings, to be mixed into TrainingArguments of any kind; :class:`PSKDTrainingArguments` is the usual."""
+
+    pskd_alpha: float = _setting(0.8, 'Share of the past in the target, grows up to it with the epochs. 0: no PS-KD.')
+    pskd_teacher: str = _setting('bank', '"bank": kept predictions; "snapshot": the model of the last epoch, run anew.')
+    pskd_teacher_mode: str = _setting('train', 'How the snapshot runs: "train" (with dropout) or "eval".')
+    pskd_top_k: Optional[int] = _setting(
+        None, 'Classes kept in a row of the bank. Default: 8 of tokens, all of samples.'
+    )
+
+
+@dataclass
+class PSKDTrainingArguments(PSKDArguments, TrainingArguments):
+    """TrainingArguments with PS-KD's settings."""
+
+
+class PSKDMixin:
+    """Progressive self-knowledge distillation in a Trainer: ``class MyTrainer(PSKDMixin, Trainer)``.
+
+    Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
+    https://arxiv.org/abs/2006.12000
+
+    The cross-entropy of a training step (the model's, of ``compute_loss``, label smoothing, ...) is softened by past
+    predictions of samples (classification) or tokens (token classification, language models). What it is divided by
+    stays the Trainer's business. Past predictions are saved in the checkpoint's folder as ``selfkd.pt``.
+
+    Raises:
+        ValueError: for settings that cannot work or would never act, when the Trainer is made or training begins.
+        RuntimeError: a training step without a cross-entropy that could be softened.
+    """
+
+    pskd: Optional[TokenPSKD] = None
+    _resumed_from: Optional[str] = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        settings = self.args
+        if not isinstance(settings, PSKDArguments):
+            raise ValueError(
+                f'PSKD: args must be PSKDTrainingArguments (or mix PSKDArguments in), got {type(settings).__name__}'
+            )
+        share('PSKD', pskd_alpha=settings.pskd_alpha)
+        one_of('PSKD', ('bank', 'snapshot'), pskd_teacher=settings.pskd_teacher)
+        one_of('PSKD', MODES, pskd_teacher_mode=settings.pskd_teacher_mode)
+        if settings.pskd_alpha == 0:
+            return
+        snapshot = settings.pskd_teacher == 'snapshot'
+        for name, wrong, why in (
+            ('pskd_top_k', snapshot and settings.pskd_top_k is not None, 'it is for the bank, remove it'),
+            ('use_liger_kernel', settings.use_liger_kernel, 'its fused loss never has the logits'),
+            ('torch_compile', settings.torch_compile, 'a compiled model hides the loss in it'),
+            ('several GPUs in one process', settings.n_gpu > 1, 'use torchrun, one process for each'),
+            ('dispatch_batches', self.accelerator.dispatch_batches, 'leave it out, so that rows stay with batches'),
+            ('parallelism_config', getattr(self.accelerator, 'parallelism_config', None), 'batches are cut in pieces'),
+            ('pskd_teacher=snapshot', snapshot and (self.is_deepspeed_enabled or self.is_fsdp_enabled), 'use the bank'),
+        ):
+            if wrong:
+                raise ValueError(f'PSKD: {name} cannot be used here: {why}')
+        if self.label_smoother is not None:
+            self.label_smoother = _smoothed_cross_entropy(self.label_smoother.epsilon)
+        self.add_callback(_Epochs(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own, with the rows of the samples in each batch."""
+        if self.args.pskd_alpha == 0:
+            return super().get_train_dataloader()
+        self._data = Batches(DataLoader(self.train_dataset))  # knows the data; the Trainer iterates over its own loader
+        if self.args.pskd_teacher == 'snapshot':
+            return super().get_train_dataloader()
+        self._data.number('PSKD')
+        before = self.train_dataset, self.data_collator
+        dataset, collate = before
+        if hasattr(dataset, 'remove_columns'):  # what the Trainer does, which it could not through our wrapping
+            dataset = self._remove_unused_columns(dataset, description='training')
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description='training')
+        self.train_dataset, self.data_collator = _Indexed(dataset), _Collate(collate)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = before
+
+    def _get_train_sampler(self, train_dataset=None):
+        if isinstance(train_dataset, _Indexed):  # a sampler may look at the samples' lengths
+            train_dataset = train_dataset.dataset
+        return super()._get_train_sampler(train_dataset)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.pskd is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        if ROWS in inputs:
+            rows, labels = torch.as_tensor(inputs.pop(ROWS)), inputs.get('labels')
+            if isinstance(labels, Tensor) and len(labels) != len(rows):
+                raise ValueError(
+                    f'PSKD: the labels are of {len(labels)} samples, but the batch has {len(rows)}: joined into one '
+                    "(padding-free) it is not known which token is whose: use pskd_teacher='snapshot'"
+                )
+            self._data.noted.append((rows, None))
+        self._data.begin_step()
+        with self.pskd.tap(check=False):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._data.end_step()
+        return loss
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.pskd is not None and not self.args.save_only_model:
+            self.pskd.synchronize()
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial), f'{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}')
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(self.pskd.state_dict(), folder / FILE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed_from = checkpoint
+
+
+class _Epochs(TrainerCallback):
+    """Tells the method where training is."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        trainer, checkpoint = self.trainer, self.trainer._resumed_from
+        if state.num_train_epochs == sys.maxsize:
+            raise ValueError('PSKD: how many epochs max_steps makes of data without length is not known')
+        if state.num_train_epochs < 2:
+            raise ValueError(
+                f'PSKD: the training ends within its first epoch (num_train_epochs={args.num_train_epochs}, max_steps='
+                f'{args.max_steps}), in which there is no past, so it would be plain: train for more'
+            )
+        how = dict(top_k=args.pskd_top_k)
+        if args.pskd_teacher == 'snapshot':
+            how = dict(model=trainer.model, outputs=_logits, teacher_mode=args.pskd_teacher_mode)
+        trainer.pskd = TokenPSKD(
+            trainer._data, alpha=args.pskd_alpha, max_epochs=state.num_train_epochs, teacher=args.pskd_teacher, **how
+        )
+        if checkpoint is not None:
+            path, trainer._resumed_from = Path(checkpoint, FILE), None
+            if path.exists():
+                trainer.pskd.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+            else:
+                logger.warning('PSKD: the checkpoint has no %s: plain training until each sample was seen once', FILE)
+        trainer._data.epoch = int(state.epoch or 0)
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer._data.begin_epoch()
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        self.trainer._data.end_epoch(True)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.trainer.pskd._inside = False
+
+
+class _Indexed:
+    """A data set whose samples come with their indices."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return index, self.dataset[index]
+
+    def __getitems__(self, indices):
+        several = getattr(self.dataset, '__getitems__', None)
+        return list(zip(indices, several(indices) if several else [self.dataset[index] for index in indices]))
+
+
+class _Collate:
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, samples):
+        indices, features = zip(*samples)
+        batch = self.collate(list(features))
+        batch[ROWS] = [int(index) for index in indices]  # a list: neither pinned nor moved to the accelerator
+        return batch
+
+
+def _logits(output) -> Tensor:
+    """``[N, C]``, of samples or of all tokens."""
+    return (output['logits'] if isinstance(output, dict) else output[0]).flatten(0, -2)
+
+
+def _smoothed_cross_entropy(epsilon: float) -> Callable:
+    """The Trainer's LabelSmoother, by a call that can be softened."""
+
+    def loss(model_output, labels, shift_labels=False, num_items_in_batch=None):
+        if shift_labels:
+            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        options = dict(reduction='mean' if num_items_in_batch is None else 'sum', label_smoothing=epsilon)
+        value = F.cross_entropy(_logits(model_output), labels.flatten(), **options)
+        return value if num_items_in_batch is None else value / num_items_in_batch
+
+    return loss

@@ -1,0 +1,376 @@
+"""Self-distillation under transformers' own Trainer; models are built from configs, nothing is downloaded."""
+
+import os
+from dataclasses import dataclass
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+import pytest
+import torch
+import torch.nn.functional as F
+from forks import in_processes
+from sklearn.datasets import load_digits
+from torch.utils.data import Dataset, IterableDataset
+
+transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+pytest.importorskip('accelerate', reason='accelerate is not installed')
+
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from selfkd_transformers import PSKDArguments, PSKDMixin, PSKDTrainingArguments  # noqa: E402
+
+EPOCHS, SAMPLES = 3, 24
+
+
+class MyTrainer(PSKDMixin, Trainer):
+    """What a user writes; and it keeps the loss of every step."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.losses = [*getattr(self, 'losses', []), loss.item()]
+        return loss
+
+
+class Plain(Trainer):
+    training_step = lambda self, *args, **kwargs: _noted(self, Trainer.training_step(self, *args, **kwargs))  # noqa: E731
+
+
+def _noted(trainer, loss):
+    trainer.losses = [*getattr(trainer, 'losses', []), loss.item()]
+    return loss
+
+
+class Texts(Dataset):
+    """Token ids in rows of different lengths, drawn once; the label is in them. ``unused`` is a column that no model
+    takes."""
+
+    def __init__(self, kind, count=SAMPLES):
+        random = torch.Generator().manual_seed(0)
+        self.samples = []
+        for i in range(count):
+            length = int(torch.randint(4, 9, (), generator=random))
+            ids = torch.randint(3, 20, (length,), generator=random)
+            labels = {'class': int(ids[0]) % 3, 'tokens': (ids % 5).tolist(), 'language': ids.tolist()}[kind]
+            self.samples.append(dict(input_ids=ids.tolist(), labels=labels, unused='?', index=i))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return dict(self.samples[index])
+
+
+class Images(Dataset):
+    def __init__(self):
+        scans = load_digits()
+        self.images = torch.tensor(scans.images[:SAMPLES], dtype=torch.float32)[:, None] / 16
+        self.labels = scans.target[:SAMPLES].tolist()
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        return dict(pixel_values=self.images[index], labels=self.labels[index], unused=1)
+
+
+def pad(features):
+    """A collate function of the user's own, that pads on the left: a token's place in the batch changes."""
+    length = max(len(feature['input_ids']) for feature in features)
+    whole = isinstance(features[0]['labels'], int)
+    fill = lambda values, by: [by] * (length - len(values)) + values  # noqa: E731
+    return dict(
+        input_ids=torch.tensor([fill(feature['input_ids'], 0) for feature in features]),
+        attention_mask=torch.tensor([fill([1] * len(feature['input_ids']), 0) for feature in features]),
+        labels=torch.tensor([feature['labels'] if whole else fill(feature['labels'], -100) for feature in features]),
+    )
+
+
+def pad_pairs(features):
+    """And what the decoder is fed with, as DataCollatorForSeq2Seq does."""
+    batch = pad(features)
+    return dict(batch, decoder_input_ids=F.pad(batch['labels'].clamp(min=0), (1, 0))[:, :-1])
+
+
+BERT = dict(
+    vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    max_position_embeddings=16,
+)  # fmt: skip
+TASKS = {
+    'text': lambda t: (t.BertForSequenceClassification(t.BertConfig(**BERT, num_labels=3)), Texts('class')),
+    'image': lambda t: (
+        t.ViTForImageClassification(
+            t.ViTConfig(image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1,
+                        num_attention_heads=2, intermediate_size=16, num_labels=10, hidden_dropout_prob=0.1)
+        ),
+        Images(),
+    ),
+    'tokens': lambda t: (t.BertForTokenClassification(t.BertConfig(**BERT, num_labels=5)), Texts('tokens')),
+    'language': lambda t: (
+        t.GPT2LMHeadModel(t.GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)),
+        Texts('language'),
+    ),
+    'translation': lambda t: (
+        t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        ),
+        Texts('tokens'),
+    ),
+}  # fmt: skip
+
+
+def make(kind, task, folder, data=None, model=None, arguments=PSKDTrainingArguments, trainer=None, **options):
+    torch.manual_seed(0)
+    own_model, own_data = TASKS[task](transformers)
+    settings = {k: options.pop(k) for k in [*options] if k in ('callbacks', 'compute_loss_func')}
+    quiet = dict(
+        output_dir=str(folder), num_train_epochs=EPOCHS, per_device_train_batch_size=6, learning_rate=0.01, seed=3,
+        report_to='none', disable_tqdm=True, save_strategy='no', logging_strategy='no', use_cpu=True,
+        lr_scheduler_type='constant',
+    )  # fmt: skip
+    return (trainer or {'plain': Plain, 'pskd': MyTrainer}[kind])(
+        model=model or own_model,
+        args=(TrainingArguments if kind == 'plain' else arguments)(**{**quiet, **options}),
+        train_dataset=data or own_data,
+        data_collator={'image': None, 'translation': pad_pairs}.get(task, pad),
+        **settings,
+    )
+
+
+def fit(kind, task, folder, resume=None, **options):
+    trainer = make(kind, task, folder, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values()))
+
+
+@pytest.mark.parametrize('options', [
+    {},
+    dict(gradient_accumulation_steps=3, dataloader_num_workers=1),
+    dict(label_smoothing_factor=0.1, bf16=True, gradient_accumulation_steps=2),
+], ids=['', 'accumulation', 'smoothing'])  # fmt: skip
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+@pytest.mark.parametrize('task', TASKS)
+def test_the_first_epoch_is_plain_and_the_next_ones_are_not(task, teacher, options, tmp_path):
+    """What the Trainer divides the loss by is as it was: only so do the steps of the first epoch agree."""
+    plain = fit('plain', task, tmp_path, **options)
+    trainer = fit('pskd', task, tmp_path, pskd_alpha=0.8, pskd_teacher=teacher, **options)
+    steps = SAMPLES // 6
+    assert len(plain.losses) == EPOCHS * steps
+    assert trainer.losses[:steps] == pytest.approx(plain.losses[:steps], rel=2e-3 if options.get('bf16') else 1e-5)
+    assert all(abs(a - b) > 1e-5 for a, b in zip(trainer.losses[steps:], plain.losses[steps:]))
+    assert trainer.pskd.current_alpha == pytest.approx(0.8)
+    zero = fit('pskd', task, tmp_path, pskd_alpha=0.0, pskd_teacher=teacher, **options)
+    assert zero.losses == plain.losses
+    assert same(zero, plain)
+
+
+class Keeps(MyTrainer):
+    """Keeps logits and labels of each sample of the last epoch, by the sample's own index."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        logits, labels = outputs['logits'].detach(), inputs['labels']
+        shift = 1 if logits.shape[-1] == 20 else 0
+        past = self.__dict__.setdefault('past', {})
+        terms, count = [], 0
+        for which, row, label in zip(self.pskd._rows.tolist(), logits, labels):
+            if label.dim():
+                row, label = row[: len(row) - shift][label[shift:] != -100], label[shift:][label[shift:] != -100]
+            else:
+                row, label = row[None], label[None]
+            target = F.one_hot(label, row.shape[1]).float()
+            known = min(len(past.get(which, ())), len(target))  # left-padded, a text's first token is predicted, too
+            if known:
+                alpha, old = self.pskd.current_alpha, past[which]
+                target[-known:] = (1 - alpha) * target[-known:] + alpha * old[-known:]
+            terms.append(-(target * row.log_softmax(-1)).sum())
+            count += len(label)
+            past[which] = torch.cat(
+                [past.get(which, row)[: max(0, len(past.get(which, ())) - len(row))], row.softmax(-1)]
+            )
+        count = count if num_items_in_batch is None or not self.model_accepts_loss_kwargs else num_items_in_batch
+        self.expected = [*getattr(self, 'expected', []), (sum(terms) / count).item()]
+        self.got = [*getattr(self, 'got', []), loss.item()]
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_it_is_the_papers_loss(task, tmp_path):
+    """Each sample, or each token of it, learns from what was predicted for it in the last epoch."""
+    options = dict(pskd_top_k={'language': 20, 'translation': 24}[task]) if task in ('language', 'translation') else {}
+    trainer = fit('pskd', task, tmp_path, pskd_alpha=0.8, trainer=Keeps, **options)
+    assert trainer.got == pytest.approx(trainer.expected, rel=1e-5 if task in ('text', 'image') else 1e-3)
+    bank = trainer.pskd.bank
+    rows = {'text': SAMPLES, 'image': SAMPLES}.get(task, sum(len(s['input_ids']) for s in Texts('class').samples))
+    assert bank.num_samples == rows
+    assert int(bank.seen(torch.arange(rows)).sum()) == sum(len(past) for past in trainer.past.values())
+
+
+@pytest.mark.parametrize('when', ['epoch', 'steps'])
+@pytest.mark.parametrize(('task', 'teacher'), [('text', 'bank'), ('language', 'bank'), ('language', 'snapshot')])
+def test_resume_is_exact(task, teacher, when, tmp_path):
+    """From a checkpoint of the end of an epoch, and of two steps later."""
+    how = dict(save_strategy=when, save_steps=6, pskd_teacher=teacher, save_total_limit=1 if when == 'epoch' else None)
+    straight = fit('pskd', task, tmp_path, **how)
+    saved = sorted(path.name for path in tmp_path.glob('checkpoint-*/selfkd.pt'))
+    assert len(saved) == (1 if when == 'epoch' else 2)  # removed with its checkpoint
+    if when == 'epoch':
+        stops = fit('pskd', task, tmp_path / 'stops', **how, callbacks=[StopAt(8)])
+        assert stops.state.global_step == 8
+        resumed = fit('pskd', task, tmp_path / 'stops', resume=True, **how)
+        done = 8
+    else:
+        resumed, done = fit('pskd', task, tmp_path, resume=str(tmp_path / 'checkpoint-6'), **how), 6
+    assert resumed.losses == straight.losses[done:]
+    assert same(resumed, straight)
+
+
+class StopAt(transformers.TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+class Distributed(MyTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.rows = [*getattr(self, 'rows', []), torch.tensor(inputs['selfkd_rows'])]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def distributed(folder, task):
+    options = dict(per_device_train_batch_size=3, ddp_backend='gloo', save_strategy='steps', save_steps=6)
+    trainer = fit('pskd', task, folder, trainer=Distributed, **options)
+    return dict(
+        bank=trainer.pskd.bank.state_dict(),
+        rows=torch.cat(trainer.rows[:4]),
+        weights={name: value.clone() for name, value in trainer.model.state_dict().items()},
+    )
+
+
+@pytest.mark.parametrize('task', ['text', 'language'])
+def test_two_processes_hold_one_bank(task, tmp_path):
+    one, two = in_processes(tmp_path, lambda rank: distributed(tmp_path, task), 2)
+    assert sorted([*one['rows'].tolist(), *two['rows'].tolist()]) == list(
+        range(SAMPLES)
+    )  # Accelerate's sharded sampler
+    for part in ('bank', 'weights'):
+        for name, value in one[part].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[part][name])), name
+    saved = torch.load(tmp_path / 'checkpoint-6' / 'selfkd.pt', weights_only=True)
+    assert int(saved['bank']['seen'].sum()) >= len(saved['bank']['seen']) - SAMPLES  # of both processes, in mid-epoch
+
+
+class OwnLoss(MyTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop('labels')
+        return F.cross_entropy(model(**inputs).logits, labels)
+
+
+def test_a_loss_of_ones_own_samplers_and_evaluation(tmp_path):
+    ours = fit('pskd', 'text', tmp_path)
+    own = fit('pskd', 'text', tmp_path, trainer=OwnLoss)
+    assert own.losses == pytest.approx(ours.losses, rel=1e-5)
+    func = fit('pskd', 'text', tmp_path, compute_loss_func=lambda out, y, num_items_in_batch: F.cross_entropy(
+        out['logits'], y, reduction='sum') / num_items_in_batch)  # fmt: skip
+    assert func.losses == pytest.approx(ours.losses, rel=1e-5)
+    ordered = fit('pskd', 'text', tmp_path, train_sampling_strategy='group_by_length', eval_strategy='no')
+    assert len(ordered.losses) == EPOCHS * 4
+    before = ordered.pskd.bank.state_dict()['values']
+    assert ordered.evaluate(Texts('class'))['eval_loss'] > 0
+    assert torch.equal(ordered.pskd.bank.state_dict()['values'], before)
+    again = len(ordered.losses)
+    ordered.train()  # anew
+    assert len(ordered.losses) == 2 * again
+
+
+class Masked(Texts):
+    """Other labels each time, as in masked language modelling."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return dict(sample, labels=[y if torch.rand(()) < 0.5 else -100 for y in sample['labels']])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(Texts('class').samples)
+
+
+class Counted(Stream):
+    def __len__(self):
+        return SAMPLES
+
+
+class Silent(MyTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(inputs['input_ids']).logits.square().mean()
+
+
+def join(features):
+    """As padding-free collators do: one row of all samples."""
+    batch = {name: [value for f in features for value in f[name]] for name in ('input_ids', 'labels')}
+    return {name: torch.tensor([values[:12]]) for name, values in batch.items()}
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    class Joining(MyTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.data_collator = join
+
+    for error, message, task, how in (
+        (ValueError, 'pskd_alpha must lie in .0, 1., got 2', 'text', dict(pskd_alpha=2.0)),
+        (ValueError, "pskd_teacher must be one of .*, got 'ema'", 'text', dict(pskd_teacher='ema')),
+        (ValueError, 'pskd_top_k cannot be used here: it is for the bank', 'text',
+         dict(pskd_teacher='snapshot', pskd_top_k=2)),
+        (ValueError, r'args must be PSKDTrainingArguments .*, got TrainingArguments', 'text',
+         dict(arguments=TrainingArguments)),
+        (ValueError, 'torch_compile cannot be used here', 'text', dict(torch_compile=True)),
+        (ValueError, 'dispatch_batches cannot be used here', 'text',
+         dict(accelerator_config=dict(dispatch_batches=True))),
+        (ValueError, r'ends within its first epoch \(num_train_epochs=1', 'text', dict(num_train_epochs=1)),
+        (ValueError, 'ends within its first epoch .*max_steps=4', 'text', dict(max_steps=4)),
+        (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot'", 'text',
+         dict(data=Stream(), max_steps=6)),
+        (ValueError, 'how many epochs max_steps makes', 'text',
+         dict(data=Stream(), max_steps=6, pskd_teacher='snapshot')),
+        (ValueError, 'are not the ones they were before', 'language', dict(data=Masked('language'))),
+        (ValueError, 'the labels are of 1 samples, but the batch has 6', 'language', dict(trainer=Joining)),
+        (RuntimeError, 'a batch was trained on without', 'text', dict(trainer=Silent)),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            fit('pskd', task, tmp_path, **how)
+
+
+def test_a_stream_whose_length_is_known_has_a_snapshot(tmp_path):
+    plain = fit('plain', 'text', tmp_path, data=Counted())
+    trainer = fit('pskd', 'text', tmp_path, data=Counted(), pskd_teacher='snapshot')
+    assert trainer.losses[:4] == pytest.approx(plain.losses[:4])
+    assert all(abs(a - b) > 1e-5 for a, b in zip(trainer.losses[4:], plain.losses[4:]))
+
+
+@dataclass
+class Seq2SeqArguments(PSKDArguments, transformers.Seq2SeqTrainingArguments):
+    pass
+
+
+class Seq2Seq(PSKDMixin, transformers.Seq2SeqTrainer):
+    pass
+
+
+def test_the_mixins_go_with_other_trainers_and_arguments(tmp_path):
+    trainer = fit('pskd', 'translation', tmp_path, arguments=Seq2SeqArguments, trainer=Seq2Seq, pskd_alpha=0.5)
+    assert trainer.pskd.current_alpha == 0.5
+
+
+def test_the_settings_can_be_given_on_the_command_line(tmp_path):
+    parser = transformers.HfArgumentParser(PSKDTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(['--output_dir', str(tmp_path), '--pskd_alpha', '0.5'])
+    assert isinstance(args, PSKDArguments)
+    assert args.pskd_alpha == 0.5
+    assert args.pskd_top_k is None
