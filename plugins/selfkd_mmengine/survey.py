@@ -94,6 +94,8 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
     """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step."""
     cfg = copy.deepcopy(cfg)
     _forget_weights(cfg._cfg_dict)
+    if toolkit in SIZE:
+        _pad_less(cfg.model.get('data_preprocessor') or {}, SIZE[toolkit])
     classes = _find(cfg.model, 'num_classes') or 10
     loader = cfg.get('train_dataloader') or {}
     pipeline = _find(loader, 'pipeline') or cfg.get('train_pipeline') or []
@@ -270,6 +272,14 @@ def _forget_weights(node) -> None:
     for key, child in list(node.items()):
         if key not in ('init_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
             _forget_weights(child)
+
+
+def _pad_less(preprocessor: dict, size: int) -> None:
+    """Batches are padded, or resized, to the small images' size instead of the usual ones'."""
+    for part in (preprocessor, *(preprocessor.get('batch_augments') or ())):
+        for key in ('size', 'random_size_range'):
+            if part.get(key):
+                part[key] = (size, size)
 
 
 def _find(node, key: str):
