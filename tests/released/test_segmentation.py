@@ -172,8 +172,8 @@ def test_logits_and_maps(build, arch, size, measured):
             off = max(off, ((a - b).abs().max() / a.abs().max()).item())
     statistics = furthest(theirs, ours)
     measured(SECTION, f'EfficientNet-{arch}, {size} x {size}', logits_and_maps=off, statistics=statistics)
-    assert off < 1e-11
-    assert statistics < 1e-12  # batch norm's statistics after the training pass
+    assert off < 1e-9
+    assert statistics < 1e-9  # batch norm's statistics after the training pass
 
 
 def losses_of_theirs(released, theirs, images, label, alpha=1.0, beta=50.0):
@@ -198,12 +198,12 @@ def test_losses_and_gradients(build, released, arch, measured):
     losses = ours.train()(images, samples, mode='loss')
     assert expected.keys() == {name for name in losses if '.loss' in name}
     for name, value in expected.items():
-        assert losses[name].item() == pytest.approx(value.item(), rel=1e-11), name
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-9), name
     for name in expected if arch == 'b0' else []:
         theirs.zero_grad(), ours.zero_grad()
         expected[name].backward(retain_graph=True)
         losses[name].backward(retain_graph=True)
-        assert furthest(theirs, ours, lambda p: p.grad) < 1e-8, name
+        assert furthest(theirs, ours, lambda p: p.grad) < 1e-6, name
     theirs.zero_grad(), ours.zero_grad()
     sum(expected.values()).backward()
     ours.parse_losses(losses)[0].backward()
@@ -213,8 +213,8 @@ def test_losses_and_gradients(build, released, arch, measured):
     without = [name for name, p, _ in pairs(theirs, ours) if isinstance(p, nn.Parameter) and p.grad is None]
     assert all(name.startswith('smooth') for name in without)
     assert len(without) == 8  # of two convolutions that are never called
-    assert gradients < 1e-8
-    assert furthest(theirs, ours) < 1e-12
+    assert gradients < 1e-6
+    assert furthest(theirs, ours) < 1e-9
 
 
 EPOCHS, BATCHES, SIZE = 4, 4, 64
