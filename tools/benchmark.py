@@ -11,6 +11,7 @@ from importlib import import_module
 
 SUITES = {
     'loss': 'selfkd.loss_benchmark:loss_suite',
+    'torch': 'selfkd_torch.benchmark:step_suite',
     'mmpretrain': 'selfkd_mmpretrain.benchmark:step_suite',
     'distillation': 'selfkd_mmpretrain.benchmark:distillation_suite',
     'mmdet': 'selfkd_mmdet.benchmark:step_suite',

@@ -22,7 +22,7 @@ from torch.utils.data import (
 from selfkd.bank import PredictionBank
 from selfkd.losses import distillation_kl, pskd_loss
 from selfkd.teacher import SnapshotTeacher
-from selfkd_torch import CSKD, FRSKD, PSKD
+from selfkd_torch import CSKD, FRSKD, PSKD, TokenPSKD
 
 EPOCHS = 3
 
@@ -163,6 +163,15 @@ def test_rows_travel_with_their_batches(data, options):
             pskd.loss(torch.randn(len(which), 3), torch.zeros(len(which), dtype=torch.long))
             count += 1
         assert count == len(loader)
+
+
+def test_the_loader_draws_its_seeds_when_the_users_own_would(digits):
+    loader, states = loader_of(digits), []
+    for each in (loader, PSKD(loader, 10, max_epochs=2).batches().lend()):
+        torch.manual_seed(0)
+        iter(each)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 def test_the_snapshot_teaches_in_the_students_mode(digits):
@@ -427,6 +436,53 @@ def test_a_tap_that_does_not_fire_is_an_error(digits):
         torchvision_style_epoch(model, LogSoftmaxLoss(), torch.optim.SGD(model.parameters(), lr=0.1), pskd.batches())
     with pytest.raises(RuntimeError, match=r'no training loss was computed inside tap\(\)'), pskd.tap():
         pass
+
+
+class Sentences(Dataset):
+    lengths = [3, 5, 2, 4, 1, 5]
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        ids = torch.arange(self.lengths[index]) + index
+        return dict(input_ids=ids, labels=ids % 7)
+
+
+def padded(samples):
+    return nn.utils.rnn.pad_sequence([sample['labels'] for sample in samples], True, -100)
+
+
+def test_a_bank_of_tokens():
+    """Each token learns from what was predicted for it, whatever its sentence is padded to beside others."""
+    loader = DataLoader(Sentences(), batch_size=2, shuffle=True, collate_fn=padded)
+    pskd, past = TokenPSKD(loader, alpha=0.8, max_epochs=3, top_k=7), {}
+    torch.manual_seed(0)
+    for epoch in range(3):
+        for y in pskd.batches():
+            logits, terms = torch.randn(*y.shape, 7), []
+            loss = pskd.loss(logits.flatten(0, 1), y.flatten())
+            for row, line, labels in zip(pskd._rows.tolist(), logits, y):
+                for place, label in enumerate(labels[labels != -100]):
+                    old = past.get((row, place))
+                    alpha = 0 if old is None else 0.8 * (epoch + 1) / 3
+                    target = (1 - alpha) * F.one_hot(label, 7) + (alpha * old if alpha else 0)
+                    terms.append(-(target * line[place].log_softmax(0)).sum())
+                    past[row, place] = line[place].softmax(0)
+            assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-3)
+    assert pskd.bank.num_samples == 20
+    again = TokenPSKD(loader, alpha=0.8, max_epochs=3, top_k=7)
+    again.load_state_dict(pskd.state_dict())
+    assert torch.equal(again.bank.read(torch.arange(20)), pskd.bank.read(torch.arange(20)))
+    for method, change, message in (
+        (pskd, lambda y: y + (y >= 0).long(), 'are not the ones they were before'),
+        (again, lambda y: torch.ones(2, 9).long(), 'has more labels than when the bank was made'),
+    ):
+        method.data.epoch = 2
+        running = iter(method.batches())
+        y = change(next(running)).flatten()
+        with pytest.raises(ValueError, match=message):
+            method.loss(torch.randn(len(y), 7), y)
 
 
 def test_cskd_is_the_papers_loss(digits):
