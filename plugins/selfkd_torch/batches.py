@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from selfkd.pairing import SameClassPairing
 from selfkd.seeds import step_generator
 
-__all__ = ['Batches', 'unwrap']
+__all__ = ['Batches', 'Numbered', 'unwrap']
 
 OPTIONS = ('num_workers', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator')
 OPTIONS += ('prefetch_factor', 'persistent_workers', 'pin_memory_device', 'in_order')
@@ -62,7 +62,7 @@ class Batches:
                 sampler = dict(batch_sampler=_PairSampler(anchors, self) if self.pairing else anchors)
             options = {name: getattr(loader, name) for name in OPTIONS if hasattr(loader, name)}
             collate = _Collate(loader.collate_fn, loader.batch_sampler is not None, self.pairing is not None)
-            self._numbered = _Noting(_Numbered(loader.dataset), collate_fn=collate, **sampler, **options)
+            self._numbered = _Noting(Numbered(loader.dataset), collate_fn=collate, **sampler, **options)
             self._numbered.noted = self.noted
         return self._numbered or self.loader
 
@@ -131,7 +131,7 @@ class _Noting(DataLoader):
         return batch
 
 
-class _Numbered:
+class Numbered:
     """A data set whose samples come with their indices."""
 
     def __init__(self, dataset):
@@ -143,9 +143,9 @@ class _Numbered:
     def __getitem__(self, index):
         return index, self.dataset[index]
 
-    def __getitems__(self, indices: List):
+    def __getitems__(self, indices: List) -> List:
         several = getattr(self.dataset, '__getitems__', None)
-        return indices, several(indices) if several else [self.dataset[index] for index in indices]
+        return list(zip(indices, several(indices) if several else [self.dataset[index] for index in indices]))
 
     def __getattr__(self, name: str):  # a worker_init_fn may look at the data set
         if name == 'dataset':
@@ -160,12 +160,13 @@ class _Collate:
         self.collate, self.batched, self.pairs = collate, batched, pairs
 
     def __call__(self, data):
-        if isinstance(data, list):  # torch below 2.0 fetches samples one by one
-            data = tuple(zip(*data))
-        indices, samples = data
+        if not self.batched:
+            return _rows(data[0]), self.collate(data[1]), None
+        indices, samples = zip(*data)
+        samples = list(samples)
         if not self.pairs:
             return _rows(indices), self.collate(samples), None
-        samples, half = list(samples), len(indices) // 2
+        half = len(indices) // 2
         return _rows(indices[:half]), self.collate(samples[:half]), self.collate(samples[half:])
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from selfkd.checks import one_of, share
 from selfkd.teacher import MODES
 from selfkd_torch import Batches, TokenPSKD
+from selfkd_torch.batches import Numbered
 
 __all__ = ['PSKDArguments', 'PSKDMixin', 'PSKDTrainingArguments']
 
@@ -106,14 +107,14 @@ class PSKDMixin:
             dataset = self._remove_unused_columns(dataset, description='training')
         else:
             collate = self._get_collator_with_removed_columns(collate, description='training')
-        self.train_dataset, self.data_collator = _Indexed(dataset), _Collate(collate)
+        self.train_dataset, self.data_collator = Numbered(dataset), _Collate(collate)
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = before
 
     def _get_train_sampler(self, train_dataset=None):
-        if isinstance(train_dataset, _Indexed):  # a sampler may look at the samples' lengths
+        if isinstance(train_dataset, Numbered):  # a sampler may look at the samples' lengths
             train_dataset = train_dataset.dataset
         return super()._get_train_sampler(train_dataset)
 
@@ -182,26 +183,6 @@ class _Epochs(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         self.trainer._data.end_epoch(True)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.trainer.pskd._inside = False
-
-
-class _Indexed:
-    """A data set whose samples come with their indices."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices):
-        several = getattr(self.dataset, '__getitems__', None)
-        return list(zip(indices, several(indices) if several else [self.dataset[index] for index in indices]))
 
 
 class _Collate:
