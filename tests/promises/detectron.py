@@ -50,6 +50,9 @@ class Driver:
         method = (settings or self.row.options)['args'] if on else ''
         return d2_runs.config(self.data, self.folder / f'run{next(self.count)}', options=f'{OPTIONS} {method}')
 
+    def killable(self, cfg):
+        return cfg
+
     def train(self, cfg, *, processes=1, kill_at=None, resume=False):
         work = functools.partial(self._ranks if processes > 1 else self._train, cfg, kill_at, resume)
         results = in_processes(self.folder, work, processes, dies=kill_at is not None)

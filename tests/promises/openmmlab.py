@@ -149,6 +149,9 @@ class Driver:
         """Names of what is equal on all ranks: parameters, not the statistics of batch norms, which each rank keeps."""
         return [name for name in weights if 'running_' not in name]
 
+    def killable(self, cfg):
+        return cfg
+
     def accumulate(self, cfg):
         """Two batches to a step."""
         cfg.optim_wrapper.accumulative_counts = 2

@@ -45,9 +45,9 @@ def test_the_published_file_is_the_plain_models_in_the_toolkits_own_inference(ro
 
 @rows(loops=True)
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(row, runs, loop):
-    straight = runs.train(runs.config(loop=loop))
+    straight = runs.train(runs.killable(runs.config(loop=loop)))
     steps = len(straight['steps'])
-    cfg = runs.config(loop=loop)
+    cfg = runs.killable(runs.config(loop=loop))
     runs.train(cfg, kill_at=steps - steps // 4)
     resumed = runs.train(cfg, resume=True)
     assert 0 < len(resumed['steps']) < steps
