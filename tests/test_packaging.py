@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 from conftest import ROOT
 
-TOOLKITS = {'mmpretrain', 'mmdet', 'mmseg', 'fairseq', 'detectron2'}
+TOOLKITS = {'mmpretrain', 'mmdet', 'mmseg', 'fairseq', 'detectron2', 'lightning', 'transformers'}
 
 
 def test_wheel_installs_and_the_core_imports_torch_alone(tmp_path):
