@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fairseq_runs import fairseq  # noqa: F401  (a fixture)
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))  # behind: there is another conftest
 
 
 @pytest.fixture
