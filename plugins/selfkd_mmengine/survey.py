@@ -190,11 +190,13 @@ def classify(method: str, plain: Outcome, trained: Outcome) -> str:
         return f'DEFECT: after {len(trained.losses)} steps {message}'
     if not all(np.isfinite(value) for step in plain.losses for name, value in step.items() if 'loss' in name):
         return 'toolkit: its plain loss is not finite here'
-    first, second = (_total(trained.losses[i]) - _total(plain.losses[i]) for i in (0, 1))
+    first, last = (_total(trained.losses[i]) - _total(plain.losses[i]) for i in (0, -1))
     if method.startswith('PS-KD') and abs(first) > 1e-4 * abs(_total(plain.losses[0])):
         return f'DEFECT: the first step, without a past, differs from the plain one by {first:.2e}'
-    if not np.isfinite(second) or abs(second) <= 1e-7 * abs(_total(plain.losses[1])):
-        return f'DEFECT: the second loss differs from the plain one by {second:.2e}'
+    # The quality focal loss from a past that has hardly changed is there, but lost in a sum of float32.
+    acts = abs(last) > 1e-7 * abs(_total(plain.losses[-1])) or trained.losses[-1].get('pskd_soft', 0) > 0
+    if not (np.isfinite(last) and acts):
+        return f'DEFECT: the last loss differs from the plain one by {last:.2e}'
     return 'trains'
 
 
@@ -320,7 +322,7 @@ def _classification(folder: Path, classes: int, pipeline: list) -> dict:
 
 def _detection(folder: Path, classes: int, pipeline: list) -> dict:
     size, images, annotations = SIZE['mmdet'], [], []
-    for i in range(2):
+    for i in range(4):  # two steps an epoch: in its first one a snapshot is the model itself
         _image(folder / f'{i}.jpg', size, i)
         images.append(dict(id=i, file_name=f'{i}.jpg', height=size, width=size))
         Image.fromarray(np.zeros((size, size), np.uint8)).save(folder / f'{i}.png')

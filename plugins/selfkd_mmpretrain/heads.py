@@ -34,6 +34,7 @@ def check_head(user: str, model: nn.Module) -> None:
             f'{user}: {type(model).__name__} with the head {name} has no classification head with a loss_module: '
             'use an ImageClassifier with a LinearClsHead or the like'
         )
+    check_head_type(user, head)
     if isinstance(head, ArcFaceClsHead):
         raise ValueError(
             f'{user}: {name} trains on logits with a margin, which are not its predictions: what it would teach '

@@ -40,7 +40,7 @@ class Steps(HookBase):
 class Driver:
     """Trains a row's method, or the plain detector."""
 
-    batch = 2
+    batch, batching = 2, 0.0
 
     def __init__(self, row, request, folder):
         self.row, self.folder, self.data = row, folder, request.getfixturevalue('voc')

@@ -49,7 +49,7 @@ class Driver:
         folder: for work dirs.
     """
 
-    epochs = 3
+    epochs, batching = 3, 0.0
 
     def __init__(self, row, request, folder):
         self.row, self.folder, self.name = row, folder, row.toolkit.name

@@ -9,9 +9,8 @@ from conftest import ROOT
 FAMILIES = {  # family -> what is to come of each method, in the order of the survey
     'mmpretrain': {
         'resnet': 'tttt',
-        'mobilenet_v3': 'tttt',
-        'swin_transformer': 'tttt',
-        'deit': 'tttr',
+        'swin_transformer': 'rtrt',
+        'deit': 'rtrr',
         'arcface': 'rrrr',
         'simclr': 'rrrr',
     },
@@ -19,10 +18,8 @@ FAMILIES = {  # family -> what is to come of each method, in the order of the su
         'faster_rcnn': 'ttt',
         'cascade_rcnn': 'ttt',
         'retinanet': 'trr',
-        'dynamic_rcnn': 'ttr',
         'htc': 'rrr',
         'tridentnet': 'rrr',
-        'double_heads': 'rrr',
         'detr': 'rrr',
         'yolox': 'rrr',
     },
