@@ -101,13 +101,13 @@ def test_benchmark_ratios_and_sections(tmp_path):
 
 
 def test_demo_of_one_seed_and_again(tmp_path):
-    out = run(ROOT / 'tools/demo.py', '--seeds', 1, '--epochs', 1, '--out', tmp_path / 'demo')
+    out = run(ROOT / 'tools/demo.py', '--seeds', 1, '--epochs', 2, '--out', tmp_path / 'demo')
     assert 'clean labels' in out
     assert out.count('| PS-KD') == 2
     assert (tmp_path / 'demo/report/reliability.png').exists()
     record = json.loads((tmp_path / 'demo/labels-20/pskd-0/run.json').read_text())
     assert record['method'] == 'PS-KD'
-    again = run(ROOT / 'tools/demo.py', '--seeds', 1, '--epochs', 1, '--out', tmp_path / 'demo')
+    again = run(ROOT / 'tools/demo.py', '--seeds', 1, '--epochs', 2, '--out', tmp_path / 'demo')
     assert '10 runs were finished before and kept' in again
     assert again.split('\n\n')[2] in out
 
