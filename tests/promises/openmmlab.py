@@ -106,8 +106,6 @@ class Driver:
 
     def _train(self, cfg, processes, kill_at, resume, hooks, rank):
         cfg.launcher, cfg.resume = ('pytorch' if processes > 1 else 'none'), resume
-        if self.row.unused:
-            cfg.find_unused_parameters = True
         prepare_cpu_launch(cfg)
         runner = Runner.from_cfg(cfg)
         steps = Steps(kill_at)

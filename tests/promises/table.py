@@ -39,7 +39,6 @@ class Row(NamedTuple):
         model: options of the toy model.
         pairs: whether batches are pairs, which an iteration-based loop's config must ask for.
         acts_at_once: whether the first step's loss already differs from the plain one.
-        unused: whether a step may leave parameters of its own unused.
     """
 
     method: str
@@ -50,7 +49,6 @@ class Row(NamedTuple):
     model: Dict[str, object] = {}
     pairs: bool = False
     acts_at_once: bool = True
-    unused: bool = False
 
     def __str__(self) -> str:
         return f'{self.toolkit.name}-{self.method}'
