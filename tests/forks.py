@@ -60,6 +60,9 @@ def _child(folder, function, rank):
         sys.stdout = sys.stderr = os.fdopen(log, 'w')
         torch.save(function(rank), folder / f'rank{rank}.pth')
         if torch.distributed.is_initialized():
+            # gloo's threads may still hold this rank's last tensors: to free them they need the interpreter, which
+            # destroy_process_group keeps while it waits for them, in torch 2.1 for ever.
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         status = 0
     except BaseException:

@@ -1,23 +1,52 @@
 """Banks of several gloo processes become the one a single process would have."""
 
-import socket
+import functools
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from bank_sync_worker import SETTINGS, plan, predictions, worker
+import torch.distributed as dist
+from forks import in_processes
 
+from selfkd import bank_sync
 from selfkd.bank import PredictionBank
 from selfkd.bank_sync import exchange_rows
+
+SETTINGS = ({}, {'dtype': torch.float16}, {'top_k': 2})
+
+
+def plan(rank, world_size):
+    """What a rank writes: (step, indices). Samples 1 and 5 are written by several ranks, 4 twice in one step."""
+    plans = {
+        2: [[(0, [0, 1]), (1, [2, 5])], [(0, [1, 3]), (1, [4, 4]), (2, [5])]],
+        4: [[(0, [0, 1]), (2, [5])], [(0, [1]), (1, [4, 4]), (2, [5])], [], [(0, [3]), (1, [2, 1, 5])]],
+    }
+    return plans[world_size][rank]
+
+
+def predictions(rank, step, position, classes):
+    generator = torch.Generator().manual_seed(100 * rank + 10 * step + position)
+    return torch.randn(classes, generator=generator).softmax(0)
+
+
+def exchanged(world_size, rank):
+    bank_sync.CHUNK = 2  # so that rows take several rounds
+    dist.init_process_group('gloo')
+    banks = [PredictionBank(8, 6, **settings) for settings in SETTINGS]
+    for bank in banks:
+        nothing = torch.zeros(0, dtype=torch.long)
+        exchange_rows(bank, nothing, nothing)  # a first exchange in which nobody has anything
+        indices, steps = [torch.tensor([7])], [0]  # said to be written, but its row was not finite, so that it was not
+        for step, rows in plan(rank, world_size):
+            bank.write(torch.tensor(rows), torch.stack([predictions(rank, step, i, 6) for i in range(len(rows))]))
+            indices.append(torch.tensor(rows))
+            steps += [step] * len(rows)
+        exchange_rows(bank, torch.cat(indices), torch.tensor(steps))
+    return [bank.state_dict() for bank in banks]
 
 
 @pytest.mark.parametrize('world_size', [2, 4])
 def test_every_rank_holds_what_a_single_process_would(world_size, tmp_path):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (world_size, port, str(tmp_path)), nprocs=world_size)
-    states = [torch.load(tmp_path / f'{rank}.pth') for rank in range(world_size)]
+    states = in_processes(tmp_path, functools.partial(exchanged, world_size), world_size)
     for i, settings in enumerate(SETTINGS):
         single = PredictionBank(8, 6, **settings)
         for step in range(3):
