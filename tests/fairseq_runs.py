@@ -69,7 +69,7 @@ class Fairseq:
             (
                 f'fairseq-train {data} --user-dir {USER_DIR} --cpu --seed 7 --optimizer adam --lr 0.005 '
                 f'--max-tokens 500 --save-dir {save} --log-format json --log-interval 1 --update-epoch-batch-itr True '
-                f'--required-batch-size-multiple 1 {MODEL[model]}'
+                f'--required-batch-size-multiple 1 --num-workers 0 {MODEL[model]}'
             ),
             *args,
         )
