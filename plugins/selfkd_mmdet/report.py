@@ -7,7 +7,8 @@ from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from selfkd_mmengine.report import comparison_table, finished_run
+from selfkd.cli import command_parser
+from selfkd_mmengine.report import comparison_table, finished_run, run_groups
 
 __all__ = ['Detections', 'detect', 'draw', 'table']
 
@@ -116,3 +117,28 @@ def _iou(a, b) -> float:
     height = (min(a[3], b[3]) - max(a[1], b[1])).clamp(min=0)
     areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
     return (width * height / (areas - width * height)).item()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compares finished MMDetection runs on their test sets: a table of mAP and calibration, and drawn detections.
+
+        selfkd report-detection OUT NAME=WORK_DIR[,WORK_DIR...] [NAME=...]
+
+    Runs given under one name are averaged (seeds); the pictures show the first of each. Each work dir's own config says
+    which test set and metrics are used (VOCMetric and selfkd_mmdet.DetectionCalibration).
+    """
+    parser = command_parser('report-detection', main.__doc__)
+    parser.add_argument('out', help='folder for table.md and detections.png')
+    parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
+    args = parser.parse_args(arguments)
+    try:
+        work_dirs = run_groups(args.groups)
+    except ValueError as error:
+        parser.error(str(error))
+    groups = {name: [detect(folder) for folder in folders] for name, folders in work_dirs.items()}
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(groups)
+    (out / 'table.md').write_text(text + '\n')
+    draw(groups, str(out / 'detections.png'))
+    print(f'{text}\n\nwrote {out}')

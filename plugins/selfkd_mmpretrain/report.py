@@ -13,7 +13,8 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from selfkd import metrics
-from selfkd_mmengine.report import comparison_table, finished_run
+from selfkd.cli import command_parser
+from selfkd_mmengine.report import comparison_table, finished_run, run_groups
 
 __all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table']
 
@@ -224,3 +225,28 @@ def write_report(
     if all(run.ood_probs is not None for groups in panels.values() for runs in groups.values() for run in runs):
         plot_roc(panels, str(folder / 'ood_roc.png'))
     return text
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compares finished MMPretrain runs on their test sets: table, reliability diagram, risk-coverage plot.
+
+        selfkd report OUT NAME=WORK_DIR[,WORK_DIR...] [NAME=...] [--ood FOLDER]
+
+        selfkd report work_dirs/report plain=work_dirs/plain_0,work_dirs/plain_1 'PS-KD=work_dirs/pskd_0'
+
+    Runs given under one name are averaged (seeds). Each work dir's own config says which test set is used.
+    """
+    parser = command_parser('report', main.__doc__)
+    parser.add_argument('out', help='folder for table.md, runs.json, reliability.png, risk_coverage.png')
+    parser.add_argument(
+        '--ood', metavar='FOLDER', help='images of another kind: adds AUROC, AUPR, FPR95 and ood_roc.png'
+    )
+    parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
+    args = parser.parse_args(arguments)
+    try:
+        work_dirs = run_groups(args.groups)
+    except ValueError as error:
+        parser.error(str(error))
+    groups = {name: [predict(folder, ood=args.ood) for folder in folders] for name, folders in work_dirs.items()}
+    print(write_report({'': groups}, args.out))
+    print(f'\nwrote {args.out}')
