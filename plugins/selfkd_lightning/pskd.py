@@ -77,8 +77,6 @@ class PSKD(pl.Callback):
         """Share of the past prediction in the epoch under way."""
         return self.pskd.current_alpha if self.pskd else 0.0
 
-    # In the order in which Lightning calls them.
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != 'fit':
             return
@@ -159,9 +157,7 @@ class PSKD(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
         data = self._data
-        if (
-            not self.pskd._inside
-        ):  # not in on_train_epoch_start: Lightning leaves it out when it resumes within an epoch
+        if not self.pskd._inside:  # Lightning leaves on_train_epoch_start out when it resumes within an epoch
             data.epoch = trainer.current_epoch
             data.begin_epoch()
         if self.teacher == 'bank' and not data.noted:

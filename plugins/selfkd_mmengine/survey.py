@@ -46,7 +46,7 @@ METHODS: Dict[str, Dict[str, dict]] = {
 LEFT_OUT = ('benchmarks', 'deploy')
 SMALL = ('atto', 'nano', 'tiny', 'x0-', '_xs', 'xxs', 'b0', '-s0', '050', 'r18', 'small', '_s_', '-s_', 'resnet18')
 SMALL += ('r34', 'd20', '-t_', '_t_', 'a0', 'b1', '400mf', 'r50', 'resnet50', 'base', '-b_', 'p16', 'r101', 'large')
-SIZE = {'mmdet': 128, 'mmseg': 64}
+SIZE = {'mmpretrain': 256, 'mmdet': 128, 'mmseg': 64}  # of the images, in pixels
 OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refusal of ours begins with
 SECONDS = 600  # for one training of two steps
 
@@ -86,7 +86,7 @@ def _zoo(toolkit: str) -> Path:
 
 def _size(config: Path) -> tuple:
     name = config.name
-    unusual = any(mark in name for mark in ('headless', 'zeroshot', '_voc', '-g-'))
+    unusual = any(mark in name for mark in ('headless', 'zeroshot', '_voc', '-g-', 'levir'))
     return unusual, next((i for i, mark in enumerate(SMALL) if mark in name), len(SMALL)), len(name), str(config)
 
 
@@ -94,12 +94,16 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
     """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step."""
     cfg = copy.deepcopy(cfg)
     _forget_weights(cfg._cfg_dict)
-    if toolkit in SIZE:
-        _pad_less(cfg.model.get('data_preprocessor') or {}, SIZE[toolkit])
+    # Its pooling windows are as large as the maps of this size.
+    size = 512 if 'LRASPPHead' in str(cfg.model.get('decode_head')) else SIZE[toolkit]
+    if toolkit != 'mmpretrain':  # whose pipelines crop to the size that the network is made for
+        _pad_less(cfg.model.get('data_preprocessor') or {}, size)
+        if 'img_size' in (cfg.model.get('backbone') or {}):
+            cfg.model.backbone.img_size = (size, size)
     classes = _find(cfg.model, 'num_classes') or 10
     loader = cfg.get('train_dataloader') or {}
     pipeline = _find(loader, 'pipeline') or cfg.get('train_pipeline') or []
-    dataset = DATA[toolkit](Path(folder), int(classes), pipeline)
+    dataset = DATA[toolkit](Path(folder), int(classes), pipeline, size)
     cfg.train_dataloader = dict(
         batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset
     )
@@ -306,9 +310,9 @@ def _image(path: Path, size: int, seed: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def _classification(folder: Path, classes: int, pipeline: list) -> dict:
+def _classification(folder: Path, classes: int, pipeline: list, size: int) -> dict:
     for i in range(2):
-        _image(folder / f'{i}.png', 256, i)
+        _image(folder / f'{i}.png', size, i)
     (folder / 'train.txt').write_text('0.png 1\n1.png 1\n')
     pipeline = [step for step in pipeline if step['type'] not in ('LoadImageFromFile', 'mmpretrain.LoadImageFromFile')]
     return dict(
@@ -320,8 +324,8 @@ def _classification(folder: Path, classes: int, pipeline: list) -> dict:
     )
 
 
-def _detection(folder: Path, classes: int, pipeline: list) -> dict:
-    size, images, annotations = SIZE['mmdet'], [], []
+def _detection(folder: Path, classes: int, pipeline: list, size: int) -> dict:
+    images, annotations = [], []
     for i in range(4):  # two steps an epoch: in its first one a snapshot is the model itself
         _image(folder / f'{i}.jpg', size, i)
         images.append(dict(id=i, file_name=f'{i}.jpg', height=size, width=size))
@@ -346,8 +350,7 @@ def _detection(folder: Path, classes: int, pipeline: list) -> dict:
     )
 
 
-def _segmentation(folder: Path, classes: int, pipeline: list) -> dict:
-    size = SIZE['mmseg']
+def _segmentation(folder: Path, classes: int, pipeline: list, size: int) -> dict:
     for i in range(2):
         _image(folder / 'images' / f'{i}.jpg', size, i)
         labels = np.random.RandomState(i).randint(0, min(classes, 5), (8, 8)).astype(np.uint8)
