@@ -29,7 +29,7 @@ def test_python_block_runs(page, number, code, tmp_path):
 
 
 def test_no_relative_link_is_broken():
-    for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')]:
+    for path in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]:
         for link in re.findall(r'\]\(([^)#]+)\)', path.read_text()):
             if '://' not in link:
                 assert (path.parent / link).exists(), f'{path.name}: {link}'
