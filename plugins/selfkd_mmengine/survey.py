@@ -48,7 +48,7 @@ SMALL = ('atto', 'nano', 'tiny', 'x0-', '_xs', 'xxs', 'b0', '-s0', '050', 'r18',
 SMALL += ('r34', 'd20', '-t_', '_t_', 'a0', 'b1', '400mf', 'r50', 'resnet50', 'base', '-b_', 'p16', 'r101', 'large')
 SIZE = {'mmpretrain': 256, 'mmdet': 128, 'mmseg': 64}  # of the images, in pixels
 OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refusal of ours begins with
-SECONDS = 600  # for one training of two steps
+SECONDS = 1200  # for one training of two steps
 
 
 class Outcome(NamedTuple):
@@ -86,7 +86,7 @@ def _zoo(toolkit: str) -> Path:
 
 def _size(config: Path) -> tuple:
     name = config.name
-    unusual = any(mark in name for mark in ('headless', 'zeroshot', '_voc', '-g-', 'levir'))
+    unusual = any(mark in name for mark in ('headless', 'zeroshot', '_voc', '-g-', 'levir', '-XL_'))
     return unusual, next((i for i, mark in enumerate(SMALL) if mark in name), len(SMALL)), len(name), str(config)
 
 
