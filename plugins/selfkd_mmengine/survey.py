@@ -46,6 +46,7 @@ METHODS: Dict[str, Dict[str, dict]] = {
 LEFT_OUT = ('benchmarks', 'deploy')
 SMALL = ('atto', 'nano', 'tiny', 'x0-', '_xs', 'xxs', 'b0', '-s0', '050', 'r18', 'small', '_s_', '-s_', 'resnet18')
 SMALL += ('r34', 'd20', '-t_', '_t_', 'a0', 'b1', '400mf', 'r50', 'resnet50', 'base', '-b_', 'p16', 'r101', 'large')
+UNUSUAL = ('headless', 'zeroshot', '_voc', '-g-', 'levir', '-XL_', 'dpool', 'cascade-rpn_r50')  # only if nothing else
 SIZE = {'mmpretrain': 256, 'mmdet': 128, 'mmseg': 64}  # of the images, in pixels
 OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refusal of ours begins with
 SECONDS = 1200  # for one training of two steps
@@ -86,7 +87,7 @@ def _zoo(toolkit: str) -> Path:
 
 def _size(config: Path) -> tuple:
     name = config.name
-    unusual = any(mark in name for mark in ('headless', 'zeroshot', '_voc', '-g-', 'levir', '-XL_'))
+    unusual = any(mark in name for mark in UNUSUAL)
     return unusual, next((i for i, mark in enumerate(SMALL) if mark in name), len(SMALL)), len(name), str(config)
 
 
@@ -104,6 +105,8 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
     loader = cfg.get('train_dataloader') or {}
     pipeline = _find(loader, 'pipeline') or cfg.get('train_pipeline') or []
     dataset = DATA[toolkit](Path(folder), int(classes), pipeline, size)
+    if len((cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}).get('mean') or '') == 1:
+        dataset['pipeline'][0]['color_type'] = 'grayscale'
     cfg.train_dataloader = dict(
         batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset
     )
