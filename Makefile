@@ -4,7 +4,7 @@ LATEST ?=
 VENV ?= $(if $(LATEST),.venv-latest,.venv)
 export PYTHON VENV
 
-.PHONY: demo test test-latest lint
+.PHONY: demo test test-latest lint docs
 demo:
 	@bash tools/setup.sh $(if $(LATEST),latest,demo)
 	@$(VENV)/bin/python tools/demo.py $(ARGS)
@@ -23,3 +23,13 @@ test-latest:
 lint:
 	@bash tools/setup.sh test
 	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+# The documentation site, in site/; an error for each broken link and missing reference.
+docs: .venv-docs/.made
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet $(ARGS)
+	@echo site/index.html
+
+.venv-docs/.made: requirements/docs.txt requirements/constraints-docs.txt
+	@$(or $(PYTHON),python3.11) -m venv --clear .venv-docs
+	@.venv-docs/bin/pip install -qq --disable-pip-version-check -r requirements/docs.txt -c requirements/constraints-docs.txt
+	@touch $@

@@ -18,6 +18,19 @@ BLOCKS = [
     if 'import' in code
 ]
 
+METHODS = ('pskd', 'cskd', 'frskd', 'comparators')
+TOOLKITS = (
+    'mmpretrain',
+    'detection',
+    'segmentation',
+    'detectron2',
+    'translation',
+    'pytorch',
+    'lightning',
+    'transformers',
+)
+SECTIONS = ['What it does', 'Switch it on', 'Options', 'Cost', 'What combines', 'Evidence']
+
 
 @pytest.mark.parametrize(('page', 'number', 'code'), BLOCKS, ids=lambda value: str(value)[:30])
 def test_python_block_runs(page, number, code, tmp_path):
@@ -26,6 +39,20 @@ def test_python_block_runs(page, number, code, tmp_path):
             pytest.skip(f'{toolkit} is not installed')
     outcome = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.parametrize('page', METHODS + TOOLKITS)
+def test_page_of_a_method_or_toolkit_has_the_same_sections(page):
+    text = re.sub(r'^ *```.*?^ *```', '', (ROOT / f'docs/{page}.md').read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r'^## (.*)', text, re.MULTILINE) == SECTIONS
+    parts = re.split(r'^##? .*', text, flags=re.MULTILINE)
+    assert all(len(part.split()) > 10 for part in parts[2:])  # behind the text before the title, and the introduction
+
+
+def test_every_plugin_has_a_page():
+    pages = '\n'.join((ROOT / f'docs/{page}.md').read_text() for page in TOOLKITS)
+    for plugin in ROOT.glob('plugins/selfkd_*/__init__.py'):
+        assert plugin.parent.name in pages
 
 
 def test_no_relative_link_is_broken():
