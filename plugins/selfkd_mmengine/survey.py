@@ -106,6 +106,8 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
     loader = cfg.get('train_dataloader') or {}
     pipeline = _find(loader, 'pipeline') or cfg.get('train_pipeline') or []
     dataset = DATA[toolkit](Path(folder), int(classes), pipeline, size)
+    if 'RepLKNet' in str(cfg.model):  # its 31 x 31 convolutions take minutes at the size of its crops, on a CPU
+        dataset['pipeline'].insert(-1, dict(type='Resize', scale=(64, 64)))
     if len((cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}).get('mean') or '') == 1:
         dataset['pipeline'][0]['color_type'] = 'grayscale'
     cfg.train_dataloader = dict(
