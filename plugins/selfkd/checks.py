@@ -163,8 +163,8 @@ def check_top_k(name: str, values: Tensor, classes: Tensor, logits: Tensor) -> N
     """The kept probabilities and their classes, ``[N, k]``, beside logits ``[N, C]``."""
     if logits.dim() != 2 or values.shape != classes.shape or values.dim() != 2 or len(values) != len(logits):
         raise ValueError(
-            f'{name}: TopK needs values and classes [N, k] beside logits [N, C], got {tuple(values.shape)} and '
-            f'{tuple(classes.shape)} beside {tuple(logits.shape)}'
+            f'{name}: TopK needs values and classes [N, k] beside logits [N, C], '
+            f'got {tuple(values.shape)} and {tuple(classes.shape)} beside {tuple(logits.shape)}'
         )
     if free_to_look(values):
         rest = 1 - values.sum(1, dtype=torch.float32)
@@ -179,7 +179,7 @@ def _check_sums_and_lows(name: str, sums: Tensor, lows: Tensor, num_classes: int
     tolerance = SUM_TOLERANCE + HALF_STEP * num_classes
     if low < 1 - tolerance or high > 1 + tolerance or lows.min() < -SUM_TOLERANCE:
         raise ValueError(
-            f'{name}: each distribution must be non-negative and sum to 1 over dimension 1, got values from '
-            f'{lows.min().item():.4g} and sums from {low.item():.4g} to {high.item():.4g} (logits instead of '
-            'probabilities?)'
+            f'{name}: each distribution must be non-negative and sum to 1 over dimension 1, '
+            f'got values from {lows.min().item():.4g} and sums from {low.item():.4g} to {high.item():.4g} '
+            '(logits instead of probabilities?)'
         )

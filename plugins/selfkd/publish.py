@@ -23,7 +23,7 @@ def strip_self_teacher(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """The weights that inference uses: without every sub-module named as in ``TRAINING_ONLY``, at any depth.
 
     Example:
-        >>> sorted(strip_self_teacher({'head.fc.bias': torch.zeros(1), 'head.self_teacher.fc.bias': torch.zeros(1)}))
+        >>> sorted(strip_self_teacher({'head.fc.bias': torch.zeros(1), 'self_teacher.fc.bias': torch.zeros(1)}))
         ['head.fc.bias']
     """
     return {name: value for name, value in state_dict.items() if not set(TRAINING_ONLY) & set(name.split('.'))}

@@ -146,9 +146,9 @@ class PSKDHook(SelfKDHook):
             self._resumed = None
         elif start > self.period and start % self.period:
             logger.warning(
-                'PS-KD: training resumes without a past copy (PS-KD was off in the run that saved the checkpoint, or '
-                'PSKDHook was registered after the checkpoint was loaded): until iteration '
-                f'{(start // self.period + 1) * self.period} the weights as resumed are the past copy'
+                'PS-KD: training resumes without a past copy (PS-KD was off in the run that saved the checkpoint, '
+                'or PSKDHook was registered after the checkpoint was loaded): '
+                f'until iteration {(start // self.period + 1) * self.period} the weights as resumed are the past copy'
             )
 
     def before_step(self) -> None:

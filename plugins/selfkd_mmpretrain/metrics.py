@@ -84,9 +84,8 @@ class OODMetric(BaseMetric):
         if ood.min() == ood.max():
             kind = 'out-of-distribution' if ood[0] == 0 else 'in-distribution'
             raise ValueError(
-                f'OODMetric: the loader has no {kind} samples. Concatenate both data sets, with '
-                "dict(type='selfkd_mmpretrain."
-                "MarkOOD') in the pipeline of the out-of-distribution one"
+                f'OODMetric: the loader has no {kind} samples. Concatenate both data sets, '
+                "with dict(type='selfkd_mmpretrain.MarkOOD') in the pipeline of the out-of-distribution one"
             )
         return metrics.ood_scores(confidence[ood == 0][:, None], confidence[ood == 1][:, None])
 
@@ -113,9 +112,8 @@ class RecallAt1(BaseMetric):
         for sample in data_samples:
             if 'feature' not in sample:
                 raise ValueError(
-                    'RecallAt1: the predictions carry no features: add '
-                    "dict(type='selfkd_mmpretrain.KeepFeaturesHook') to "
-                    'custom_hooks'
+                    'RecallAt1: the predictions carry no features: '
+                    "add dict(type='selfkd_mmpretrain.KeepFeaturesHook') to custom_hooks"
                 )
             self.results.append((sample['feature'].cpu(), int(sample['gt_label'])))
 

@@ -167,11 +167,10 @@ def _check_replaces_encoder_decoder(kwargs: dict) -> None:
         return  # EncoderDecoder names what is missing
     head = head['type'] if isinstance(head['type'], type) else MODELS.get(head['type'])
     if head is not None and not plain_loss(head):
+        reason = f'it is a head of {OTHERS_HEADS[head.__name__]}; ' if head.__name__ in OTHERS_HEADS else ''
         raise ValueError(
-            f'FRSKDEncoderDecoder: {head.__name__} is not supported '
-            f'({f"it is a head of {OTHERS_HEADS[head.__name__]}; " if head.__name__ in OTHERS_HEADS else ""}'
-            'it needs a decode head that computes its loss as BaseDecodeHead does: FCN, PSP, DeepLabV3+, UPerNet, '
-            'SegFormer, ...)'
+            f'FRSKDEncoderDecoder: {head.__name__} is not supported ({reason}it needs a decode head that computes its '
+            'loss as BaseDecodeHead does: FCN, PSP, DeepLabV3+, UPerNet, SegFormer, ...)'
         )
 
 
