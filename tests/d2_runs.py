@@ -10,7 +10,6 @@ pytest.importorskip('detectron2', reason='Detectron2 is not installed (docs/dete
 
 import torch
 import torch.nn.functional as F
-import train_detectron2
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.datasets.pascal_voc import load_voc_instances
@@ -23,6 +22,7 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import PolygonMasks
 
 from selfkd_detectron2 import PSKDHook, selfkd_hooks, with_self_teacher
+from selfkd_detectron2 import train as script
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/detectron2/faster_rcnn_R_18_FPN_digits.yaml'
@@ -57,11 +57,11 @@ DROPOUT = 'MODEL.ROI_BOX_HEAD.NAME DropoutHead '
 
 def config(voc, out, model='faster', options=''):
     """A tiny detector, batches of 2 images of 64 x 64, 6 iterations. Options are those of the command line."""
-    cfg = train_detectron2.base_config()
+    cfg = script.base_config()
     cfg.merge_from_file(str(CONFIG))
     cfg.merge_from_list(f'{TINY} {MODELS[model]} {options}'.split())
     cfg.VOC.ROOT, cfg.OUTPUT_DIR = str(voc / 'VOC2007'), str(out)
-    train_detectron2.register_voc(cfg.VOC.ROOT, cfg.VOC.CLASSES)
+    script.register_voc(cfg.VOC.ROOT, cfg.VOC.CLASSES)
     return cfg
 
 
@@ -92,7 +92,7 @@ class Cycle:
         return itertools.cycle(self.items)
 
 
-class Trainer(train_detectron2.Trainer):
+class Trainer(script.Trainer):
     """The script's trainer, over the same batches in the same order: Detectron2 restores neither order nor seeds."""
 
     @classmethod

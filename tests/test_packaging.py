@@ -1,10 +1,12 @@
-"""A built wheel installs and imports, and the core brings in no toolkit."""
+"""A built wheel installs, imports and trains, and the core brings in no toolkit."""
 
+import os
 import subprocess
 import sys
 import zipfile
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from conftest import ROOT
@@ -12,20 +14,56 @@ from conftest import ROOT
 TOOLKITS = {'mmpretrain', 'mmdet', 'mmseg', 'fairseq', 'detectron2', 'lightning', 'transformers'}
 
 
-def test_wheel_installs_and_the_core_imports_torch_alone(tmp_path):
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """The built wheel, installed into a folder of its own: (file, folder)."""
+    folder = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    build = [*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', str(tmp_path), str(ROOT)]
+    build = [*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob('selfkd-*.whl')
+    (file,) = folder.glob('selfkd-*.whl')
+    install = [*pip, 'install', '--no-deps', '--target', str(folder / 'site'), str(file)]
+    subprocess.run(install, check=True, capture_output=True)
+    return file, folder / 'site'
+
+
+def installed(site, arguments, cwd):
+    """Runs Python on the installed package, in a folder that is no clone."""
+    env = {**os.environ, 'PYTHONPATH': str(site)}
+    outcome = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=env)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return outcome.stdout
+
+
+def test_wheel_installs_and_the_core_imports_torch_alone(wheel, tmp_path):
+    file, site = wheel
     packages = {path.name for path in (ROOT / 'plugins').iterdir() if (path / '__init__.py').exists()}
-    assert packages == {name.split('/')[0] for name in zipfile.ZipFile(wheel).namelist() if '.dist-info' not in name}
-    target = tmp_path / 'site'
-    subprocess.run([*pip, 'install', '--no-deps', '--target', str(target), str(wheel)], check=True, capture_output=True)
-    code = (
-        f'import sys; sys.path.insert(0, {str(target)!r}); import selfkd; assert {str(target)!r} in selfkd.__file__; '
-        f'assert not {TOOLKITS | {"mmengine", "mmcv", "sklearn", "matplotlib"}} & set(sys.modules)'
+    assert packages == {name.split('/')[0] for name in zipfile.ZipFile(file).namelist() if '.dist-info' not in name}
+    toolkits = TOOLKITS | {'mmengine', 'mmcv', 'sklearn', 'matplotlib'}
+    code = f'import sys, selfkd, selfkd.cli; print(selfkd.__file__, {toolkits} & set(sys.modules))'
+    assert installed(site, ['-c', code], tmp_path).split() == [str(site / 'selfkd/__init__.py'), 'set()']
+
+
+def test_installed_command_trains_what_inherits_from_the_installed_configs(wheel, digits, tmp_path):
+    _, site = wheel
+    selfkd = site / 'bin/selfkd'
+    listed = installed(site, [selfkd, 'config'], tmp_path).split()
+    ours = {
+        f'selfkd_{toolkit}::{path.relative_to(ROOT / "configs" / toolkit).as_posix()}'
+        for toolkit in ('mmpretrain', 'mmdet', 'mmseg')
+        for path in (ROOT / 'configs' / toolkit).glob('**/*.py')
+    }
+    assert set(listed) == ours
+    (tmp_path / 'mine.py').write_text(
+        "_base_ = ['selfkd_mmpretrain::_base_/digits.py', 'selfkd_mmpretrain::_base_/pskd.py']\n"
+        f'train_dataloader = dict(dataset=dict(data_root={str(digits)!r}))\n'
+        'model = dict(backbone=dict(base_channels=4, stem_channels=4), head=dict(in_channels=32))\n'
+        'train_cfg = dict(max_epochs=2)\nval_cfg = val_dataloader = val_evaluator = None\n'
     )
-    subprocess.run([sys.executable, '-c', code], check=True, cwd=tmp_path)
+    installed(site, [selfkd, 'train', 'mine.py'], tmp_path)
+    checkpoint = torch.load(tmp_path / 'work_dirs/mine/epoch_2.pth', weights_only=False)
+    assert checkpoint['meta']['iter'] == 2
+    assert checkpoint['selfkd']['PSKDHook']['bank']['seen'].all()
 
 
 def test_a_plugin_imports_no_other_toolkit():

@@ -9,8 +9,13 @@ from typing import Optional, Sequence
 __all__ = ['command_parser', 'main']
 
 COMMANDS = {  # name: the function, what it does
+    'train': ('selfkd_mmengine.train:main', 'train a config of MMPretrain, MMDetection or MMSegmentation'),
+    'train-detectron2': ('selfkd_detectron2.train:main', 'train a config of Detectron2'),
+    'config': ('selfkd_mmengine.configs:main', 'list the configs that come with the packages, or find one'),
     'report': ('selfkd_mmpretrain.report:main', 'compare finished runs of MMPretrain'),
     'report-detection': ('selfkd_mmdet.report:main', 'compare finished runs of MMDetection'),
+    'publish': ('selfkd.publish:main', 'keep what inference needs of a checkpoint'),
+    'convert-backbone': ('selfkd_mmengine.backbone:main', "turn MMPretrain's ResNet into the start of a detector"),
 }
 
 
@@ -23,15 +28,22 @@ def command_parser(name: str, documentation: Optional[str]) -> argparse.Argument
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Calls the command that the first argument names with the others (by default those of the process)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         'selfkd',
         description='Self-knowledge distillation. Each command has a --help of its own.',
-        epilog='\n'.join(['commands:', *(f'  {name:{width}}  {help}' for name, (_, help) in COMMANDS.items())]),
+        epilog='\n'.join(['commands:', *(f'  {name:{width}}  {does}' for name, (_, does) in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('command', choices=COMMANDS, metavar='COMMAND')
-    parser.add_argument('arguments', nargs=argparse.REMAINDER, metavar='...')
-    args = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    module, function = COMMANDS[args.command][0].split(':')
-    getattr(import_module(module), function)(args.arguments)
+    parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help='one of those below')
+    command = parser.parse_args(arguments[:1]).command
+    module, function = COMMANDS[command][0].split(':')
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith('selfkd'):
+            raise
+        toolkit = error.name.split('.')[0]
+        raise SystemExit(f'selfkd {command} needs {toolkit}, which is not installed here') from error
+    getattr(found, function)(arguments[1:])

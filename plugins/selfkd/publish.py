@@ -1,10 +1,11 @@
 """What remains of a training checkpoint for inference."""
 
-from typing import Dict
+from typing import Dict, Sequence
 
 import torch
 from torch import Tensor
 
+from .cli import command_parser
 from .teacher import SELF_TEACHER
 
 __all__ = ['publish_checkpoint', 'strip_self_teacher']
@@ -63,3 +64,20 @@ def _plain(value: object) -> object:
     if value is None or type(value) in (bool, int, float, str):
         return value
     return value.tolist() if hasattr(value, 'tolist') else str(value)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Writes what inference needs of a training checkpoint: the weights, without FRSKD's self-teacher.
+
+        selfkd publish work_dirs/frskd/epoch_200.pth frskd_resnet18.pth
+
+    The result loads strictly into the plain model's config and gives the same predictions.
+    """
+    parser = command_parser('publish', main.__doc__)
+    parser.add_argument(
+        'checkpoint', help='a checkpoint of mmengine or Detectron2 (only files you trust: it is unpickled)'
+    )
+    parser.add_argument('out', help='the file to write')
+    args = parser.parse_args(arguments)
+    dropped = publish_checkpoint(args.checkpoint, args.out)
+    print(f'{args.out}: dropped {dropped} tensors of the self-teacher, and the optimizer')

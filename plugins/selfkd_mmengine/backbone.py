@@ -3,13 +3,15 @@
 import inspect
 import pickle
 import re
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
+
+from selfkd.cli import command_parser
 
 __all__ = ['Converted', 'convert_backbone', 'detectron2_name']
 
@@ -192,3 +194,25 @@ def _difference(backbone: nn.Module, other: nn.Module, inputs: Tensor) -> float:
         ours, theirs = backbone(inputs), other(inputs)
     theirs: Dict[str, Tensor] = theirs if isinstance(theirs, dict) else dict(enumerate(theirs))
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(ours, theirs.values()))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Turns a ResNet trained in MMPretrain into the start of a detector, and checks that its features stay the same.
+
+        selfkd convert-backbone work_dirs/RUN/epoch_90.pth resnet152_pskd.pth --to mmdet --config CONFIG
+        selfkd convert-backbone work_dirs/RUN/epoch_90.pth resnet152_pskd.pkl --to detectron2 --config CONFIG
+
+    CONFIG is the MMPretrain config of the run. It prints the lines for the detector's config.
+    """
+    parser = command_parser('convert-backbone', main.__doc__)
+    parser.add_argument('source', help='a checkpoint of MMPretrain (only files you trust: it is unpickled)')
+    parser.add_argument('target', help='the file to write')
+    parser.add_argument('--to', required=True, choices=['mmdet', 'detectron2'])
+    parser.add_argument('--config', required=True, help='the MMPretrain config that the checkpoint was trained with')
+    args = parser.parse_args(arguments)
+    found = convert_backbone(args.source, args.target, to=args.to, config=args.config)
+    print(found.usage)
+    if found.difference is None:
+        print(f'\nwrote {args.target}: features not compared, Detectron2 is not installed here')
+    else:
+        print(f'\nwrote {args.target}: largest relative difference of features {found.difference:.1e}')

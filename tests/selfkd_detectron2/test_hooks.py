@@ -312,7 +312,7 @@ def test_two_processes_train_one_detector(voc, tmp_path):
 
 def test_default_interval_is_a_pass_over_the_training_set(voc, tmp_path):
     cfg = config(voc, tmp_path, options='SELFKD.PSKD.ENABLED True SOLVER.MAX_ITER 5')
-    trainer = d2_runs.train_detectron2.Trainer(cfg)
+    trainer = d2_runs.script.Trainer(cfg)
     trainer.train()
     assert next(hook for hook in trainer._hooks if isinstance(hook, PSKDHook)).period == 2  # 4 images, batches of 2
     assert d2_runs.default_period(cfg) == 2
@@ -367,7 +367,7 @@ def test_what_cannot_work_is_refused_at_the_start(voc, tmp_path, model, options,
 def test_run_shorter_than_a_pass_over_the_data_is_refused(voc, tmp_path):
     cfg = config(voc, tmp_path, options='SELFKD.PSKD.ENABLED True SOLVER.MAX_ITER 2')
     with pytest.raises(ValueError, match='a pass over the training set is 2 iterations, .* training 2.*INTERVAL'):
-        d2_runs.train_detectron2.Trainer(cfg).train()
+        d2_runs.script.Trainer(cfg).train()
 
 
 @pytest.mark.parametrize(('options', 'hook'), [(PSKD, PSKDHook(interval=3)), (CSKD, CSKDHook())])

@@ -1,4 +1,4 @@
-"""tools/train_detectron2.py from its command line: a YAML config, and a LazyConfig."""
+"""``selfkd train-detectron2`` from its command line: a YAML config, and a LazyConfig."""
 
 import json
 import subprocess
@@ -9,12 +9,13 @@ import d2_runs  # first: it skips where there is no Detectron2
 import make_toy_data
 import numpy as np
 import pytest
-import train_detectron2
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_lvis_instances
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import DatasetEvaluators
+
+from selfkd_detectron2 import train as script
 
 
 @pytest.fixture(scope='module')
@@ -25,7 +26,7 @@ def voc(tmp_path_factory):
 
 
 def run(*arguments):
-    return train_detectron2.main(default_argument_parser().parse_args(list(arguments)))
+    script.main(arguments)
 
 
 @pytest.mark.parametrize('method', ['pskd', 'cskd'])
@@ -138,7 +139,7 @@ def test_evaluators_of_other_kinds(voc, tmp_path, kind, evaluators):
     json_file = MetadataCatalog.get('digits_test').json_file
     DatasetCatalog.register(name, lambda: [])
     MetadataCatalog.get(name).set(**labels, **ids, json_file=json_file)
-    made = train_detectron2.Trainer.build_evaluator(d2_runs.config(voc, tmp_path), name)
+    made = script.Trainer.build_evaluator(d2_runs.config(voc, tmp_path), name)
     made = made._evaluators if isinstance(made, DatasetEvaluators) else [made]
     assert [type(evaluator).__name__ for evaluator in made] == evaluators
 
@@ -146,7 +147,7 @@ def test_evaluators_of_other_kinds(voc, tmp_path, kind, evaluators):
 def test_data_set_of_no_known_kind_is_refused(voc, tmp_path):
     MetadataCatalog.get(f'none_{tmp_path.name}').evaluator_type = 'own'
     with pytest.raises(ValueError, match="of the type 'own', and there is an evaluator for coco, sem_seg"):
-        train_detectron2.Trainer.build_evaluator(d2_runs.config(voc, tmp_path), f'none_{tmp_path.name}')
+        script.Trainer.build_evaluator(d2_runs.config(voc, tmp_path), f'none_{tmp_path.name}')
 
 
 def test_augmented_evaluation_and_expected_results(voc, tmp_path):
@@ -158,7 +159,7 @@ def test_augmented_evaluation_and_expected_results(voc, tmp_path):
         tmp_path / 'inference_TTA/coco_instances_results.json'
     ).exists()  # logged, as by train_net.py, on the screen
     weights = ['MODEL.WEIGHTS', str(tmp_path / 'model_final.pth')]
-    results = run('--eval-only', *command, *weights)
+    results = script.train(default_argument_parser().parse_args(['--eval-only', *command, *weights]))
     assert set(results) == {'bbox', 'bbox_TTA'}
     with pytest.raises(SystemExit):  # as Detectron2's verify_results does
         run('--eval-only', *command, *weights, 'TEST.EXPECTED_RESULTS', '[["bbox","AP50",50.0,1.0]]')

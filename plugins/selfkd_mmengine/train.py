@@ -1,0 +1,55 @@
+"""The command ``selfkd train``."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Sequence
+
+from mmengine.config import DictAction
+from mmengine.runner import Runner
+
+from selfkd.cli import command_parser
+
+from .configs import load_config
+from .launch import leave_group, prepare_cpu_launch
+
+__all__ = ['main']
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains a config of MMPretrain, MMDetection or MMSegmentation, as their own training scripts do.
+
+        selfkd train CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--cfg-options KEY=VALUE ...]
+        torchrun --nproc_per_node 2 -m selfkd train CONFIG --launcher pytorch
+
+    CONFIG is a file, or one of ours (`selfkd config` lists them); a file may name ours among its _base_. The second
+    form also works on machines without a GPU.
+    """
+    parser = command_parser('train', main.__doc__)
+    parser.add_argument('config')
+    parser.add_argument('--work-dir', help='logs and checkpoints (default: work_dirs/ and the name of the config)')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='a checkpoint to resume from; without a value, the latest in the work dir',
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, default={}, help='settings that override the config'
+    )
+    parser.add_argument('--launcher', default='none', choices=['none', 'pytorch', 'slurm', 'mpi'])
+    # the launcher of torch 1.x passes --local_rank, torchrun sets LOCAL_RANK
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+
+    cfg = load_config(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(cfg.filename).stem))
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    prepare_cpu_launch(cfg)
+    Runner.from_cfg(cfg).train()
+    leave_group()
