@@ -31,7 +31,7 @@ class FRSKDRoIHead(BaseRoIHead):
         model = dict(roi_head=dict(type='selfkd_mmdet.FRSKDRoIHead'))
 
     Everything else is that of ``StandardRoIHead`` or, where the config gives ``num_stages``, of ``CascadeRoIHead``,
-    with the same parameter names, so the weights load into that head (``tools/publish_model.py`` drops the
+    with the same parameter names, so the weights load into that head (``selfkd publish`` drops the
     self-teacher). In Cascade R-CNN the maps are refined once a step, and each stage has a classifier of its own in the
     self-teacher.
 
@@ -90,7 +90,7 @@ class FRSKDRoIHead(BaseRoIHead):
         region, heads = per_stage(kwargs['bbox_roi_extractor'])[0], per_stage(kwargs['bbox_head'])
         if len(heads) == 1:  # given once for all stages
             heads *= len(per_stage(self.bbox_head))
-        # All that is for training only is in here: what tools/publish_model.py drops.
+        # All that is for training only is in here: what selfkd publish drops.
         with _own_random_state(self):
             self.self_teacher = SelfTeacher(
                 {

@@ -24,7 +24,7 @@ class BYOTClsHead(LinearClsHead):
     https://arxiv.org/abs/1905.08094
 
     It takes the maps of several stages (``neck=None``), classifies from the last one exactly as
-    pooling and ``LinearClsHead`` do, and ``tools/publish_model.py`` drops the rest.
+    pooling and ``LinearClsHead`` do, and ``selfkd publish`` drops the rest.
 
     Args:
         num_classes: C.
@@ -55,7 +55,7 @@ class BYOTClsHead(LinearClsHead):
         positive('BYOTClsHead', temperature=temperature)
         super().__init__(num_classes, in_channels[-1], loss=loss, **kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        self.auxiliary = nn.ModuleDict(  # training only: what tools/publish_model.py drops
+        self.auxiliary = nn.ModuleDict(  # training only: what selfkd publish drops
             {
                 'branches': nn.ModuleList(_branch(in_channels[i:]) for i in range(len(in_channels) - 1)),
                 'fcs': nn.ModuleList(nn.Linear(in_channels[-1], num_classes) for _ in in_channels[1:]),

@@ -32,7 +32,7 @@ class FRSKDImageClassifier(ImageClassifier):
     https://arxiv.org/abs/2103.08273
 
     Backbone, neck and head are those of the config, and keep their names: with the self-teacher dropped
-    (``tools/publish_model.py``) its weights load strictly into that config. They start as they would without it.
+    (``selfkd publish``) its weights load strictly into that config. They start as they would without it.
     Inference does not call the self-teacher. One setting over any config whose ``model.type`` is ``ImageClassifier``::
 
         model = dict(type='selfkd_mmpretrain.FRSKDImageClassifier')

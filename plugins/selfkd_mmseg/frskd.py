@@ -35,7 +35,7 @@ class FRSKDEncoderDecoder(EncoderDecoder):
     https://arxiv.org/abs/2103.08273
 
     Backbone, neck, decode head and auxiliary heads are those of the config, and keep their names: with the self-teacher
-    dropped (``tools/publish_model.py``) its weights load strictly into that config; without it (``load_from``) training
+    dropped (``selfkd publish``) its weights load strictly into that config; without it (``load_from``) training
     goes on from such weights. Inference does not call the self-teacher. One setting over any config::
 
         model = dict(type='selfkd_mmseg.FRSKDEncoderDecoder')

@@ -67,7 +67,7 @@ def test_mmdet_starts_from_it(tmp_path, depth):
 def documented_configs():
     """The configs of MMPretrain that the pages give to the tool."""
     pages = '\n'.join(page.read_text() for page in ROOT.glob('docs/*.md'))
-    commands = re.findall(r'tools/convert_backbone\.py(?:[^\n]|(?<=\\)\n)*', pages)
+    commands = re.findall(r'selfkd convert-backbone(?:[^\n]|(?<=\\)\n)*', pages)
     return sorted({re.search(r'--config (\S+)', command)[1] for command in commands})
 
 
