@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Sequence
 
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
+from torch import nn
 
 from selfkd.cli import command_parser
 
@@ -51,5 +53,18 @@ def main(arguments: Sequence[str]) -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     prepare_cpu_launch(cfg)
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    _refuse_ignored(cfg, runner.model)
+    runner.train()
     leave_group()
+
+
+def _refuse_ignored(cfg: Config, model: nn.Module) -> None:
+    """Some models (MMDetection's RPN) take any option, and leave what they do not know out without a word."""
+    built = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    for name in re.findall(r"'type': '(selfkd_\w+\.\w+)'", str(cfg.model.to_dict())):
+        if name.split('.')[-1] not in built:
+            raise ValueError(
+                f'{name}: the config asks for it, but {cfg.model.type} was built without it, so training would be '
+                'plain: the model has no such part; take another model, or leave the option out'
+            )

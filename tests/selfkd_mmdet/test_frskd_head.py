@@ -9,13 +9,17 @@ from det_runs import CSKD, FRSKD, PSKD, bbox_heads, bfloat16, config
 from mm_runs import assert_same_state, train
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
 from mmengine.structures import InstanceData
+from mmengine.utils import get_installed_path
 
 from selfkd.losses import attention_transfer
 from selfkd.publish import publish_checkpoint, strip_self_teacher
 from selfkd_mmdet import FRSKDRoIHead
+from selfkd_mmengine.survey import shrink
+from selfkd_mmengine.train import main
 
 
 class Watch(Hook):
@@ -251,3 +255,18 @@ def test_the_head_is_a_copyable_one_of_the_replaced_kind(voc, tmp_path):
         for same in (head, copy.deepcopy(head)):
             assert isinstance(same, FRSKDRoIHead)
             assert isinstance(same, MODELS.get(name))
+
+
+def test_a_model_that_ignores_the_option_is_refused_by_selfkd_train(tmp_path):
+    """MMDetection's RPN takes any option of its model, and leaves out without a word what it does not know."""
+    cfg = shrink(
+        Config.fromfile(f'{get_installed_path("mmdet")}/.mim/configs/rpn/rpn_r50_fpn_1x_coco.py'),
+        'mmdet',
+        str(tmp_path),
+    )
+    cfg.dump(tmp_path / 'rpn.py')
+    options = ['--work-dir', str(tmp_path), '--cfg-options', 'model.roi_head.type=selfkd_mmdet.FRSKDRoIHead']
+    with pytest.raises(
+        ValueError, match='FRSKDRoIHead: the config asks for it, but RPN was built without it'
+    ):
+        main([str(tmp_path / 'rpn.py'), *options])
