@@ -244,9 +244,7 @@ def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print)
                 trained = train_two_steps(switched)
                 outcome = refusal(method, trained)
                 if method == 'FRSKD' and cfg.model.type == 'RPN':
-                    outcome = (
-                        'toolkit: its RPN ignores the option, having no RoI head (`selfkd train` refuses it)'
-                    )
+                    outcome = 'toolkit: its RPN ignores the option, having no RoI head (`selfkd train` refuses it)'
                 if outcome is None:
                     plain = plain or train_two_steps(cfg)
                     outcome = classify(method, plain, trained)

@@ -266,7 +266,5 @@ def test_a_model_that_ignores_the_option_is_refused_by_selfkd_train(tmp_path):
     )
     cfg.dump(tmp_path / 'rpn.py')
     options = ['--work-dir', str(tmp_path), '--cfg-options', 'model.roi_head.type=selfkd_mmdet.FRSKDRoIHead']
-    with pytest.raises(
-        ValueError, match='FRSKDRoIHead: the config asks for it, but RPN was built without it'
-    ):
+    with pytest.raises(ValueError, match='FRSKDRoIHead: the config asks for it, but RPN was built without it'):
         main([str(tmp_path / 'rpn.py'), *options])
