@@ -124,6 +124,7 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
     cfg.default_hooks = dict(checkpoint=None)
     cfg.merge_from_dict({'work_dir': str(folder), 'log_level': 'ERROR', 'randomness': dict(seed=0), 'load_from': None})
     cfg.launcher, cfg.resume, cfg.auto_scale_lr = 'none', False, None
+    cfg.default_scope = cfg.get('default_scope') or toolkit
     return cfg
 
 
