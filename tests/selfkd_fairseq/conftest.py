@@ -1,8 +1,5 @@
 """What the tests of fairseq's plugin share."""
 
-import os
-import signal
-
 import pytest
 from fairseq_runs import fairseq, largest_difference  # noqa: F401  (a fixture)
 
@@ -10,8 +7,3 @@ from fairseq_runs import fairseq, largest_difference  # noqa: F401  (a fixture)
 @pytest.fixture(scope='session')
 def difference():
     return largest_difference
-
-
-@pytest.fixture
-def kill():
-    return lambda pid: os.kill(pid, signal.SIGKILL)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 REPO = Path(__file__).resolve().parents[2]
 PSKD = '--criterion pskd_label_smoothed_cross_entropy --label-smoothing 0.1 --pskd-alpha 0.8'
-VANILLA = '--criterion label_smoothed_cross_entropy --label-smoothing 0.1'
 PASTS = {
     'snapshot': '',
     'interval': '--pskd-snapshot-interval 5',
@@ -216,22 +214,6 @@ def test_tied_weights_are_saved_once(fairseq):
     assert len({t.storage().data_ptr() for t in embeddings}) == 1
 
 
-@pytest.mark.parametrize('past', ['snapshot', 'bank'])
-def test_resuming_after_sigkill(fairseq, difference, kill, past):
-    options = (PSKD, PASTS[past], '--max-epoch 15')
-    pid, log = fairseq.start(*fairseq.train_args(f'killed-{past}', *options, '--save-interval-updates 3'))
-    deadline = time.time() + 600
-    while 'checkpoint_3_' not in log.read_text() and time.time() < deadline:
-        time.sleep(0.01)
-    kill(pid)
-    assert fairseq.wait(pid) == -9
-    # fairseq copies to checkpoint_last.pt, so a kill may leave half of it: take one that is surely whole.
-    restore = f'--restore-file {fairseq.first(f"killed-{past}/checkpoint_2_*")}'
-    fairseq.train(f'resumed-{past}', *options, restore)
-    fairseq.train(f'never-{past}', *options)
-    assert difference(fairseq.weights(f'resumed-{past}'), fairseq.weights(f'never-{past}')) == 0
-
-
 def test_resuming_with_another_total_says_what_happens_to_alpha(fairseq):
     fairseq.train('total', PSKD, '--max-epoch 2')
     log = fairseq.train('total', PSKD, '--max-epoch 4')
@@ -315,10 +297,6 @@ class TestCheckpoints:
         average = {k: sum(state['model'][k].float() for state in states) / 2 for k in states[0]['model']}
         torch.save({**states[0], 'model': average}, path.with_name('average.pt'))
         assert 'BLEU4 = ' in fairseq.run(f'fairseq-generate bin --path {path.with_name("average.pt")} --cpu')
-
-    def test_the_model_has_the_keys_of_the_vanilla_one(self, fairseq, path):
-        fairseq.train('keys', VANILLA, '--max-epoch 1')
-        assert fairseq.weights('keys').keys() == fairseq.weights('deploy').keys()
 
 
 class TestSeveralProcesses:
@@ -405,12 +383,9 @@ def test_sharded_data_is_refused_for_the_bank(fairseq):
     fairseq.train('shards', *options, data='bin:bin')
 
 
-def test_cskd(fairseq, difference):
+def test_cskd(fairseq):
     options = '--label-smoothing 0.1 --max-epoch 2'
     criterion = '--criterion cskd_label_smoothed_cross_entropy'
-    fairseq.train('cskd-vanilla', '--criterion label_smoothed_cross_entropy', options)
-    fairseq.train('cskd-0', criterion, options, '--cskd-weight 0')
-    assert difference(fairseq.weights('cskd-vanilla'), fairseq.weights('cskd-0')) == 0
     log = fairseq.train('cskd', criterion, options, '--cskd-temperature 2')
     assert log.stats('train')[-1]['train_kl_loss'] > 0
     assert not any('kl_loss' in key for key in log.stats('valid')[-1])

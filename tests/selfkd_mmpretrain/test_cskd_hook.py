@@ -117,33 +117,6 @@ def test_the_term_is_trained_on(digits, tmp_path):
         torch.testing.assert_close(step['after'][name], p.detach() - 0.5 * p.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_weight_0_trains_to_the_vanilla_weights(digits, tmp_path):
-    vanilla = train(plain_pipeline(digits_config(digits, tmp_path / 'vanilla'))).model.state_dict()
-    ours = train(plain_pipeline(digits_config(digits, tmp_path / 'ours', dict(CSKD, weight=0.0)))).model.state_dict()
-    assert_same_state(ours, vanilla)
-
-
-@pytest.mark.parametrize('loop', ['epochs', 'iterations'])
-def test_resume_is_exact(digits, tmp_path, loop):
-    def config(name, **options):
-        cfg = plain_pipeline(digits_config(digits, tmp_path / name, CSKD, **options))
-        if loop == 'iterations':
-            by_iterations(cfg, 12, interval=4)
-            cfg.train_dataloader.batch_sampler = ConfigDict(type='selfkd_mmengine.PairBatchSampler')
-            cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=True)
-        return cfg
-
-    straight = train(config('run')).model.state_dict()
-    first = next((tmp_path / 'run').glob('iter_4.pth' if loop == 'iterations' else 'epoch_*.pth'))
-    if loop == 'epochs':  # only the last is kept: train two epochs of the same three
-        cfg = config('again', **{'default_hooks.checkpoint.max_keep_ckpts': 5})
-        train(cfg)
-        first = tmp_path / 'again/epoch_2.pth'
-    resumed = train(config('resumed', resume=True, load_from=str(first)))
-    assert resumed.iter == (12 if loop == 'iterations' else 15)
-    assert_same_state(resumed.model.state_dict(), straight)
-
-
 def test_beside_pskd_in_any_order(digits, tmp_path):
     """PS-KD sees the anchors only, and what it makes of the loss does not touch CS-KD's term."""
     runs = []

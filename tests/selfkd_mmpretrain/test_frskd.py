@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, Recorder, assert_same_state, digits_config, find_hook, train, train_in_processes
+from mm_runs import ROOT, Recorder, assert_same_state, digits_config, find_hook, train
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
@@ -388,34 +388,6 @@ def test_beside_cskd(digits, tmp_path):
     recorder = Recorder()
     train(frskd_config(digits, tmp_path, dict(type='selfkd_mmpretrain.CSKDHook')), recorder)
     assert recorder.steps[-1]['loss_cskd'] > 0
-
-
-def test_resume_is_exact(digits, tmp_path):
-    def config(name, **options):
-        cfg = frskd_config(digits, tmp_path / name, **options, **{'default_hooks.checkpoint.max_keep_ckpts': 5})
-        cfg.train_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
-        return cfg
-
-    straight = train(config('straight')).model.state_dict()
-    resumed = train(config('resumed', resume=True, load_from=str(tmp_path / 'straight/epoch_2.pth')))
-    assert_same_state(resumed.model.state_dict(), straight)
-
-
-def test_mixed_precision_and_accumulation(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
-    cfg = frskd_config(digits, tmp_path)
-    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0, accumulative_counts=2)
-    recorder = Recorder()
-    runner = train(cfg, recorder)
-    assert recorder.steps[0]['logits'].dtype == torch.bfloat16
-    assert all(torch.isfinite(p).all() for p in runner.model.parameters())
-    assert all(recorder.steps[-1][k] > 0 for k in ('loss_cls', 'loss_teacher', 'loss_kd', 'loss_feature'))
-
-
-def test_two_processes_find_a_gradient_for_every_parameter(digits, tmp_path):
-    cfg = frskd_config(digits, tmp_path / 'run', **{'train_cfg.max_epochs': 1})
-    train_in_processes(cfg, tmp_path)
-    assert (tmp_path / 'run/epoch_1.pth').exists()
 
 
 @pytest.mark.parametrize(
