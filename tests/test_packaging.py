@@ -87,3 +87,8 @@ def test_the_pinned_versions_are_allowed(python, constraints):
     wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({'python_version': python})]
     assert {'torch', 'fairseq-fixed' if python == '3.11' else 'fairseq'} <= {r.name for r in wanted}
     assert [str(r) for r in wanted if not r.specifier.contains(pinned[r.name])] == []
+
+
+def test_pre_commit_checks_with_the_linters_ruff():
+    (ruff,) = (line for line in (ROOT / 'requirements/lint.txt').read_text().splitlines() if line.startswith('ruff=='))
+    assert f'additional_dependencies: [{ruff}]' in (ROOT / '.pre-commit-config.yaml').read_text()
