@@ -47,7 +47,7 @@ LEFT_OUT = ('benchmarks', 'deploy')
 SMALL = ('atto', 'nano', 'tiny', 'x0-', '_xs', 'xxs', 'b0', '-s0', '050', 'r18', 'small', '_s_', '-s_', 'resnet18')
 SMALL += ('r34', 'd20', '-t_', '_t_', 'a0', 'b1', '400mf', 'r50', 'resnet50', 'base', '-b_', 'p16', 'r101', 'large')
 # Taken only if a family has no other.
-UNUSUAL = ('headless', 'zeroshot', '_voc', '-g-', 'levir', '-XL_', 'dpool', 'rpn_r50', 'fast-rcnn', 'upernet_r18')
+UNUSUAL = ('headless', 'zeroshot', '_voc', '-g-', 'levir', '-XL_', 'dpool', '-rpn_r50', 'fast-rcnn', 'upernet_r18')
 SIZE = {'mmpretrain': 256, 'mmdet': 128, 'mmseg': 64}  # of the images, in pixels
 OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refusal of ours begins with
 SECONDS = 1200  # for one training of two steps
