@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--epochs', type=int, help="instead of the experiment's own")
     parser.add_argument('--write', metavar='PAGE', help="Markdown page whose section 'demo table' is replaced")
+    parser.add_argument('--save', metavar='CSV', help='file for every measure of every run')
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/demo')
     args = parser.parse_args()
 
@@ -100,7 +101,8 @@ def main() -> None:
     from tqdm import tqdm
 
     from selfkd.benchmark import write_section
-    from selfkd_mmpretrain.report import Predictions, write_report
+    from selfkd.comparison import write_runs
+    from selfkd_mmpretrain.report import Predictions, measure, write_report
 
     os.environ['OMP_NUM_THREADS'] = '1'
     sources = sorted(path for name in ('selfkd', 'selfkd_mm*') for path in ROOT.glob(f'plugins/{name}/*.py'))
@@ -127,11 +129,21 @@ def main() -> None:
     for job in jobs:
         predictions = Predictions(*torch.load(Path(job['work_dir']) / 'predictions.pth'))
         panels[job['labels']][job['method']].append(predictions)
-    text = write_report(panels, str(args.out / 'report'), columns=['error %', 'NLL', 'ECE %', 'AURC x1000'])
+    scaled = ['temperature', 'NLL with it', 'ECE % with it'] if predictions.held_out else []
+    columns = ['error %', 'NLL', 'ECE %', *scaled, 'AURC x1000']
+    text = write_report(panels, str(args.out / 'report'), columns=columns)
     print('\n' + text)
     if args.write:
         write_section(args.write, 'demo table', text)
-    print(f'\nMean ± standard deviation over seeds; test set of 997 digits. Plots and numbers: {args.out / "report"}')
+    if args.save:
+        write_runs(
+            args.save,
+            {
+                labels: {method: [measure(run) for run in runs] for method, runs in groups.items()}
+                for labels, groups in panels.items()
+            },
+        )
+    print(f'\nMean ± standard deviation over seeds, on the test set. Plots and numbers: {args.out / "report"}')
 
 
 if __name__ == '__main__':

