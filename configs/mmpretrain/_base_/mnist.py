@@ -12,6 +12,6 @@ train_dataloader = dict(dataset=dict(data_root='data/mnist'))
 val_dataloader = dict(dataset=dict(data_root='data/mnist', data_prefix='holdout'))
 test_dataloader = dict(dataset=dict(data_root='data/mnist'))
 
-epochs = 10
+epochs = 8
 param_scheduler = dict(milestones=[epochs // 2, epochs * 3 // 4])
 train_cfg = dict(max_epochs=epochs, val_interval=epochs)
