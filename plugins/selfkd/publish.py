@@ -1,10 +1,11 @@
 """What remains of a training checkpoint for inference."""
 
-from typing import Dict, Sequence
+from typing import Dict, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+from .checks import positive
 from .cli import command_parser
 from .teacher import SELF_TEACHER
 
@@ -30,7 +31,7 @@ def strip_self_teacher(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return {name: value for name, value in state_dict.items() if not set(TRAINING_ONLY) & set(name.split('.'))}
 
 
-def publish_checkpoint(source: str, target: str) -> int:
+def publish_checkpoint(source: str, target: str, *, temperature: Optional[float] = None) -> int:
     """Writes a checkpoint with what inference needs only; returns the number of weights that were dropped.
 
     Args:
@@ -39,9 +40,11 @@ def publish_checkpoint(source: str, target: str) -> int:
         target: the file to write: the weights under the same key, and the names of the classes where the source has
             them. It loads with ``torch.load(..., weights_only=True)``, strictly into the vanilla config, and with
             the toolkit's own ``init_model``, ``init_detector``, ``get_model`` or ``DetectionCheckpointer``.
+        temperature: what logits are to be divided by (:func:`selfkd.metrics.fit_temperature`); stored as
+            ``meta['temperature']``. No toolkit reads it: the weights and their predictions stay as they are.
 
     Raises:
-        ValueError: the file holds no weights.
+        ValueError: the file holds no weights, or the temperature is not above 0.
     """
     checkpoint = torch.load(source, map_location='cpu', weights_only=False)
     key = next((key for key in WEIGHTS if isinstance(checkpoint.get(key), dict)), None)
@@ -51,6 +54,9 @@ def publish_checkpoint(source: str, target: str) -> int:
         raise ValueError(f'{source}: holds no weights, neither under {" or ".join(WEIGHTS)} nor as a state dict itself')
     kept = strip_self_teacher(weights)
     meta = {name: _plain(value) for name, value in checkpoint.get('meta', {}).items() if name in META}
+    if temperature is not None:
+        positive('publish_checkpoint', temperature=temperature)
+        meta['temperature'] = float(temperature)
     torch.save({'meta': meta, key or 'state_dict': kept}, target)
     return len(weights) - len(kept)
 
@@ -69,7 +75,7 @@ def _plain(value: object) -> object:
 def main(arguments: Sequence[str]) -> None:
     """Writes what inference needs of a training checkpoint: the weights, without FRSKD's self-teacher.
 
-        selfkd publish work_dirs/frskd/epoch_200.pth frskd_resnet18.pth
+        selfkd publish work_dirs/frskd/epoch_200.pth frskd_resnet18.pth [--temperature 1.4]
 
     The result loads strictly into the plain model's config and gives the same predictions.
     """
@@ -78,6 +84,9 @@ def main(arguments: Sequence[str]) -> None:
         'checkpoint', help='a checkpoint of mmengine or Detectron2 (only files you trust: it is unpickled)'
     )
     parser.add_argument('out', help='the file to write')
+    parser.add_argument(
+        '--temperature', type=float, help="stored as meta['temperature'], what logits are to be divided by (selfkd report)"
+    )
     args = parser.parse_args(arguments)
-    dropped = publish_checkpoint(args.checkpoint, args.out)
+    dropped = publish_checkpoint(args.checkpoint, args.out, temperature=args.temperature)
     print(f'{args.out}: dropped {dropped} tensors of the self-teacher, and the optimizer')

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from selfkd.cli import command_parser
-from selfkd.comparison import comparison_table
+from selfkd.comparison import NOTE, comparison_table
 from selfkd_mmengine.report import finished_run, run_groups, seed_of
 
 __all__ = ['Detections', 'detect', 'draw', 'table']
@@ -66,7 +66,8 @@ def table(groups: Dict[str, List[Detections]]) -> str:
         name: [run.metrics if run.seed is None else {**run.metrics, 'seed': run.seed} for run in runs]
         for name, runs in groups.items()
     }
-    return comparison_table(measured, COLUMNS)
+    text = comparison_table(measured, COLUMNS)
+    return f'{text}\n\n{NOTE}' if len(groups) > 1 else text
 
 
 def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, score_thr: float = 0.3) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from selfkd import metrics
 from selfkd.cli import command_parser
-from selfkd.comparison import comparison_table
+from selfkd.comparison import NOTE, comparison_table, write_runs
 from selfkd_mmengine.report import finished_run, run_groups, seed_of
 
-__all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table']
+__all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table', 'tables']
 
 MEASURES = {  # column title: (key, factor, decimals, which is better); as in the papers' tables
     'error %': ('error', 100, 2, 'lower'),
@@ -149,6 +149,14 @@ def table(groups: Dict[str, List[Dict[str, float]]], columns: Optional[Sequence[
     return comparison_table(groups, {title: MEASURES[title] for title in columns})
 
 
+def tables(panels: Dict[str, Dict[str, List[Dict[str, float]]]], columns: Optional[Sequence[str]] = None) -> str:
+    """:func:`table` of each panel below its title, and how to read them (arguments as there)."""
+    parts = [f'{title}\n\n{table(groups, columns)}'.lstrip() for title, groups in panels.items()]
+    if any(len(groups) > 1 for groups in panels.values()):
+        parts.append(NOTE)
+    return '\n\n'.join(parts)
+
+
 def plot_reliability(panels: Dict[str, Dict[str, List[Predictions]]], path: str, bins: int = 10) -> None:
     """Accuracy against confidence, in equal bins of the top confidence; all runs of a group pooled.
 
@@ -228,7 +236,7 @@ def _plot(panels, path, draw, finish, ood: bool = False) -> None:
 def write_report(
     panels: Dict[str, Dict[str, List[Predictions]]], out: str, columns: Optional[Sequence[str]] = None
 ) -> str:
-    """Writes ``table.md``, ``runs.json`` (every measure of every run) and the plots; returns the table(s).
+    """Writes ``table.md``, every run's measures (``runs.json``, ``runs.csv``) and the plots; returns the table(s).
 
     ``ood_roc.png`` is among the plots where every run has out-of-distribution predictions.
     """
@@ -238,10 +246,10 @@ def write_report(
         title: {name: [measure(run) for run in runs] for name, runs in groups.items()}
         for title, groups in panels.items()
     }
-    tables = {title: table(groups, columns) for title, groups in measured.items()}
-    text = '\n\n'.join(f'{title}\n\n{rows}' if title else rows for title, rows in tables.items())
+    text = tables(measured, columns)
     (folder / 'table.md').write_text(text + '\n')
     (folder / 'runs.json').write_text(json.dumps(measured, indent=2))
+    write_runs(str(folder / 'runs.csv'), measured)
     plot_reliability(panels, str(folder / 'reliability.png'))
     plot_risk_coverage(panels, str(folder / 'risk_coverage.png'))
     if all(run.ood_probs is not None for groups in panels.values() for runs in groups.values() for run in runs):
@@ -260,7 +268,7 @@ def main(arguments: Sequence[str]) -> None:
     dir's own config says which test set is used; on its validation set, where that is another, a temperature is fitted.
     """
     parser = command_parser('report', main.__doc__)
-    parser.add_argument('out', help='folder for table.md, runs.json, reliability.png, risk_coverage.png')
+    parser.add_argument('out', help='folder for table.md, runs.json, runs.csv, reliability.png, risk_coverage.png')
     parser.add_argument(
         '--ood', metavar='FOLDER', help='images of another kind: adds AUROC, AUPR, FPR95 and ood_roc.png'
     )

