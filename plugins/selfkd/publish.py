@@ -85,7 +85,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument('out', help='the file to write')
     parser.add_argument(
-        '--temperature', type=float, help="stored as meta['temperature'], what logits are to be divided by (selfkd report)"
+        '--temperature',
+        type=float,
+        help="stored as meta['temperature'], what logits are to be divided by (selfkd report)",
     )
     args = parser.parse_args(arguments)
     dropped = publish_checkpoint(args.checkpoint, args.out, temperature=args.temperature)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from selfkd.cli import main
 from selfkd.publish import publish_checkpoint
 
 
@@ -12,6 +13,8 @@ def test_a_fitted_temperature_is_stored_as_a_plain_number(tmp_path):
     publish_checkpoint(source, target, temperature=torch.tensor(1.5))
     published = torch.load(target, weights_only=True)
     assert published['meta'] == {'epoch': 1, 'temperature': 1.5}
+    main(['publish', source, target, '--temperature', '2'])
+    assert torch.load(target, weights_only=True)['meta']['temperature'] == 2
     publish_checkpoint(source, target)
     assert 'temperature' not in torch.load(target, weights_only=True)['meta']
     for wrong in (0.0, -1.0, float('nan'), float('inf')):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from conftest import ROOT
 from selfkd.benchmark import compare, peak_bytes, write_section
+from selfkd.comparison import read_runs
 from selfkd.metrics import apply_temperature, fit_temperature, nll, ood_scores, recall_at_1
 from selfkd_mmpretrain.report import measure, predict, table
 
@@ -196,3 +197,17 @@ def test_readmes_first_command(digits, tmp_path):
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     checkpoint = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=False)
     assert checkpoint['selfkd']['PSKDHook']['bank']['seen'].all()
+
+
+def test_evidence_page_says_what_the_runs_say():
+    spec = importlib.util.spec_from_file_location('evidence', ROOT / 'tools/evidence.py')
+    evidence = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evidence)
+    page = (ROOT / 'docs/evidence.md').read_text()
+    files = sorted((ROOT / 'docs/evidence').glob('*.csv'))
+    assert files
+    for path in files:
+        assert f'<!-- {path.stem} -->\n{evidence.section(path)}\n<!-- end {path.stem} -->' in page
+        for title, groups in read_runs(str(path)).items():
+            for name, runs in groups.items():
+                assert sorted(run['seed'] for run in runs) == list(range(5)), (path.name, title, name)
