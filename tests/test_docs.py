@@ -55,6 +55,12 @@ def test_every_plugin_has_a_page():
         assert plugin.parent.name in pages
 
 
+def test_every_page_is_in_the_sites_navigation():
+    navigation = (ROOT / 'mkdocs.yml').read_text()
+    for page in ROOT.glob('docs/*.md'):
+        assert f': {page.name}\n' in navigation
+
+
 def test_no_relative_link_is_broken():
     for path in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]:
         for link in re.findall(r'\]\(([^)#]+)\)', path.read_text()):
