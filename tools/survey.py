@@ -42,10 +42,8 @@ versions = ', '.join(
 text = (
     f'{datetime.date.today()}, {versions}, torch {torch.__version__}, Python {platform.python_version()}. '
     f'{len(rows)} families, {len(cells)} trainings: '
-    + ', '.join(
-        f'{sum(c.startswith(kind) for c in cells)} {kind}' for kind in ('trains', 'refused', 'toolkit', 'DEFECT')
-    )
-    + '.\n\n'
+    + ', '.join(f'{sum(c.startswith(kind) for c in cells)} {kind}' for kind in ('trains', 'refused', 'toolkit'))
+    + f', {sum(c.startswith("DEFECT") for c in cells) or "no"} defect.\n\n'
     + table(rows)
 )
 print(text)
