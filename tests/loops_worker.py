@@ -6,6 +6,7 @@ Arguments: the folder of the digits, and one for the results.
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,10 +85,11 @@ def cases(digits, folder):
     yield 'iterations, bank, accumulation, drop_last', by_iterations(cfg, 12)
     sliced = by_iterations(config(BANK, **{'train_dataloader.num_batch_per_epoch': 3}), 12)
     yield 'iterations, bank, num_batch_per_epoch', sliced
-    ratios = by_iterations(config(SNAPSHOT), 12)
-    ratios.train_dataloader.dataset.type = 'SizedDigits'
-    ratios.train_dataloader.batch_sampler = dict(type='mmdet.AspectRatioBatchSampler')
-    yield 'iterations, snapshot, aspect ratios', ratios
+    if find_spec('mmdet'):
+        ratios = by_iterations(config(SNAPSHOT), 12)
+        ratios.train_dataloader.dataset.type = 'SizedDigits'
+        ratios.train_dataloader.batch_sampler = dict(type='mmdet.AspectRatioBatchSampler')
+        yield 'iterations, snapshot, aspect ratios', ratios
     finite = by_iterations(config(SNAPSHOT), 12)
     finite.train_dataloader.sampler.type = 'DefaultSampler'
     yield 'iterations, snapshot, finite sampler', finite

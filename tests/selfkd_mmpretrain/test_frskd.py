@@ -350,13 +350,12 @@ def test_published_checkpoint_is_the_vanilla_model(digits, tmp_path):
 
 
 def test_onnx_export_holds_the_vanilla_path_only(digits, tmp_path):
-    from onnx.reference import ReferenceEvaluator
-
+    reference = pytest.importorskip('onnx.reference', reason='onnx is not installed')
     model = MODELS.build(frskd_config(digits, tmp_path).model)
     model.eval()
     x, path = torch.randn(1, 3, 8, 8), str(tmp_path / 'model.onnx')
     torch.onnx.export(model, x, path, input_names=['images'])
-    network = ReferenceEvaluator(path)
+    network = reference.ReferenceEvaluator(path)
     torch.testing.assert_close(
         torch.from_numpy(network.run(None, {'images': x.numpy()})[0]), model(x), rtol=1e-4, atol=1e-5
     )
