@@ -27,8 +27,8 @@ def scope(request):
 
 @pytest.fixture(autouse=True, scope='module')
 def allowed_checkpoints():
-    """What torch.load may load stays as selfkd_mmengine set it: transformers' Trainer, which allows numpy's arrays for a
-    while, forbids them afterwards."""
+    """What torch.load may load stays as selfkd_mmengine set it: transformers' Trainer allows arrays for a while, then
+    forbids them."""
     yield
     if 'selfkd_mmengine.checkpoints' in sys.modules:
         sys.modules['selfkd_mmengine.checkpoints'].allow_mmengine_checkpoints()
