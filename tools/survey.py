@@ -34,6 +34,7 @@ for family in families(args.toolkit, args.families):
     rows.update(survey(args.toolkit, [family]))
     record.write_text(json.dumps(dict(sorted(rows.items())), indent=1))
 
+rows = dict(sorted(rows.items()))
 cells = [row[method] for row in rows.values() for method in METHODS[args.toolkit]]
 versions = ', '.join(
     f'{name} {importlib.metadata.version(package)}'

@@ -21,6 +21,8 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from PIL import Image
 
+from .train import refuse_ignored
+
 __all__ = ['METHODS', 'Outcome', 'classify', 'families', 'refusal', 'shrink', 'survey', 'table', 'train_two_steps']
 
 METHODS: Dict[str, Dict[str, dict]] = {
@@ -162,6 +164,7 @@ def _train(cfg: Config, result: str) -> None:
     losses, error = [], None
     try:
         runner = Runner.from_cfg(cfg)
+        refuse_ignored(cfg, runner.model)  # as `selfkd train` does
         runner.register_hook(_Losses(losses), priority='LOWEST')
         runner.train()
     except BaseException as problem:  # a toolkit may also exit
@@ -244,8 +247,6 @@ def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print)
                 switched.merge_from_dict(options)
                 trained = train_two_steps(switched)
                 outcome = refusal(method, trained)
-                if method == 'FRSKD' and cfg.model.type == 'RPN':
-                    outcome = 'toolkit: its RPN ignores the option, having no RoI head (`selfkd train` refuses it)'
                 if outcome is None:
                     plain = plain or train_two_steps(cfg)
                     outcome = classify(method, plain, trained)

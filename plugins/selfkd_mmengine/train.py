@@ -15,7 +15,7 @@ from selfkd.cli import command_parser
 from .configs import load_config
 from .launch import leave_group, prepare_cpu_launch
 
-__all__ = ['main']
+__all__ = ['main', 'refuse_ignored']
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,16 +54,17 @@ def main(arguments: Sequence[str]) -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     prepare_cpu_launch(cfg)
     runner = Runner.from_cfg(cfg)
-    _refuse_ignored(cfg, runner.model)
+    refuse_ignored(cfg, runner.model)
     runner.train()
     leave_group()
 
 
-def _refuse_ignored(cfg: Config, model: nn.Module) -> None:
+def refuse_ignored(cfg: Config, model: nn.Module) -> None:
     """Some models (MMDetection's RPN) take any option, and leave what they do not know out without a word."""
     built = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     for name in re.findall(r"'type': '(selfkd_\w+\.\w+)'", str(cfg.model.to_dict())):
-        if name.split('.')[-1] not in built:
+        name = name.split('.')[-1]
+        if name not in built:
             raise ValueError(
                 f'{name}: the config asks for it, but {cfg.model.type} was built without it, so training would be '
                 'plain: the model has no such part; take another model, or leave the option out'
