@@ -25,15 +25,6 @@ def scope(request):
         yield
 
 
-@pytest.fixture(autouse=True, scope='module')
-def allowed_checkpoints():
-    """What torch.load may load stays as selfkd_mmengine set it: transformers' Trainer allows arrays for a while, then
-    forbids them."""
-    yield
-    if 'selfkd_mmengine.checkpoints' in sys.modules:
-        sys.modules['selfkd_mmengine.checkpoints'].allow_mmengine_checkpoints()
-
-
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory):
     """An image folder of 40 training and many test digits, with 20 % wrong training labels."""

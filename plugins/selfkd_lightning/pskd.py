@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
 import selfkd_torch
-from selfkd.checks import one_of, share
+from selfkd.checks import one_of, several_epochs, share
 from selfkd_torch import Batches
 
 __all__ = ['PSKD']
@@ -137,11 +137,7 @@ class PSKD(pl.Callback):
             limits.append(math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
         if not limits:
             raise ValueError('PSKD: alpha grows up to the last epoch: set max_epochs or max_steps of the Trainer')
-        if min(limits) < 2:
-            raise ValueError(
-                f'PSKD: the training ends within its first epoch (max_epochs={trainer.max_epochs}, '
-                f'max_steps={trainer.max_steps}), in which there is no past, so it would be plain: train for more'
-            )
+        several_epochs('PSKD', min(limits), max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
         return min(limits)
 
     def _network(self, pl_module: nn.Module) -> nn.Module:
@@ -181,10 +177,10 @@ class PSKD(pl.Callback):
             self._data.end_epoch(True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._tap.close()
         self.teardown(trainer, pl_module, 'fit')
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._tap.close()
         vars(trainer.strategy).pop('process_dataloader', None)
 
     def state_dict(self) -> Dict[str, Any]:

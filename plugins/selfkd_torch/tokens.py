@@ -16,6 +16,7 @@ __all__ = ['TokenPSKD']
 logger = logging.getLogger(__name__)
 
 TOP_K = 8
+JOINED = ": joined into one (padding-free) it is not known which token is whose: use teacher='snapshot'"
 
 
 class TokenPSKD(PSKD):
@@ -39,10 +40,7 @@ class TokenPSKD(PSKD):
         if self.teacher is not None or len(logits) == len(self._rows) or self._softened:
             return super()._past_of(logits, target)
         if target.dim() != 1 or len(target) % len(self._rows):
-            raise ValueError(
-                f'PSKD: the loss is of {tuple(target.shape)} tokens for {len(self._rows)} samples: joined into one '
-                "(padding-free) it is not known which token is whose: use teacher='snapshot'"
-            )
+            raise ValueError(f'PSKD: the loss is of {tuple(target.shape)} tokens for {len(self._rows)} samples{JOINED}')
         if self.bank is None:
             self._make_token_bank(logits.shape[1])
         self._softened += 1
@@ -64,6 +62,11 @@ class TokenPSKD(PSKD):
         if self.current_alpha == 0 or not seen.any():
             return None, None
         return TopK(*(part.to(logits.device, non_blocking=True) for part in past)), seen
+
+    def check_not_joined(self, labels: Any, samples: int) -> None:
+        """ValueError: the labels of a batch, if they are a tensor, are not of as many samples as the batch."""
+        if isinstance(labels, Tensor) and len(labels) != samples:
+            raise ValueError(f'PSKD: the labels are of {len(labels)} samples, but the batch has {samples}{JOINED}')
 
     def _make_token_bank(self, num_classes: int) -> None:
         dataset = self.data.loader.dataset

@@ -3,6 +3,7 @@
 import logging
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -11,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selfkd.checks import one_of, share
+from selfkd.checks import one_of, several_epochs, share
 from selfkd.teacher import MODES
 from selfkd_torch import Batches, TokenPSKD
 from selfkd_torch.batches import Numbered
@@ -37,9 +37,7 @@ class PSKDArguments:
     pskd_alpha: float = _setting(0.8, 'Share of the past in the target, grows up to it with the epochs. 0: no PS-KD.')
     pskd_teacher: str = _setting('bank', '"bank": kept predictions; "snapshot": the model of the last epoch, run anew.')
     pskd_teacher_mode: str = _setting('train', 'How the snapshot runs: "train" (with dropout) or "eval".')
-    pskd_top_k: Optional[int] = _setting(
-        None, 'Classes kept in a row of the bank. Default: 8 of tokens, all of samples.'
-    )
+    pskd_top_k: Optional[int] = _setting(None, 'Classes that the bank keeps. Default: 8 of tokens, all of samples.')
 
 
 @dataclass
@@ -90,19 +88,16 @@ class PSKDMixin:
             if wrong:
                 raise ValueError(f'PSKD: {name} cannot be used here: {why}')
         if self.label_smoother is not None:
-            self.label_smoother = _smoothed_cross_entropy(self.label_smoother.epsilon)
+            self.label_smoother = partial(_smoothed_cross_entropy, self.label_smoother.epsilon)
         self.add_callback(_Epochs(self))
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own, with the rows of the samples in each batch."""
-        if self.args.pskd_alpha == 0:
-            return super().get_train_dataloader()
         self._data = Batches(DataLoader(self.train_dataset))  # knows the data; the Trainer iterates over its own loader
-        if self.args.pskd_teacher == 'snapshot':
+        if self.args.pskd_alpha == 0 or self.args.pskd_teacher == 'snapshot':
             return super().get_train_dataloader()
         self._data.number('PSKD')
-        before = self.train_dataset, self.data_collator
-        dataset, collate = before
+        dataset, collate = before = self.train_dataset, self.data_collator
         if hasattr(dataset, 'remove_columns'):  # what the Trainer does, which it could not through our wrapping
             dataset = self._remove_unused_columns(dataset, description='training')
         else:
@@ -122,12 +117,8 @@ class PSKDMixin:
         if self.pskd is None:
             return super().training_step(model, inputs, *args, **kwargs)
         if ROWS in inputs:
-            rows, labels = torch.as_tensor(inputs.pop(ROWS)), inputs.get('labels')
-            if isinstance(labels, Tensor) and len(labels) != len(rows):
-                raise ValueError(
-                    f'PSKD: the labels are of {len(labels)} samples, but the batch has {len(rows)}: joined into one '
-                    "(padding-free) it is not known which token is whose: use pskd_teacher='snapshot'"
-                )
+            rows = torch.as_tensor(inputs.pop(ROWS))
+            self.pskd.check_not_joined(inputs.get('labels'), len(rows))
             self._data.noted.append((rows, None))
         self._data.begin_step()
         with self.pskd.tap(check=False):
@@ -135,14 +126,12 @@ class PSKDMixin:
         self._data.end_step()
         return loss
 
-    def _save_checkpoint(self, model, trial) -> None:
-        if self.pskd is not None and not self.args.save_only_model:
+    def _save_optimizer_and_scheduler(self, output_dir) -> None:  # of a checkpoint, in all processes
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.pskd is not None:
             self.pskd.synchronize()
             if self.args.should_save:
-                folder = Path(self._get_output_dir(trial), f'{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}')
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.save(self.pskd.state_dict(), folder / FILE)
-        super()._save_checkpoint(model, trial)
+                torch.save(self.pskd.state_dict(), Path(output_dir, FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -159,17 +148,11 @@ class _Epochs(TrainerCallback):
         trainer, checkpoint = self.trainer, self.trainer._resumed_from
         if state.num_train_epochs == sys.maxsize:
             raise ValueError('PSKD: how many epochs max_steps makes of data without length is not known')
-        if state.num_train_epochs < 2:
-            raise ValueError(
-                f'PSKD: the training ends within its first epoch (num_train_epochs={args.num_train_epochs}, max_steps='
-                f'{args.max_steps}), in which there is no past, so it would be plain: train for more'
-            )
-        how = dict(top_k=args.pskd_top_k)
+        several_epochs('PSKD', state.num_train_epochs, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+        how = dict(alpha=args.pskd_alpha, max_epochs=state.num_train_epochs, teacher=args.pskd_teacher)
         if args.pskd_teacher == 'snapshot':
-            how = dict(model=trainer.model, outputs=_logits, teacher_mode=args.pskd_teacher_mode)
-        trainer.pskd = TokenPSKD(
-            trainer._data, alpha=args.pskd_alpha, max_epochs=state.num_train_epochs, teacher=args.pskd_teacher, **how
-        )
+            how.update(model=trainer.model, outputs=_logits, teacher_mode=args.pskd_teacher_mode)
+        trainer.pskd = TokenPSKD(trainer._data, top_k=args.pskd_top_k, **how)
         if checkpoint is not None:
             path, trainer._resumed_from = Path(checkpoint, FILE), None
             if path.exists():
@@ -201,14 +184,10 @@ def _logits(output) -> Tensor:
     return (output['logits'] if isinstance(output, dict) else output[0]).flatten(0, -2)
 
 
-def _smoothed_cross_entropy(epsilon: float) -> Callable:
+def _smoothed_cross_entropy(epsilon, model_output, labels, shift_labels=False, num_items_in_batch=None) -> Tensor:
     """The Trainer's LabelSmoother, by a call that can be softened."""
-
-    def loss(model_output, labels, shift_labels=False, num_items_in_batch=None):
-        if shift_labels:
-            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        options = dict(reduction='mean' if num_items_in_batch is None else 'sum', label_smoothing=epsilon)
-        value = F.cross_entropy(_logits(model_output), labels.flatten(), **options)
-        return value if num_items_in_batch is None else value / num_items_in_batch
-
-    return loss
+    if shift_labels:
+        labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    logits = _logits(model_output)
+    return F.cross_entropy(logits, labels.flatten(), reduction='sum', label_smoothing=epsilon) / count

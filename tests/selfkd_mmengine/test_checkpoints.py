@@ -11,6 +11,8 @@ from mm_runs import assert_same_state, digits_config, train
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint
 
+from selfkd_mmengine import allow_mmengine_checkpoints
+
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.serialization, 'add_safe_globals'), reason='this torch loads every object'
 )
@@ -42,6 +44,33 @@ def test_load_from(digits, tmp_path, run):
     weights = train(cfg).model.state_dict()
     for name, _ in straight.model.named_parameters():
         assert torch.equal(weights[name], straight.model.state_dict()[name])
+
+
+class Regression(torch.nn.Linear):
+    """The smallest model that transformers' Trainer trains."""
+
+    def forward(self, x, labels):
+        out = super().forward(x)
+        return dict(loss=(out - labels).square().mean(), logits=out)
+
+
+def test_after_a_resumed_training_of_transformers(run, tmp_path):
+    """Its Trainer allows numpy's arrays while it loads the state of the random numbers, and then forbids them."""
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    pytest.importorskip('accelerate', reason='accelerate is not installed')
+    trained, folder = run
+    for resume in (False, True):
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=3 if resume else 2, save_steps=1, report_to='none', use_cpu=True, disable_tqdm=True
+        )
+        samples = [dict(x=torch.ones(2), labels=torch.ones(1))] * 8
+        trainer = transformers.Trainer(Regression(2, 1), args, train_dataset=samples)
+        trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == 3
+    assert np.ndarray not in torch.serialization.get_safe_globals()  # what the Trainer did
+    if torch.__version__ < (2, 7):
+        allow_mmengine_checkpoints()
+    load_checkpoint(trained.model, str(folder / 'epoch_3.pth'))
 
 
 @pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])
