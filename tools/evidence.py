@@ -2,31 +2,65 @@
 
     python tools/evidence.py
 
-A section bears the name of its file; the files are the runs.csv that reports leave (of tools/demo.py, and others).
+The files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py). SECTION.csv
+makes the section of that name; several SECTION.PANEL.csv make one with a table for each.
 """
 
 from pathlib import Path
+from typing import Dict
 
 from selfkd.benchmark import write_section
-from selfkd.comparison import read_runs
-from selfkd_mmpretrain.report import MEASURES, tables
+from selfkd.comparison import NOTE, comparison_table, read_runs
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
-COLUMNS = ('error %', 'NLL', 'ECE %', 'temperature', 'NLL with it', 'ECE % with it', 'AURC x1000')
+DETECTION = {
+    'mAP@0.5 %': ('pascal_voc/mAP', 100, 1, 'higher'),
+    'ECE %': ('calibration/ece', 1, 1, 'lower'),
+}
+COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
+    'mnist': {
+        'error %': ('error', 100, 2, 'lower'),
+        'NLL': ('nll', 1, 3, 'lower'),
+        'ECE %': ('ece', 100, 2, 'lower'),
+        'temperature': ('temperature', 1, 2, None),
+        'NLL with it': ('nll_scaled', 1, 3, 'lower'),
+        'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
+        'AURC x1000': ('aurc', 1000, 2, 'lower'),
+    },
+    'segmentation': {
+        'mIoU %': ('mIoU', 1, 2, 'higher'),
+        'ECE of pixels %': ('calibration/ece', 1, 3, 'lower'),
+    },
+    'mmdet': DETECTION,
+    'detectron2': {'AP50': ('bbox/AP50', 1, 1, 'higher'), 'AP': ('bbox/AP', 1, 1, 'higher')},
+    'translation': {
+        'BLEU': ('bleu', 1, 1, 'higher'),
+        'chrF': ('chrf', 1, 1, 'higher'),
+        'NLL, bits a token': ('nll', 1, 3, 'lower'),
+        'ECE %': ('ece', 100, 2, 'lower'),
+        'temperature': ('temperature', 1, 2, None),
+        'NLL with it': ('nll_scaled', 1, 3, 'lower'),
+        'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
+    },
+}
 
 
-def section(path: Path) -> str:
-    """The tables of one file."""
-    panels = read_runs(str(path))
-    runs = [run for groups in panels.values() for runs in groups.values() for run in runs]
-    columns = [title for title in COLUMNS if all(MEASURES[title][0] in run for run in runs)]
-    return tables({f'**{title}**': groups for title, groups in panels.items()}, columns)
+def sections() -> Dict[str, str]:
+    """The tables of each section."""
+    parts: Dict[str, list] = {}
+    for path in sorted((DOCS / 'evidence').glob('*.csv')):
+        name, _, panel = path.stem.partition('.')
+        for title, groups in read_runs(str(path)).items():
+            title = title or panel.replace('-', ' ')
+            table = comparison_table(groups, COLUMNS[name])
+            parts.setdefault(name, []).append(f'**{title}**\n\n{table}' if title else table)
+    return {name: '\n\n'.join([*tables, NOTE]) for name, tables in parts.items()}
 
 
 def main() -> None:
-    for path in sorted((DOCS / 'evidence').glob('*.csv')):
-        write_section(str(DOCS / 'evidence.md'), path.stem, section(path))
-        print(f'{path.stem}: written')
+    for name, text in sections().items():
+        write_section(str(DOCS / 'evidence.md'), name, text)
+        print(f'{name}: written')
 
 
 if __name__ == '__main__':

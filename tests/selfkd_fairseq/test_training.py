@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fairseq_runs import USER_DIR
+
+from selfkd.comparison import read_runs
 
 REPO = Path(__file__).resolve().parents[2]
 PSKD = '--criterion pskd_label_smoothed_cross_entropy --label-smoothing 0.1 --pskd-alpha 0.8'
@@ -270,13 +274,32 @@ class TestCheckpoints:
 
     @pytest.fixture(scope='class')
     def path(self, fairseq):
-        fairseq.train('deploy', PSKD, PASTS['bank'], '--max-epoch 2 --save-interval-updates 9')
+        fairseq.train('deploy', PSKD, PASTS['bank'], '--max-epoch 2 --save-interval-updates 9 --report-ece')
         return fairseq.folder / 'deploy' / 'checkpoint_last.pt'
 
     def test_fairseq_generate(self, fairseq, path):
         text = fairseq.run(f'fairseq-generate bin --path {path} --cpu --beam 2')
         assert 'BLEU4 = ' in text
         assert text.count('\nH-') == 40
+
+    def test_report_measures_what_fairseqs_programs_do(self, fairseq, path, tmp_path, capsys, monkeypatch):
+        from selfkd_fairseq import report
+
+        monkeypatch.chdir(fairseq.folder)
+        report.main([str(tmp_path), 'bin', f'plain={path.parent}', f'again={path.parent}'])
+        assert '+0.00 one pair, no interval' in capsys.readouterr().out
+        (run,) = read_runs(str(tmp_path / 'runs.csv'))['']['again']
+        assert run['seed'] == 7
+        whole = '--cpu --required-batch-size-multiple 1'
+        generated = fairseq.run(f'fairseq-generate bin --path {path} --beam 5 {whole} --remove-bpe --scoring sacrebleu')
+        assert run['bleu'] == pytest.approx(float(re.search(r'BLEU = ([\d.]+)', generated)[1]), abs=0.006)
+        options = f'--user-dir {USER_DIR} --task translation --valid-subset test --max-tokens 500 --log-format json'
+        validated = fairseq.run(f'fairseq-validate bin --path {path} {options} {whole}')
+        found = json.loads(validated[validated.rindex('{"') :].splitlines()[0])
+        assert run['nll'] == pytest.approx(float(found['test_nll_loss']), abs=0.002)
+        assert 100 * run['ece'] == pytest.approx(float(found['test_ece']), abs=0.002)
+        assert run['nll_scaled'] != run['nll']
+        assert 0.05 < run['temperature'] < 20
 
     def test_fairseq_interactive(self, fairseq, path):
         text = fairseq.run(f'fairseq-interactive bin --path {path} --cpu --beam 2 --input {fairseq.folder}/test.de')

@@ -1,0 +1,123 @@
+"""Finished runs side by side by what their toolkit logged in its last evaluation."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+from .cli import command_parser
+from .comparison import NOTE, Column, comparison_table, write_runs
+
+__all__ = ['columns_of', 'logged_measures']
+
+HIGHER = re.compile(r'acc|m?iou|m?ap\d*|ar|recall|precision|dice|auroc|bleu|chrf|f1|top\d')
+LOWER = re.compile(r'ece|nll|nll_loss|loss|error|brier|aurc|eaurc|fpr95|ppl')
+DETECTRON2 = ('bbox/', 'segm/', 'keypoints/', 'sem_seg/', 'panoptic_seg/')  # what its evaluators log
+NO_MEASURES = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}  # of mmengine's lines
+
+
+def logged_measures(work_dir: str) -> Dict[str, float]:
+    """What a run's last evaluation measured, by the toolkit's own names, and ``seed`` if the run's config has one.
+
+    Reads ``*/vis_data/scalars.json`` of MMPretrain, MMDetection and MMSegmentation (of a resumed run the newest with
+    an evaluation in it), or ``metrics.json`` of Detectron2. Measures that are not numbers (NaN) are left out.
+
+    Raises:
+        FileNotFoundError: no such log in ``work_dir``, or no evaluation in it.
+    """
+    folder = Path(work_dir)
+    detectron2 = folder / 'metrics.json'
+    logs = [detectron2] if detectron2.exists() else sorted(folder.glob('*/vis_data/scalars.json'), reverse=True)
+    for log in logs:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        if log == detectron2:  # writes what training and evaluation measured into one line
+            lines = [{key: line[key] for key in line if key.startswith(DETECTRON2)} for line in lines]
+        evaluations = [line for line in lines if 'lr' not in line and set(line) - NO_MEASURES]
+        if evaluations:
+            last = evaluations[-1].items()
+            return {**{key: value for key, value in last if key not in NO_MEASURES and value == value}, **_seed(folder)}
+    raise FileNotFoundError(
+        f'{work_dir}: no evaluation in */vis_data/scalars.json (OpenMMLab) or metrics.json (Detectron2)'
+    )
+
+
+def _seed(folder: Path) -> Dict[str, float]:
+    """Of the config that the toolkit left in the work dir: it says which runs of two methods make a pair."""
+    if (folder / 'config.yaml').exists():
+        found = re.search(r'^SEED: (\d+)$', (folder / 'config.yaml').read_text(), re.MULTILINE)
+        return {'seed': int(found[1])} if found else {}
+    for config in folder.glob('*.py'):
+        for node in ast.parse(config.read_text()).body:  # randomness = dict(seed=0, ...)
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) == 'randomness':
+                options = {option.arg: option.value for option in getattr(node.value, 'keywords', ())}
+                seed = ast.literal_eval(options['seed']) if 'seed' in options else None
+                return {} if seed is None else {'seed': seed}
+    return {}
+
+
+def columns_of(measures: Sequence[str]) -> Dict[str, Column]:
+    """Columns for measures by their names' last part; one that is not known is shown, but not called better or worse.
+
+    Example:
+        >>> columns = columns_of(['mIoU', 'calibration/ece', 'calibration/detections'])
+        >>> [(name, column.better) for name, column in columns.items()]
+        [('mIoU', 'higher'), ('calibration/ece', 'lower'), ('calibration/detections', None)]
+    """
+    columns = {}
+    for key in measures:
+        name = key.split('/')[-1].lower()
+        better: Optional[str] = 'higher' if HIGHER.fullmatch(name) else 'lower' if LOWER.fullmatch(name) else None
+        columns[key] = Column(key, 1, 3, better)
+    return columns
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compares finished runs of MMPretrain, MMDetection, MMSegmentation or Detectron2 by their last logged evaluation.
+
+        selfkd compare OUT NAME=WORK_DIR[,WORK_DIR...] [NAME=...] [--measures NAME ...]
+
+        selfkd compare work_dirs/table plain=work_dirs/plain_0,work_dirs/plain_1 PS-KD=work_dirs/pskd_0,work_dirs/pskd_1
+
+    Nothing is tested anew. Runs given under one name are averaged (seeds), and compared with those of the first name,
+    seed by seed.
+    """
+    parser = command_parser('compare', main.__doc__)
+    parser.add_argument('out', help='folder for table.md and runs.csv')
+    parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
+    parser.add_argument('--measures', nargs='+', metavar='NAME', help='which (default: all that every run has)')
+    args = parser.parse_args(arguments)
+    try:
+        groups = {
+            name: [logged_measures(folder) for folder in folders] for name, folders in run_groups(args.groups).items()
+        }
+        everything = [run for runs in groups.values() for run in runs]
+        shared = [key for key in everything[0] if key != 'seed' and all(key in run for run in everything)]
+        unknown = set(args.measures or ()) - set(shared)
+        if unknown or not shared:
+            raise ValueError(f'--measures: not every run has {sorted(unknown)}; they all have {shared}')
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    text = comparison_table(groups, columns_of(args.measures or shared))
+    text = f'{text}\n\n{NOTE}' if len(groups) > 1 else text
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'table.md').write_text(text + '\n')
+    write_runs(str(out / 'runs.csv'), {'': groups})
+    print(f'{text}\n\nwrote {out}')
+
+
+def run_groups(arguments: Sequence[str]) -> Dict[str, List[str]]:
+    """Work dirs by name, from ``NAME=WORK_DIR[,WORK_DIR...]``.
+
+    Example:
+        >>> run_groups(['plain=a,b', 'PS-KD=c'])
+        {'plain': ['a', 'b'], 'PS-KD': ['c']}
+    """
+    groups = {}
+    for argument in arguments:
+        name, equals, folders = argument.partition('=')
+        if not equals:
+            raise ValueError(f'{argument!r}: must be NAME=WORK_DIR[,WORK_DIR...]')
+        groups[name] = folders.split(',')
+    return groups

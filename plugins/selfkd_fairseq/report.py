@@ -1,0 +1,135 @@
+"""Finished translation models side by side: quality of what they translate, likelihood and calibration of tokens."""
+
+import math
+from pathlib import Path
+from typing import Dict, Iterator, List, Sequence, Tuple
+
+import torch
+from fairseq import checkpoint_utils, utils
+from torch import Tensor
+
+from selfkd.cli import command_parser
+from selfkd.comparison import NOTE, comparison_table, write_runs
+from selfkd.metrics import calibration_error_of, confidence_of, fit_temperature
+from selfkd.runs import run_groups
+
+__all__ = ['measure', 'translations']
+
+COLUMNS = {  # title: (measure, factor, decimals, which is better)
+    'BLEU': ('bleu', 1, 1, 'higher'),
+    'chrF': ('chrf', 1, 1, 'higher'),
+    'NLL, bits a token': ('nll', 1, 3, 'lower'),
+    'ECE %': ('ece', 100, 2, 'lower'),
+    'temperature': ('temperature', 1, 2, None),
+    'NLL with it': ('nll_scaled', 1, 3, 'lower'),
+    'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
+}
+LOGITS = 20_000_000  # of the validation set, to which the temperature is fitted: 80 MB
+
+
+def measure(checkpoint: str, data: str, *, subset: str = 'test', beam: int = 5, max_tokens: int = 4000) -> Dict[str, float]:
+    """Translates a subset with a checkpoint, and scores it and the tokens of the reference.
+
+    Args:
+        data: the folder of ``fairseq-preprocess``.
+        max_tokens: in a batch.
+
+    Returns:
+        ``bleu`` and ``chrf`` (sacrebleu, of words as ``fairseq-generate --remove-bpe`` prints them), ``nll`` in bits a
+        token and ``ece`` (a share, 10 bins) of the reference's tokens, both again with the ``temperature`` that fits the
+        validation set (as many tokens of it, drawn at random, as have 20 million logits), and ``seed`` of the training.
+    """
+    import sacrebleu
+
+    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([checkpoint], arg_overrides={'data': data})
+    model.eval().to('cuda' if torch.cuda.is_available() else 'cpu')
+    hypotheses, references = translations(model, cfg, task, subset=subset, beam=beam, max_tokens=max_tokens)
+    kept: List[Tuple[Tensor, Tensor]] = []
+    for lprobs, target in _tokens(model, task, 'valid', max_tokens):
+        kept.append((lprobs, target))
+        if sum(seen.numel() for seen, _ in kept) > LOGITS:
+            break
+    temperature = fit_temperature(*(torch.cat(part) for part in zip(*kept)))
+    found: Dict[str, List[Tensor]] = {}
+    for lprobs, target in _tokens(model, task, subset, max_tokens):
+        for suffix, each in (('', lprobs), ('_scaled', (lprobs / temperature).log_softmax(-1))):
+            found.setdefault(f'nll{suffix}', []).append(-each.gather(1, target[:, None]).double())
+            for part, value in zip(('confidence', 'correct'), confidence_of(each.exp(), target)):
+                found.setdefault(f'{part}{suffix}', []).append(value)
+    whole = {name: torch.cat(values) for name, values in found.items()}
+    measures = {
+        'bleu': sacrebleu.corpus_bleu(hypotheses, [references]).score,
+        'chrf': sacrebleu.corpus_chrf(hypotheses, [references]).score,
+        'temperature': temperature,
+        'seed': cfg.common.seed,
+    }
+    for suffix in ('', '_scaled'):
+        measures[f'nll{suffix}'] = whole[f'nll{suffix}'].mean().item() / math.log(2)
+        measures[f'ece{suffix}'] = calibration_error_of(whole[f'confidence{suffix}'], whole[f'correct{suffix}'])
+    return measures
+
+
+@torch.no_grad()
+def translations(model, cfg, task, *, subset: str, beam: int, max_tokens: int) -> Tuple[List[str], List[str]]:
+    """What the model translates a subset to, and the references, in words, in the order of the batches."""
+    cfg.generation.beam = beam
+    generator = task.build_generator([model], cfg.generation)
+    words = task.target_dictionary
+    ours, theirs = [], []
+    for sample in _batches(model, task, subset, max_tokens):
+        found = task.inference_step(generator, [model], sample)
+        ours += [words.string(beams[0]['tokens'].int().cpu(), '@@ ') for beams in found]
+        # Of the reference an unknown word is written otherwise, so that it is never counted as found.
+        theirs += [words.string(row[row.ne(words.pad())].int().cpu(), '@@ ', escape_unk=True) for row in sample['target']]
+    return ours, theirs
+
+
+@torch.no_grad()
+def _tokens(model, task, subset: str, max_tokens: int) -> Iterator[Tuple[Tensor, Tensor]]:
+    """Log-probabilities ``[N, V]`` and ids ``[N]`` of the reference's tokens, batch by batch."""
+    for sample in _batches(model, task, subset, max_tokens):
+        lprobs = model.get_normalized_probs(model(**sample['net_input']), log_probs=True).float()
+        real = sample['target'].ne(task.target_dictionary.pad())
+        yield lprobs[real].cpu(), sample['target'][real].cpu()
+
+
+def _batches(model, task, subset: str, max_tokens: int) -> Iterator[dict]:
+    if subset not in task.datasets:
+        task.load_dataset(subset)
+    longest = utils.resolve_max_positions(task.max_positions(), model.max_positions())
+    batches = task.get_batch_iterator(task.dataset(subset), max_tokens=max_tokens, max_positions=longest)
+    for sample in batches.next_epoch_itr(shuffle=True):
+        yield utils.move_to_cuda(sample) if torch.cuda.is_available() else sample
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compares finished translation models of fairseq: BLEU, chrF, NLL and calibration.
+
+        selfkd report-translation OUT DATA NAME=SAVE_DIR[,SAVE_DIR...] [NAME=...]
+
+        selfkd report-translation work_dirs/report data/messages/bin plain=work_dirs/plain-1 PS-KD=work_dirs/pskd-1
+
+    Runs given under one name are averaged (seeds), and compared with those of the first name, seed by seed.
+    """
+    parser = command_parser('report-translation', main.__doc__)
+    parser.add_argument('out', help='folder for table.md and runs.csv')
+    parser.add_argument('data', help='folder of fairseq-preprocess')
+    parser.add_argument('groups', nargs='+', metavar='NAME=SAVE_DIR[,SAVE_DIR...]')
+    parser.add_argument('--checkpoint', default='checkpoint_last.pt', help='file in each SAVE_DIR (%(default)s)')
+    parser.add_argument('--beam', type=int, default=5, help='(%(default)s)')
+    args = parser.parse_args(arguments)
+    try:
+        save_dirs = run_groups(args.groups)
+    except ValueError as error:
+        parser.error(str(error))
+    measured = {
+        name: [measure(str(Path(folder, args.checkpoint)), args.data, beam=args.beam) for folder in folders]
+        for name, folders in save_dirs.items()
+    }
+    text = comparison_table(measured, COLUMNS)
+    text = f'{text}\n\n{NOTE}' if len(measured) > 1 else text
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'table.md').write_text(text + '\n')
+    write_runs(str(out / 'runs.csv'), {'': measured})
+    print(f'{text}\n\nwrote {out}')
