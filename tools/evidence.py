@@ -2,8 +2,8 @@
 
     python tools/evidence.py
 
-The files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py). SECTION.csv
-makes the section of that name; several SECTION.PANEL.csv make one with a table for each.
+The files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py).
+SECTION.csv makes the section of that name; several SECTION.PANEL.csv make one with a table for each.
 """
 
 from pathlib import Path

@@ -27,7 +27,9 @@ COLUMNS = {  # title: (measure, factor, decimals, which is better)
 LOGITS = 20_000_000  # of the validation set, to which the temperature is fitted: 80 MB
 
 
-def measure(checkpoint: str, data: str, *, subset: str = 'test', beam: int = 5, max_tokens: int = 4000) -> Dict[str, float]:
+def measure(
+    checkpoint: str, data: str, *, subset: str = 'test', beam: int = 5, max_tokens: int = 4000
+) -> Dict[str, float]:
     """Translates a subset with a checkpoint, and scores it and the tokens of the reference.
 
     Args:
@@ -36,8 +38,9 @@ def measure(checkpoint: str, data: str, *, subset: str = 'test', beam: int = 5, 
 
     Returns:
         ``bleu`` and ``chrf`` (sacrebleu, of words as ``fairseq-generate --remove-bpe`` prints them), ``nll`` in bits a
-        token and ``ece`` (a share, 10 bins) of the reference's tokens, both again with the ``temperature`` that fits the
-        validation set (as many tokens of it, drawn at random, as have 20 million logits), and ``seed`` of the training.
+        token and ``ece`` (a share, 10 bins) of the reference's tokens, both again with the ``temperature`` that fits
+        the validation set (as many batches of it, drawn at random, as have 20 million logits), and ``seed`` of the
+        training.
     """
     import sacrebleu
 
@@ -80,7 +83,8 @@ def translations(model, cfg, task, *, subset: str, beam: int, max_tokens: int) -
         found = task.inference_step(generator, [model], sample)
         ours += [words.string(beams[0]['tokens'].int().cpu(), '@@ ') for beams in found]
         # Of the reference an unknown word is written otherwise, so that it is never counted as found.
-        theirs += [words.string(row[row.ne(words.pad())].int().cpu(), '@@ ', escape_unk=True) for row in sample['target']]
+        rows = [row[row.ne(words.pad())].int().cpu() for row in sample['target']]
+        theirs += [words.string(row, '@@ ', escape_unk=True) for row in rows]
     return ours, theirs
 
 
