@@ -130,7 +130,7 @@ def test_report_of_finished_runs(digits, tmp_path):
     assert '| plain | 2    |' in out
     logged = read_runs(str(tmp_path / 'logged/runs.csv'))['']['again']
     assert [run['seed'] for run in logged] == [1, 0]
-    assert logged[0]['accuracy/top1'] == pytest.approx(accuracy, abs=1e-3)
+    assert logged[0]['accuracy/top1'] == pytest.approx(runner.val()['accuracy/top1'], abs=1e-3)
     assert "they all have ['accuracy/top1'" in run(*compare_logs, '--measures', 'mIoU', fails=True)
     assert 'no evaluation in' in run('-m', 'selfkd', 'compare', tmp_path / 'x', f'plain={tmp_path}', fails=True)
 
