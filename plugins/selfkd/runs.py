@@ -1,15 +1,16 @@
 """Finished runs side by side by what their toolkit logged in its last evaluation."""
 
+import argparse
 import ast
 import json
 import re
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from .cli import command_parser
-from .comparison import NOTE, Column, comparison_table, write_runs
+from .comparison import NOTE, Column, Run, comparison_table, write_runs
 
-__all__ = ['columns_of', 'logged_measures']
+__all__ = ['columns_of', 'logged_measures', 'parse_groups', 'write_table']
 
 HIGHER = re.compile(r'acc|m?iou|m?ap\d*|ar|recall|precision|dice|auroc|bleu|chrf|f1|top\d')
 LOWER = re.compile(r'ece|nll|nll_loss|loss|error|brier|aurc|eaurc|fpr95|ppl')
@@ -84,13 +85,10 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = command_parser('compare', main.__doc__)
     parser.add_argument('out', help='folder for table.md and runs.csv')
-    parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
     parser.add_argument('--measures', nargs='+', metavar='NAME', help='which (default: all that every run has)')
-    args = parser.parse_args(arguments)
+    args, folders = parse_groups(parser, arguments)
     try:
-        groups = {
-            name: [logged_measures(folder) for folder in folders] for name, folders in run_groups(args.groups).items()
-        }
+        groups = {name: [logged_measures(folder) for folder in runs] for name, runs in folders.items()}
         everything = [run for runs in groups.values() for run in runs]
         shared = [key for key in everything[0] if key != 'seed' and all(key in run for run in everything)]
         unknown = set(args.measures or ()) - set(shared)
@@ -98,26 +96,35 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError(f'--measures: not every run has {sorted(unknown)}; they all have {shared}')
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    text = comparison_table(groups, columns_of(args.measures or shared))
-    text = f'{text}\n\n{NOTE}' if len(groups) > 1 else text
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'table.md').write_text(text + '\n')
-    write_runs(str(out / 'runs.csv'), {'': groups})
-    print(f'{text}\n\nwrote {out}')
+    print(f'{write_table(args.out, groups, columns_of(args.measures or shared))}\n\nwrote {args.out}')
 
 
-def run_groups(arguments: Sequence[str]) -> Dict[str, List[str]]:
-    """Work dirs by name, from ``NAME=WORK_DIR[,WORK_DIR...]``.
+def parse_groups(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> Tuple[argparse.Namespace, Dict[str, List[str]]]:
+    """The arguments of a report, and the work dirs by name that its last ones, ``NAME=WORK_DIR[,WORK_DIR...]``, say.
 
     Example:
-        >>> run_groups(['plain=a,b', 'PS-KD=c'])
+        >>> parse_groups(argparse.ArgumentParser(), ['plain=a,b', 'PS-KD=c'])[1]
         {'plain': ['a', 'b'], 'PS-KD': ['c']}
     """
-    groups = {}
-    for argument in arguments:
+    form = 'NAME=WORK_DIR[,WORK_DIR...]'
+    parser.add_argument('groups', nargs='+', metavar=form)
+    args, groups = parser.parse_args(arguments), {}
+    for argument in args.groups:
         name, equals, folders = argument.partition('=')
         if not equals:
-            raise ValueError(f'{argument!r}: must be NAME=WORK_DIR[,WORK_DIR...]')
+            parser.error(f'{argument!r}: must be {form}')
         groups[name] = folders.split(',')
-    return groups
+    return args, groups
+
+
+def write_table(out: str, groups: Dict[str, List[Run]], columns: Dict[str, Column]) -> str:
+    """Writes ``table.md``, how to read it included, and every run's measures, ``runs.csv``; returns the table."""
+    text = comparison_table(groups, columns)
+    text = f'{text}\n\n{NOTE}' if len(groups) > 1 else text
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'table.md').write_text(text + '\n')
+    write_runs(str(folder / 'runs.csv'), {'': groups})
+    return text

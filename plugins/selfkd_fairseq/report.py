@@ -9,20 +9,20 @@ from fairseq import checkpoint_utils, utils
 from torch import Tensor
 
 from selfkd.cli import command_parser
-from selfkd.comparison import NOTE, comparison_table, write_runs
+from selfkd.comparison import Column
 from selfkd.metrics import calibration_error_of, confidence_of, fit_temperature
-from selfkd.runs import run_groups
+from selfkd.runs import parse_groups, write_table
 
 __all__ = ['measure', 'translations']
 
-COLUMNS = {  # title: (measure, factor, decimals, which is better)
-    'BLEU': ('bleu', 1, 1, 'higher'),
-    'chrF': ('chrf', 1, 1, 'higher'),
-    'NLL, bits a token': ('nll', 1, 3, 'lower'),
-    'ECE %': ('ece', 100, 2, 'lower'),
-    'temperature': ('temperature', 1, 2, None),
-    'NLL with it': ('nll_scaled', 1, 3, 'lower'),
-    'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
+COLUMNS = {  # title: measure, factor, decimals, which is better
+    'BLEU': Column('bleu', 1, 1, 'higher'),
+    'chrF': Column('chrf', 1, 1, 'higher'),
+    'NLL, bits a token': Column('nll', 1, 3, 'lower'),
+    'ECE %': Column('ece', 100, 2, 'lower'),
+    'temperature': Column('temperature', 1, 2, None),
+    'NLL with it': Column('nll_scaled', 1, 3, 'lower'),
+    'ECE % with it': Column('ece_scaled', 100, 2, 'lower'),
 }
 LOGITS = 20_000_000  # of the validation set, to which the temperature is fitted: 80 MB
 
@@ -118,22 +118,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = command_parser('report-translation', main.__doc__)
     parser.add_argument('out', help='folder for table.md and runs.csv')
     parser.add_argument('data', help='folder of fairseq-preprocess')
-    parser.add_argument('groups', nargs='+', metavar='NAME=SAVE_DIR[,SAVE_DIR...]')
     parser.add_argument('--checkpoint', default='checkpoint_last.pt', help='file in each SAVE_DIR (%(default)s)')
     parser.add_argument('--beam', type=int, default=5, help='(%(default)s)')
-    args = parser.parse_args(arguments)
-    try:
-        save_dirs = run_groups(args.groups)
-    except ValueError as error:
-        parser.error(str(error))
+    args, save_dirs = parse_groups(parser, arguments)
     measured = {
         name: [measure(str(Path(folder, args.checkpoint)), args.data, beam=args.beam) for folder in folders]
         for name, folders in save_dirs.items()
     }
-    text = comparison_table(measured, COLUMNS)
-    text = f'{text}\n\n{NOTE}' if len(measured) > 1 else text
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'table.md').write_text(text + '\n')
-    write_runs(str(out / 'runs.csv'), {'': measured})
-    print(f'{text}\n\nwrote {out}')
+    print(f'{write_table(args.out, measured, COLUMNS)}\n\nwrote {args.out}')

@@ -9,7 +9,8 @@ from mmengine.runner import Runner
 
 from selfkd.cli import command_parser
 from selfkd.comparison import NOTE, comparison_table
-from selfkd_mmengine.report import finished_run, run_groups, seed_of
+from selfkd.runs import parse_groups
+from selfkd_mmengine.report import finished_run, seed_of
 
 __all__ = ['Detections', 'detect', 'draw', 'table']
 
@@ -138,12 +139,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = command_parser('report-detection', main.__doc__)
     parser.add_argument('out', help='folder for table.md and detections.png')
-    parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
-    args = parser.parse_args(arguments)
-    try:
-        work_dirs = run_groups(args.groups)
-    except ValueError as error:
-        parser.error(str(error))
+    args, work_dirs = parse_groups(parser, arguments)
     groups = {name: [detect(folder) for folder in folders] for name, folders in work_dirs.items()}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

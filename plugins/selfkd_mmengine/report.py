@@ -1,11 +1,11 @@
 """What the reports on finished runs share: finding the runs, and what stands in their configs."""
 
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 from mmengine.config import Config
 
-__all__ = ['finished_run', 'run_groups', 'seed_of']
+__all__ = ['finished_run', 'seed_of']
 
 
 def finished_run(work_dir: str, checkpoint: Optional[str] = None) -> Tuple[Config, str]:
@@ -26,19 +26,3 @@ def finished_run(work_dir: str, checkpoint: Optional[str] = None) -> Tuple[Confi
 def seed_of(cfg: Config) -> Optional[int]:
     """The seed that a config asks for, if it does: it says which runs of two methods make a pair."""
     return cfg.get('randomness', {}).get('seed')
-
-
-def run_groups(arguments: Sequence[str]) -> Dict[str, List[str]]:
-    """Work dirs by name, from ``NAME=WORK_DIR[,WORK_DIR...]``.
-
-    Example:
-        >>> run_groups(['plain=a,b', 'PS-KD=c'])
-        {'plain': ['a', 'b'], 'PS-KD': ['c']}
-    """
-    groups = {}
-    for argument in arguments:
-        name, equals, folders = argument.partition('=')
-        if not equals:
-            raise ValueError(f'{argument!r}: must be NAME=WORK_DIR[,WORK_DIR...]')
-        groups[name] = folders.split(',')
-    return groups

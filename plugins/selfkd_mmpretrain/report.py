@@ -15,7 +15,8 @@ from torch import Tensor
 from selfkd import metrics
 from selfkd.cli import command_parser
 from selfkd.comparison import NOTE, comparison_table, write_runs
-from selfkd_mmengine.report import finished_run, run_groups, seed_of
+from selfkd.runs import parse_groups
+from selfkd_mmengine.report import finished_run, seed_of
 
 __all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table', 'tables']
 
@@ -272,12 +273,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         '--ood', metavar='FOLDER', help='images of another kind: adds AUROC, AUPR, FPR95 and ood_roc.png'
     )
-    parser.add_argument('groups', nargs='+', metavar='NAME=WORK_DIR[,WORK_DIR...]')
-    args = parser.parse_args(arguments)
-    try:
-        work_dirs = run_groups(args.groups)
-    except ValueError as error:
-        parser.error(str(error))
+    args, work_dirs = parse_groups(parser, arguments)
     groups = {name: [predict(folder, ood=args.ood) for folder in folders] for name, folders in work_dirs.items()}
     print(write_report({'': groups}, args.out))
     print(f'\nwrote {args.out}')
