@@ -267,8 +267,8 @@ class TokenBank(Past):
     def state_dict(self, end_of_epoch):
         if self.unsent and distributed_utils.get_data_parallel_world_size() > 1:
             logger.warning(
-                'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks '
-                'what the other processes predicted in this epoch'
+                'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks what '
+                'the other processes predicted in this epoch'
             )
         if not self.filled:
             return None

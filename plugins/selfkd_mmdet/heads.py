@@ -129,8 +129,8 @@ def check_region_loss(user: str, head: nn.Module) -> None:
     loss = head.loss_cls
     if type(loss) is not CrossEntropyLoss or loss.use_sigmoid or loss.use_mask:
         raise ValueError(
-            f'{user}: {type(head).__name__} classifies regions with {type(loss).__name__}, but distillation is '
-            'between softmax predictions: use loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False)'
+            f'{user}: {type(head).__name__} classifies regions with {type(loss).__name__}, but distillation is between '
+            'softmax predictions: use loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False)'
         )
 
 

@@ -144,8 +144,8 @@ class SelfKDHook(Hook):
         self._computing_loss = False
         if not self._taps and (self.fires_every_step or not self._forwards):
             raise RuntimeError(
-                f'{type(self).__name__}: the loss module {type(self.tapped).__name__} was never called while the '
-                'model computed its loss, so the loss would be the plain one. The head must call its loss_module; '
+                f'{type(self).__name__}: the loss module {type(self.tapped).__name__} was never called while the model '
+                'computed its loss, so the loss would be the plain one. The head must call its loss_module; '
                 'remove this hook to train without it'
             )
         self._forwards += 1
@@ -156,8 +156,8 @@ class SelfKDHook(Hook):
         if not self._forwards:
             raise RuntimeError(
                 f'{type(self).__name__}: the model computed a training loss without a call model(..., mode="loss"), so '
-                'it could not be tapped (has it a train_step of its own, or one compiled for an earlier run of '
-                'this process?); remove this hook to train without it'
+                'it could not be tapped (has it a train_step of its own, or one compiled for an earlier run of this '
+                'process?); remove this hook to train without it'
             )
 
     def after_train(self, runner: Runner) -> None:

@@ -140,8 +140,8 @@ class FRSKDImageClassifier(ImageClassifier):
         missing = [stage.module for stage, x in zip(self._stages, maps) if x is None]
         if missing:
             raise RuntimeError(
-                f'FRSKDImageClassifier: {missing} of {type(self.backbone).__name__} gave no feature maps for images '
-                f'of {tuple(size)} pixels: name other modules in self_teacher.stages'
+                f'FRSKDImageClassifier: {missing} of {type(self.backbone).__name__} gave no feature maps for images of '
+                f'{tuple(size)} pixels: name other modules in self_teacher.stages'
             )
 
 
@@ -278,8 +278,8 @@ def find_stages(model: ImageClassifier, names: Optional[Sequence[str]] = None) -
     unknown = names if isinstance(names, str) else [n for n in names or () if n not in modules]
     if unknown:
         raise ValueError(
-            f'FRSKDImageClassifier: self_teacher.stages must list modules of {name}, of which {unknown!r} is '
-            'none; print(model.backbone) shows them'
+            f'FRSKDImageClassifier: self_teacher.stages must list modules of {name}, of which {unknown!r} is none; '
+            'print(model.backbone) shows them'
         )
     size, outputs, relus, num_classes = _watched(model, names)
     found: Dict[Tuple[int, int], Stage] = {}

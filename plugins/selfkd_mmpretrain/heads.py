@@ -37,8 +37,8 @@ def check_head(user: str, model: nn.Module) -> None:
     check_head_type(user, head)
     if isinstance(head, ArcFaceClsHead):
         raise ValueError(
-            f'{user}: {name} trains on logits with a margin, which are not its predictions: what it would teach '
-            'points away from the label. Use a LinearClsHead, or train without this method'
+            f'{user}: {name} trains on logits with a margin, which are not its predictions: what it would teach points '
+            'away from the label. Use a LinearClsHead, or train without this method'
         )
     if isinstance(head, ConformerHead):
         raise ValueError(
@@ -116,7 +116,7 @@ class ClassifierHook(SelfKDHook):
         if self._computing_loss and self._prediction is not None and self._prediction is not logits:
             raise RuntimeError(
                 f'{type(self).__name__}: {type(loss).__name__} is trained on other logits than those that the head '
-                'predicts (with a margin, a temperature, one of several?), so predictions cannot be taught; train '
-                'this head without this hook'
+                'predicts (with a margin, a temperature, one of several?), so predictions cannot be taught; train this '
+                'head without this hook'
             )
         self._prediction = None

@@ -69,8 +69,8 @@ class FRSKDEncoderDecoder(EncoderDecoder):
         options = dict(self_teacher or {})
         if options.get('num_classes', self.num_classes) != self.num_classes:
             raise ValueError(
-                f'FRSKDEncoderDecoder: self_teacher.num_classes is {options["num_classes"]}, but the decode head '
-                f'has {self.num_classes} classes: leave it out, it is taken from there'
+                f'FRSKDEncoderDecoder: self_teacher.num_classes is {options["num_classes"]}, but the decode head has '
+                f'{self.num_classes} classes: leave it out, it is taken from there'
             )
         if 'in_channels' not in options:
             options['in_channels'] = self._channels(kwargs, options.get('in_index'))
@@ -121,8 +121,8 @@ class FRSKDEncoderDecoder(EncoderDecoder):
             except Exception as error:  # of whatever network
                 reason = error
         raise ValueError(
-            'FRSKDEncoderDecoder: the network does not run on an empty image, so the channels of its feature maps '
-            f'are not known: set self_teacher.in_channels ({type(reason).__name__}: {reason})'
+            'FRSKDEncoderDecoder: the network does not run on an empty image, so the channels of its feature maps are '
+            f'not known: set self_teacher.in_channels ({type(reason).__name__}: {reason})'
         ) from reason
 
     def _decode_head_forward_train(self, inputs: List[Tensor], data_samples: SampleList) -> dict:

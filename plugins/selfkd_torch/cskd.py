@@ -136,8 +136,8 @@ def _first(batch):
     if isinstance(batch, Tensor):
         return batch
     raise ValueError(
-        f'CSKD: which part of a {type(batch).__name__} goes to the model? Say it with inputs=, as '
-        "lambda batch: batch['x']"
+        f'CSKD: which part of a {type(batch).__name__} goes to the model? '
+        "Say it with inputs=, as lambda batch: batch['x']"
     )
 
 

@@ -174,9 +174,9 @@ class PSKD:
             )
         if logits.shape != (len(rows), self.bank.num_classes):
             raise ValueError(
-                f'PSKD: the batch has {len(rows)} samples of {self.bank.num_classes} classes, so the bank wants '
-                f'logits {(len(rows), self.bank.num_classes)}, got {tuple(logits.shape)}: for pixels, tokens, or '
-                "samples that the loop repeats, use teacher='snapshot'"
+                f'PSKD: the batch has {len(rows)} samples of {self.bank.num_classes} classes, so the bank wants logits '
+                f'{(len(rows), self.bank.num_classes)}, got {tuple(logits.shape)}: for pixels, tokens, or samples that '
+                "the loop repeats, use teacher='snapshot'"
             )
         if target.is_floating_point():
             raise ValueError(
