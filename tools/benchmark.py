@@ -1,8 +1,9 @@
 """Measures what the methods cost, as ratios to the plain computation timed alternately in the same run.
 
     python tools/benchmark.py [SUITE ...] [--threads N] [--write docs/performance.md]
+    python tools/benchmark.py --device cuda --size full [SUITE ...] [--write docs/performance.md]
 
---write puts each table into its section of the page.
+--write puts each suite's tables into its section of the page.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from importlib import import_module
 
 SUITES = {
     'loss': 'selfkd.loss_benchmark:loss_suite',
+    'bank': 'selfkd.loss_benchmark:bank_suite',
     'torch': 'selfkd_torch.benchmark:step_suite',
     'mmpretrain': 'selfkd_mmpretrain.benchmark:step_suite',
     'distillation': 'selfkd_mmpretrain.benchmark:distillation_suite',
@@ -26,6 +28,10 @@ def main() -> None:
     parser.add_argument(
         'suites', nargs='*', metavar='SUITE', help=f'of {", ".join(SUITES)} (default: all whose toolkit is installed)'
     )
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: cuda, where torch finds a GPU')
+    parser.add_argument(
+        '--size', choices=('small', 'full'), default='small', help='full: the shapes that people train, for a GPU'
+    )
     parser.add_argument('--threads', type=int, help="torch's threads (default: as torch chooses)")
     parser.add_argument('--write', metavar='PAGE', help='Markdown page whose sections are replaced')
     args = parser.parse_args()
@@ -34,9 +40,15 @@ def main() -> None:
         parser.error(f'no suite {sorted(unknown)}; there are {list(SUITES)}')
 
     os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # the profiler, which counts memory, is talkative
+    if args.device == 'cpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the toolkits' trainers choose the device by themselves
     import torch
 
-    from selfkd.benchmark import hardware, to_markdown, write_section
+    from selfkd.benchmark import to_markdown, write_section
+
+    if not torch.cuda.is_available() and (args.device == 'cuda' or args.size == 'full'):
+        option = '--device cuda' if args.device == 'cuda' else '--size full'
+        parser.error(f'{option} needs a GPU that torch {torch.__version__} can use, and none is here: leave it out')
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -49,10 +61,11 @@ def main() -> None:
                 raise
             print(f'## {name}\n\nLeft out: {error}.\n')
             continue
-        text = f'{suite.__doc__.splitlines()[0]}\n\nMeasured on {hardware()}.\n\n{to_markdown(suite())}'
-        print(f'## {name}\n\n{text}\n')
+        text = '\n\n'.join(to_markdown(table) for table in suite(args.size))
+        section = name if args.size == 'small' else f'{name}-full'
+        print(f'## {section}\n\n{text}\n', flush=True)
         if args.write:
-            write_section(args.write, name, text)
+            write_section(args.write, section, text)
 
 
 if __name__ == '__main__':

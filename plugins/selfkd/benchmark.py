@@ -1,7 +1,8 @@
 """Cost of a method as a ratio to the plain computation, both timed alternately in one run.
 
 A ratio of interleaved steps cancels what else the machine is doing; absolute times would not. What is measured, the
-suites, lies with the plugins.
+suites, lies with the plugins. A suite measures its shapes of one size: ``small`` ones for a CPU, ``full`` ones, which
+people train, for a GPU, and ``tiny`` ones, the full size's in small numbers, for tests.
 """
 
 import platform
@@ -11,7 +12,7 @@ from typing import Callable, Dict, List, NamedTuple
 
 import torch
 
-__all__ = ['Cost', 'compare', 'hardware', 'peak_bytes', 'to_markdown', 'write_section']
+__all__ = ['Cost', 'Table', 'compare', 'hardware', 'peak_bytes', 'to_markdown', 'used_device', 'write_section']
 
 
 class Cost(NamedTuple):
@@ -23,15 +24,27 @@ class Cost(NamedTuple):
     memory_ratio: float
 
 
-def compare(
-    candidates: Dict[str, Callable[[], object]], *, repeats: int = 20, warmup: int = 3, memory: bool = True
-) -> List[Cost]:
-    """Runs the candidates in turn, ``repeats`` times; the first is the plain one that the others are divided by.
+class Table(NamedTuple):
+    """What a suite found for one shape, and what was computed."""
+
+    title: str
+    costs: List[Cost]
+
+
+def used_device() -> torch.device:
+    """The GPU, where there is one: mmengine's and fairseq's trainers choose the same."""
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def compare(candidates: Dict[str, Callable[[], object]], *, repeats: int = 20) -> List[Cost]:
+    """Runs the candidates in turn, ``repeats`` times after a warm-up; the first is the plain one that the others are
+    divided by.
 
     Args:
         candidates: name -> one step, including its backward pass; it leaves no tensors behind that it has made.
-        memory: also compare the most memory a step holds at a time.
+        repeats: a single one is a try-out, without a warm-up, and of memory ratios 1.
     """
+    warmup = 3 if repeats > 1 else 0
     times: Dict[str, List[float]] = {name: [] for name in candidates}
     for repeat in range(warmup + repeats):
         for name, step in candidates.items():
@@ -41,7 +54,7 @@ def compare(
             _synchronize()
             if repeat >= warmup:
                 times[name].append(time.perf_counter() - start)
-    peaks = {name: peak_bytes(step) if memory else 1 for name, step in candidates.items()}
+    peaks = {name: peak_bytes(step) if repeats > 1 else 1 for name, step in candidates.items()}
     plain = next(iter(candidates))
     return [
         Cost(
@@ -84,9 +97,10 @@ def hardware() -> str:
     return f'{model}, {torch.get_num_threads()} threads, torch {torch.__version__}'
 
 
-def to_markdown(costs: List[Cost]) -> str:
-    rows = ['| | ms per step | time ratio | memory ratio |', '| --- | --- | --- | --- |']
-    rows += [f'| {c.name} | {c.milliseconds:.1f} | {c.time_ratio:.2f} | {c.memory_ratio:.2f} |' for c in costs]
+def to_markdown(table: Table) -> str:
+    rows = [table.title, '', f'Measured on {hardware()}.', '']
+    rows += ['| | ms per step | time ratio | memory ratio |', '| --- | --- | --- | --- |']
+    rows += [f'| {c.name} | {c.milliseconds:.1f} | {c.time_ratio:.2f} | {c.memory_ratio:.2f} |' for c in table.costs]
     return '\n'.join(rows)
 
 

@@ -1,7 +1,6 @@
 """What a training step costs with each method, against the plain step, in real mmengine runners."""
 
-import tempfile
-from typing import List
+from typing import List, NamedTuple
 
 import numpy as np
 import torch
@@ -10,27 +9,51 @@ from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.hub import get_config
-from mmengine.runner import Runner
 
-from selfkd.benchmark import Cost, compare
-from selfkd_mmengine.benchmark import step_of
+from selfkd.benchmark import Table
+from selfkd_mmengine.benchmark import compare_configs, training_config
 
-__all__ = ['RandomDetections', 'make_step', 'step_suite']
+__all__ = ['RandomDetections', 'make_config', 'step_suite']
+
+
+class Shape(NamedTuple):
+    """Of a training step."""
+
+    depth: int
+    batch: int
+    height: int
+    width: int
+    regions: int = 512
+    batches: int = 4
+    repeats: int = 32
+
+
+FULL = Shape(50, 2, 800, 1333)
+SHAPES = dict(
+    tiny=FULL._replace(depth=18, batch=1, height=64, width=96, regions=16, batches=1, repeats=1),
+    small=Shape(18, 2, 128, 128),
+    full=FULL,
+)
 
 
 @DATASETS.register_module()
 class RandomDetections(BaseDataset):
-    """Random 128 x 128 images with three boxes of 20 classes."""
+    """Random images with three boxes of 20 classes."""
+
+    def __init__(self, samples: int, height: int, width: int, **kwargs):
+        self.samples, self.height, self.width = samples, height, width
+        super().__init__(**kwargs)
 
     def load_data_list(self):
         rng = np.random.default_rng(0)
+        scale = np.array([self.width, self.height])
         scenes = []
-        for _ in range(8):
-            corner, size = rng.uniform(0, 64, (3, 2)), rng.uniform(24, 64, (3, 2))
+        for _ in range(self.samples):
+            corner, size = scale * rng.uniform(0, 0.5, (3, 2)), scale * rng.uniform(0.2, 0.5, (3, 2))
             scenes.append(
                 dict(
-                    img=rng.integers(0, 256, (128, 128, 3), dtype=np.uint8),
-                    img_shape=(128, 128),
+                    img=rng.integers(0, 256, (self.height, self.width, 3), dtype=np.uint8),
+                    img_shape=(self.height, self.width),
                     gt_bboxes=HorizontalBoxes(torch.tensor(np.hstack([corner, corner + size])).float()),
                     gt_bboxes_labels=rng.integers(0, 20, 3),
                     gt_ignore_flags=np.zeros(3, dtype=bool),
@@ -39,56 +62,46 @@ class RandomDetections(BaseDataset):
         return scenes
 
 
-def make_step(base: str, work_dir: str, hook: str = '', **roi_head):
-    """A step of MMDetection's own PASCAL VOC config with a ResNet-18, batch 2."""
+def make_config(shape: Shape, base: str, hook: str = '', **roi_head) -> Config:
+    """MMDetection's own PASCAL VOC config, with the shape's images and ResNet."""
     model = get_config(f'mmdet::pascal_voc/{base}_r50_fpn_1x_voc0712.py').model
-    model.backbone.update(depth=18, init_cfg=None)
-    model.neck.in_channels = [64, 128, 256, 512]
+    model.backbone.update(depth=shape.depth, init_cfg=None)
+    if shape.depth < 50:
+        model.neck.in_channels = [64, 128, 256, 512]
+    if base == 'faster-rcnn':
+        model.train_cfg.rcnn.sampler.num = shape.regions
     if roi_head:
         model.roi_head.update(roi_head)
-    cfg = Config(
-        dict(
-            default_scope='mmdet',
-            model=model,
-            train_dataloader=dict(
-                batch_size=2,
-                dataset=dict(
-                    type='RandomDetections',
-                    serialize_data=False,
-                    pipeline=[dict(type='PackDetInputs', meta_keys=('img_shape',))],
-                ),
-                sampler=dict(type='DefaultSampler', shuffle=True),
-            ),
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.001, momentum=0.9)),
-            train_cfg=dict(by_epoch=True, max_epochs=10**4),
-            custom_hooks=[dict(type=hook)] if hook else [],
-            # The same weights for all: RoIAlign's cost depends on the size of the regions that the RPN proposes.
-            randomness=dict(seed=0),
-            work_dir=work_dir,
-            experiment_name=f'benchmark-{work_dir}',
-            log_level='ERROR',
-        )
+    dataset = dict(
+        type='RandomDetections',
+        samples=shape.batches * shape.batch,
+        height=shape.height,
+        width=shape.width,
+        pipeline=[dict(type='PackDetInputs', meta_keys=('img_shape',))],
     )
-    return step_of(Runner.from_cfg(cfg))
+    return training_config('mmdet', model, dataset, shape.batch, lr=0.001, hook=dict(type=hook) if hook else None)
 
 
-def step_suite() -> List[Cost]:
-    """A whole training step of Faster R-CNN and RetinaNet, ResNet-18 FPN, batch 2, 128 x 128 pixels."""
-    with tempfile.TemporaryDirectory() as folder:
-        two_stage = compare(
-            {
-                'Faster R-CNN': make_step('faster-rcnn', f'{folder}/plain'),
-                'PS-KD': make_step('faster-rcnn', f'{folder}/pskd', 'selfkd_mmdet.PSKDHook'),
-                'CS-KD': make_step('faster-rcnn', f'{folder}/cskd', 'selfkd_mmdet.CSKDHook'),
-                'FRSKD': make_step('faster-rcnn', f'{folder}/frskd', type='selfkd_mmdet.FRSKDRoIHead'),
-            },
-            repeats=32,
+def step_suite(size: str = 'small') -> List[Table]:
+    """Faster R-CNN and RetinaNet in MMDetection."""
+    shape = SHAPES[size]
+    detectors = {
+        'Faster R-CNN': {
+            'Faster R-CNN': make_config(shape, 'faster-rcnn'),
+            'PS-KD': make_config(shape, 'faster-rcnn', 'selfkd_mmdet.PSKDHook'),
+            'CS-KD': make_config(shape, 'faster-rcnn', 'selfkd_mmdet.CSKDHook'),
+            'FRSKD': make_config(shape, 'faster-rcnn', type='selfkd_mmdet.FRSKDRoIHead'),
+        },
+        'RetinaNet': {
+            'RetinaNet': make_config(shape, 'retinanet'),
+            'RetinaNet, PS-KD': make_config(shape, 'retinanet', 'selfkd_mmdet.PSKDHook'),
+        },
+    }
+    tables = []
+    for detector, configs in detectors.items():
+        title = (
+            f'A whole training step of {detector}, ResNet-{shape.depth} FPN, batch {shape.batch}, '
+            f'{shape.height} x {shape.width} pixels.'
         )
-        one_stage = compare(
-            {
-                'RetinaNet': make_step('retinanet', f'{folder}/retinanet'),
-                'RetinaNet, PS-KD': make_step('retinanet', f'{folder}/retinanet-pskd', 'selfkd_mmdet.PSKDHook'),
-            },
-            repeats=8,
-        )
-    return [*two_stage, *one_stage]
+        tables.append(Table(title, compare_configs(configs, shape.repeats)))
+    return tables

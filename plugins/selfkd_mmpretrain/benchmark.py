@@ -1,16 +1,14 @@
 """What a training step costs with each method, against the plain step, in real mmengine runners."""
 
-import tempfile
-from typing import Dict, List, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.runner import Runner
 from mmpretrain.registry import DATASETS
 
-from selfkd.benchmark import Cost, compare
-from selfkd_mmengine.benchmark import step_of
+from selfkd.benchmark import Table
+from selfkd_mmengine.benchmark import compare_configs, training_config
 
 __all__ = ['distillation_suite', 'step_suite']
 
@@ -22,59 +20,89 @@ HOOKS: Dict[str, Optional[dict]] = {
 }
 
 
+class Shape(NamedTuple):
+    """Of a training step."""
+
+    network: str
+    backbone: dict
+    channels: int
+    batch: int
+    pixels: int
+    classes: int
+    amp: bool = False
+    batches: int = 4
+    repeats: int = 16
+
+
+PREACT = dict(type='selfkd_mmpretrain.PreActResNet', depth=18)
+RESNET50 = dict(type='ResNet', depth=50, out_indices=(3,))
+SHAPES = dict(
+    small=[Shape('ResNet-18', dict(type='ResNet_CIFAR', depth=18, out_indices=(3,)), 512, 32, 32, 100)],
+    full=[
+        Shape('PreAct ResNet-18', PREACT, 512, 128, 32, 100),
+        Shape('ResNet-50', RESNET50, 2048, 128, 224, 1000, amp=True),
+    ],
+)
+SHAPES['tiny'] = [shape._replace(batch=2, pixels=32, classes=20, batches=1, repeats=1) for shape in SHAPES['full']]
+
+
 @DATASETS.register_module()
 class RandomImages(BaseDataset):
-    """Random 32 x 32 images of 100 classes."""
+    """Random square images."""
+
+    def __init__(self, samples: int, pixels: int, classes: int, **kwargs):
+        self.samples, self.pixels, self.classes = samples, pixels, classes
+        super().__init__(**kwargs)
 
     def load_data_list(self):
         rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (128, 32, 32, 3), dtype=np.uint8)
-        return [dict(img=image, gt_label=int(rng.integers(100))) for image in images]
+        images = rng.integers(0, 256, (self.samples, self.pixels, self.pixels, 3), dtype=np.uint8)
+        return [dict(img=image, gt_label=int(rng.integers(self.classes))) for image in images]
 
 
-def make_step(hook: Optional[dict], work_dir: str, frskd: bool = False):
-    """One training step, hooks included, of a run in its second epoch, where past predictions exist."""
-    cfg = Config(
-        dict(
-            default_scope='mmpretrain',
-            model=dict(
-                type='ImageClassifier',
-                backbone=dict(type='ResNet_CIFAR', depth=18, out_indices=(3,)),
-                neck=dict(type='GlobalAveragePooling'),
-                head=dict(type='LinearClsHead', num_classes=100, in_channels=512),
-            ),
-            train_dataloader=dict(
-                batch_size=32,
-                dataset=dict(type='RandomImages', pipeline=[dict(type='PackInputs')]),
-                sampler=dict(type='DefaultSampler', shuffle=True),
-            ),
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
-            train_cfg=dict(by_epoch=True, max_epochs=10),
-            custom_hooks=[hook] if hook else [],
-            work_dir=work_dir,
-            experiment_name=f'benchmark-{work_dir}',
-            log_level='ERROR',
-        )
+def make_config(shape: Shape, hook: Optional[dict] = None) -> Config:
+    head = dict(type='LinearClsHead', num_classes=shape.classes, in_channels=shape.channels)
+    neck = dict(type='GlobalAveragePooling')
+    dataset = dict(
+        type='RandomImages',
+        samples=shape.batches * shape.batch,
+        pixels=shape.pixels,
+        classes=shape.classes,
+        pipeline=[dict(type='PackInputs')],
     )
-    if frskd:
-        cfg.model.type = 'selfkd_mmpretrain.FRSKDImageClassifier'
-    return step_of(Runner.from_cfg(cfg))
+    return training_config(
+        'mmpretrain',
+        dict(type='ImageClassifier', backbone=shape.backbone, neck=neck, head=head),
+        dataset,
+        shape.batch,
+        lr=0.1,
+        hook=hook,
+        amp=shape.amp,
+    )
 
 
-def step_suite() -> List[Cost]:
-    """A whole ResNet-18 training step, batch 32, 32 x 32 images, 100 classes."""
-    with tempfile.TemporaryDirectory() as folder:
-        return compare({name: make_step(hook, f'{folder}/{i}') for i, (name, hook) in enumerate(HOOKS.items())})
+def _title(shape: Shape) -> str:
+    return (
+        f'a whole {shape.network} training step, batch {shape.batch}, {shape.pixels} x {shape.pixels} images, '
+        f'{shape.classes} classes{", mixed precision" if shape.amp else ""}.'
+    )
 
 
-def distillation_suite() -> List[Cost]:
-    """CS-KD and FRSKD: a whole ResNet-18 training step, batch 32, 32 x 32 images, 100 classes."""
-    with tempfile.TemporaryDirectory() as folder:
-        return compare(
-            {
-                'plain': make_step(None, f'{folder}/plain'),
-                'CS-KD': make_step(dict(type='selfkd_mmpretrain.CSKDHook'), f'{folder}/cskd'),
-                'FRSKD': make_step(None, f'{folder}/frskd', frskd=True),
-            },
-            repeats=12,
-        )
+def step_suite(size: str = 'small') -> List[Table]:
+    """PS-KD in MMPretrain."""
+    tables = []
+    for shape in SHAPES[size]:
+        configs = {name: make_config(shape, hook) for name, hook in HOOKS.items()}
+        tables.append(Table(f'PS-KD: {_title(shape)}', compare_configs(configs, shape.repeats)))
+    return tables
+
+
+def distillation_suite(size: str = 'small') -> List[Table]:
+    """CS-KD and FRSKD in MMPretrain."""
+    tables = []
+    for shape in SHAPES[size]:
+        cskd, frskd = make_config(shape, dict(type='selfkd_mmpretrain.CSKDHook')), make_config(shape)
+        frskd.model.type = 'selfkd_mmpretrain.FRSKDImageClassifier'
+        configs = {'plain': make_config(shape), 'CS-KD': cskd, 'FRSKD': frskd}
+        tables.append(Table(f'CS-KD and FRSKD: {_title(shape)}', compare_configs(configs, shape.repeats)))
+    return tables

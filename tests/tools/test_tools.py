@@ -18,7 +18,6 @@ from mmpretrain.registry import MODELS
 from PIL import Image
 
 from conftest import ROOT
-from selfkd.benchmark import compare, peak_bytes, write_section
 from selfkd.comparison import read_runs
 from selfkd.metrics import apply_temperature, fit_temperature, nll, ood_scores, recall_at_1
 from selfkd_mmpretrain.report import measure, predict, table
@@ -139,25 +138,6 @@ def test_table_shows_mean_and_spread():
     runs = [{'error': e, 'nll': 1.0, 'ece': 0.1, 'aurc': 0.01} for e in (0.1, 0.2)]
     assert '| 15.00 ± 7.07 |' in table({'x': runs})
     assert '±' not in table({'x': runs[:1]})
-
-
-def test_benchmark_ratios_and_sections(tmp_path):
-    x = torch.randn(200, 200)
-
-    def work(n):
-        for _ in range(n):
-            x @ x
-
-    costs = compare({'one': lambda: work(5), 'four': lambda: work(20)}, repeats=5)
-    assert costs[0].time_ratio == 1
-    assert costs[1].time_ratio > 1.5  # four times the work
-    assert peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000)) == 3 * 4000
-    page = tmp_path / 'page.md'
-    page.write_text('a\n<!-- loss -->\nold\n<!-- end loss -->\nb\n')
-    write_section(str(page), 'loss', 'new')
-    assert page.read_text() == 'a\n<!-- loss -->\nnew\n<!-- end loss -->\nb\n'
-    with pytest.raises(ValueError, match='has no section'):
-        write_section(str(page), 'other', 'x')
 
 
 def test_demo_of_one_seed_and_again(tmp_path):

@@ -1,0 +1,168 @@
+"""tools/benchmark.py: every suite, in small numbers, and the sizes that it has for a GPU."""
+
+import math
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+from mmengine.registry import MODELS, DefaultScope
+
+from conftest import ROOT
+from selfkd.benchmark import compare, peak_bytes, write_section
+
+TOOL = ROOT / 'tools/benchmark.py'
+PAGE = ROOT / 'docs/performance.md'
+
+
+def test_benchmark_ratios_and_sections(tmp_path):
+    x = torch.randn(200, 200)
+
+    def work(n):
+        for _ in range(n):
+            x @ x
+
+    costs = compare({'one': lambda: work(5), 'four': lambda: work(20)}, repeats=5)
+    assert costs[0].time_ratio == 1
+    assert costs[1].time_ratio > 1.5  # four times the work
+    assert peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000)) == 3 * 4000
+    page = tmp_path / 'page.md'
+    page.write_text('a\n<!-- loss -->\nold\n<!-- end loss -->\nb\n')
+    write_section(str(page), 'loss', 'new')
+    assert page.read_text() == 'a\n<!-- loss -->\nnew\n<!-- end loss -->\nb\n'
+    with pytest.raises(ValueError, match='has no section'):
+        write_section(str(page), 'other', 'x')
+
+
+@pytest.fixture
+def toolkit(monkeypatch):
+    """Imports a plugin's benchmark; skips where the toolkit is not installed."""
+
+    def load(plugin):
+        pytest.importorskip({'selfkd': 'torch', 'selfkd_torch': 'torchvision'}.get(plugin, plugin[7:]))
+        if plugin == 'selfkd_mmpretrain':  # mmengine has mixed precision for GPUs alone; torch has bfloat16 for CPUs
+            monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+        return import_module(f'{plugin}.{"loss_" if plugin == "selfkd" else ""}benchmark')
+
+    return load
+
+
+# Rows of each table, the plain one first.
+ROWS = {
+    'loss': [5],
+    'bank': [3 + 2 * torch.cuda.is_available()],
+    'torch': [4],
+    'mmpretrain': [4, 4],
+    'distillation': [3, 3],
+    'mmdet': [4, 2],
+    'detectron2': [4],
+    'mmseg': [3, 5],
+    'fairseq': [3],
+}
+
+
+def suites():
+    import benchmark
+
+    return {name: where.split(':') for name, where in benchmark.SUITES.items()}
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_each_suite_measures_what_the_full_size_does(name, toolkit):
+    module, function = suites()[name]
+    tables = getattr(toolkit(module.split('.')[0]), function)('tiny')
+    assert [len(table.costs) for table in tables] == ROWS[name]
+    for table in tables:
+        assert table.title.endswith('.')
+        for cost in table.costs:
+            assert 0 < cost.milliseconds < math.inf, cost
+            assert 0 < cost.time_ratio < math.inf, cost
+            assert 0 < cost.memory_ratio < math.inf, cost
+        assert table.costs[0].time_ratio == table.costs[0].memory_ratio == 1
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def built(toolkit, cfg):
+    """The model of an OpenMMLab toolkit's config."""
+    with DefaultScope.overwrite_default_scope(toolkit):
+        return MODELS.build(cfg.model)
+
+
+def test_full_sizes_in_mmpretrain(toolkit):
+    plugin = toolkit('selfkd_mmpretrain')
+    preact, resnet = plugin.SHAPES['full']
+    assert (preact.batch, preact.pixels, preact.classes) == (128, 32, 100)
+    assert (resnet.batch, resnet.pixels, resnet.classes) == (128, 224, 1000)
+    assert parameters(built('mmpretrain', plugin.make_config(preact))) == 11_217_444
+    cfg = plugin.make_config(resnet)
+    assert parameters(built('mmpretrain', cfg)) == 25_557_032
+    assert (cfg.optim_wrapper.type, cfg.train_dataloader.batch_size) == ('AmpOptimWrapper', 128)
+
+
+def test_full_sizes_in_mmdet(toolkit):
+    """Those of the zoo: batch 2 a GPU, the shorter side 800."""
+    plugin = toolkit('selfkd_mmdet')
+    shape = plugin.SHAPES['full']
+    assert (shape.batch, shape.height) == (2, 800)
+    cfg = plugin.make_config(shape, 'faster-rcnn')
+    assert cfg.model.train_cfg.rcnn.sampler.num == 512
+    backbone = built('mmdet', cfg).backbone
+    assert parameters(backbone) == 25_557_032 - 2049 * 1000  # ResNet-50 without its classifier
+
+
+def test_full_sizes_in_mmseg(toolkit):
+    plugin = toolkit('selfkd_mmseg')
+    shape = plugin.SHAPES['full'][0]
+    assert (shape.batch, shape.pixels) == (4, 512)
+    assert round(parameters(built('mmseg', plugin.make_config(shape))) / 1e6) == 49
+
+
+def test_full_sizes_in_detectron2(toolkit):
+    plugin = toolkit('selfkd_detectron2')
+    shape = plugin.SHAPES['full']
+    assert min(shape.height, shape.width) == 800
+    cfg = plugin.make_config(shape)
+    assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.BACKBONE.NAME) == (50, 'build_resnet_fpn_backbone')
+
+
+def test_full_sizes_in_fairseq(toolkit):
+    """Vaswani et al.'s base model has 44.1 M parameters in its layers; two embeddings of 37000 words are not shared."""
+    plugin = toolkit('selfkd_fairseq')
+    cfg, task = plugin.make_task([], '', plugin.SHAPES['full']._replace(sentences=2))
+    assert (cfg.dataset.max_tokens, cfg.common.amp) == (8192, True)
+    with torch.device('meta'):
+        model = task.build_model(cfg.model)
+    assert parameters(model) == 2 * 37000 * 512 + 44_138_496
+
+
+def test_full_sizes_of_the_core(toolkit):
+    plugin = toolkit('selfkd')
+    assert plugin.LOSSES['full'][:3] == (8192, 128_000, torch.bfloat16)
+    assert plugin.BANKS['full'][:2] == (1_281_167, 1000)
+    network, batch, pixels, *_ = toolkit('selfkd_torch').SHAPES['full']
+    assert (network, batch, pixels) == ('resnet50', 128, 224)
+
+
+@pytest.mark.parametrize('size', ['', '-full'])
+@pytest.mark.parametrize('name', ROWS)
+def test_the_page_has_a_section_for_each_suite(name, size, tmp_path):
+    page = tmp_path / 'page.md'
+    page.write_text(PAGE.read_text())
+    write_section(str(page), name + size, 'measured')
+
+
+@pytest.mark.parametrize('option', [['--device', 'cuda'], ['--size', 'full']])
+def test_without_a_gpu_what_needs_one_is_refused(option):
+    outcome = subprocess.run(
+        [sys.executable, TOOL, 'loss', *option],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
+    )
+    assert outcome.returncode == 2
+    assert f'{" ".join(option)} needs a GPU' in outcome.stderr
