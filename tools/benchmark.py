@@ -46,9 +46,9 @@ def main() -> None:
 
     from selfkd.benchmark import to_markdown, write_section
 
-    if not torch.cuda.is_available() and (args.device == 'cuda' or args.size == 'full'):
-        option = '--device cuda' if args.device == 'cuda' else '--size full'
-        parser.error(f'{option} needs a GPU that torch {torch.__version__} can use, and none is here: leave it out')
+    if not torch.cuda.is_available() and (args.device == 'cuda' or args.device is None and args.size == 'full'):
+        option = '--device cuda' if args.device == 'cuda' else '--size full without --device cpu'
+        parser.error(f'{option} needs a GPU that torch {torch.__version__} can use, and none is here')
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -100,7 +100,7 @@ def hardware() -> str:
 def to_markdown(table: Table) -> str:
     rows = [table.title, '', f'Measured on {hardware()}.', '']
     rows += ['| | ms per step | time ratio | memory ratio |', '| --- | --- | --- | --- |']
-    rows += [f'| {c.name} | {c.milliseconds:.1f} | {c.time_ratio:.2f} | {c.memory_ratio:.2f} |' for c in table.costs]
+    rows += [f'| {c.name} | {c.milliseconds:.4g} | {c.time_ratio:.2f} | {c.memory_ratio:.2f} |' for c in table.costs]
     return '\n'.join(rows)
 
 

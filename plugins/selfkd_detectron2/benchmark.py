@@ -70,7 +70,8 @@ def make_config(shape: Shape, options: str = '') -> CfgNode:
     """Detectron2's own Faster R-CNN config, with the shape's ResNet."""
     cfg = model_zoo.get_config('COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml')
     add_selfkd_config(cfg)
-    common = f'MODEL.DEVICE {used_device()} MODEL.ROI_HEADS.NUM_CLASSES 20 DATASETS.TRAIN () SOLVER.BASE_LR 0.0001'
+    # Nothing is learnt: frozen batch norms do not normalise random weights, and a step would diverge.
+    common = f'MODEL.DEVICE {used_device()} MODEL.ROI_HEADS.NUM_CLASSES 20 DATASETS.TRAIN () SOLVER.BASE_LR 0.0'
     cfg.merge_from_list(f'{common} {shape.options} {options}'.split())
     return cfg
 
