@@ -1,4 +1,4 @@
-"""A built wheel installs, imports and trains, and the core brings in no toolkit."""
+"""What is built installs, imports and trains, and the core brings in no toolkit."""
 
 import os
 import subprocess
@@ -16,10 +16,14 @@ TOOLKITS = {'mmpretrain', 'mmdet', 'mmseg', 'fairseq', 'detectron2', 'lightning'
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    """The built wheel, installed into a folder of its own: (file, folder)."""
+    """A wheel built from a built sdist, as an index would have both, installed into a folder of its own: (file, folder).
+    The configs, which lie behind links in the clone, are in both."""
     folder = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    build = [*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', str(folder), str(ROOT)]
+    sdist = f'from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})'
+    subprocess.run([sys.executable, '-c', sdist], check=True, capture_output=True, cwd=ROOT)
+    (file,) = folder.glob('selfkd-*.tar.gz')
+    build = [*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', str(folder), str(file)]
     subprocess.run(build, check=True, capture_output=True)
     (file,) = folder.glob('selfkd-*.whl')
     install = [*pip, 'install', '--no-deps', '--target', str(folder / 'site'), str(file)]
