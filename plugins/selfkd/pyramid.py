@@ -1,6 +1,7 @@
 """FRSKD's self-teacher: a small two-way feature pyramid on a classifier's own feature maps, with its own classifier."""
 
-from typing import List, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Iterator, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -244,3 +245,18 @@ def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
     if ((height + 1) // 2, (width + 1) // 2) == tuple(size):
         return F.max_pool2d(x, 3, 2, padding=(height % 2, width % 2), ceil_mode=True)
     return F.adaptive_max_pool2d(x, list(size))
+
+
+@contextmanager
+def dry_run(model: nn.Module) -> Iterator[None]:
+    """For a look at the feature maps of a model, which stays as it is: it is in evaluation mode in here, and afterwards
+    its modules' modes and torch's random state are what they were."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        model.train()  # some keep in evaluation what they must not in training
+        for module, training in modes.items():
+            module.training = training

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from selfkd.checks import at_least_zero, one_of, positive
 from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
-from selfkd.pyramid import SelfTeacherPyramid
+from selfkd.pyramid import SelfTeacherPyramid, dry_run
 
 from .heads import check_head, check_head_type, has_plain_loss
 
@@ -322,8 +322,7 @@ def _watched(model: ImageClassifier, names: Optional[Sequence[str]]):
         if type(module) is nn.ReLU:
             relus.append((name, output))
 
-    handles, modes = [], {module: module.training for module in model.modules()}
-    model.eval()
+    handles = []
     for name, module in backbone.named_modules():
         if name:
             handles.append(module.register_forward_pre_hook(enter))
@@ -332,7 +331,7 @@ def _watched(model: ImageClassifier, names: Optional[Sequence[str]]):
         for side in [own] if own else [64, 224, 256, 384]:  # small is fast, and too small for some
             size = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
             try:
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                with torch.no_grad(), dry_run(model):
                     logits = model.head(model.extract_feat(torch.zeros(1, channels, *size)))
                 return size, outputs, relus, logits.shape[1]
             except Exception as error:
@@ -344,9 +343,6 @@ def _watched(model: ImageClassifier, names: Optional[Sequence[str]]):
     finally:
         for handle in handles:
             handle.remove()
-        model.train()  # some keep in evaluation what they must not in training
-        for module, training in modes.items():
-            module.training = training
 
 
 def as_map(x, size: Sequence[int]) -> Optional[Tensor]:

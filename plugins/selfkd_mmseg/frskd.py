@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from selfkd.checks import at_least_zero
 from selfkd.losses import attention_transfer, distillation_kl
-from selfkd.pyramid import BiFPN
+from selfkd.pyramid import BiFPN, dry_run
 from selfkd.schedule import sigmoid_ramp_up
 
 from .decode_head import ConvHead, losses_of, only_looks, plain_loss
@@ -82,13 +82,8 @@ class FRSKDEncoderDecoder(EncoderDecoder):
     @torch.no_grad()
     def _channels(self, kwargs: dict, in_index: Optional[Sequence[int]]) -> List[int]:
         """Channels of the maps, or of those chosen; refuses maps that a pyramid cannot refine."""
-        training = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
+        with dry_run(self):
             feats = self._look(kwargs)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
         if not isinstance(feats, (list, tuple)) or not all(isinstance(f, Tensor) and f.dim() == 4 for f in feats):
             raise ValueError(
                 f'FRSKDEncoderDecoder: {type(self.backbone).__name__} does not give a list of feature maps '

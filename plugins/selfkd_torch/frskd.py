@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
-from selfkd.pyramid import SelfTeacherPyramid
+from selfkd.pyramid import SelfTeacherPyramid, dry_run
 
 from .batches import unwrap
 
@@ -84,21 +84,14 @@ class FRSKD:
             self._pyramid = nn.parallel.DistributedDataParallel(self.self_teacher, broadcast_buffers=False)
 
     def _dry_run(self, model: nn.Module, example: Tensor) -> list:
-        training = {module: module.training for module in model.modules()}
-        random = torch.random.get_rng_state()
-        model.eval()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), dry_run(model):
                 model(example)
         except Exception as problem:
             raise ValueError(
                 f'FRSKD: {type(model).__name__} does not take {tuple(example.shape)}: give a batch of its inputs as '
                 f'example= ({problem})'
             ) from problem
-        finally:
-            torch.random.set_rng_state(random)
-            for module, mode in training.items():
-                module.training = mode
         shapes = [tuple(self._feats[name].shape) if name in self._feats else () for name in self.layers]
         self._feats.clear()
         sides = [shape[-1] for shape in shapes if len(shape) == 4]

@@ -7,7 +7,7 @@ import torch
 from plain_pyramid import PlainPyramid
 from torch import nn
 
-from selfkd.pyramid import BiFPN, SelfTeacherPyramid
+from selfkd.pyramid import BiFPN, SelfTeacherPyramid, dry_run
 
 
 def pair(channels, sizes, batch=3, depth=2):
@@ -171,3 +171,15 @@ def test_torch_func_and_compile():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_dry_run_leaves_the_model_and_the_random_state_as_they_were():
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+    model[1].eval()
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match='of the network'), dry_run(model):
+        assert not model[0].training
+        torch.rand(3)
+        raise ValueError('of the network')
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert torch.equal(torch.get_rng_state(), state)
