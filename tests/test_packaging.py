@@ -16,8 +16,10 @@ TOOLKITS = {'mmpretrain', 'mmdet', 'mmseg', 'fairseq', 'detectron2', 'lightning'
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    """A wheel built from a built sdist, as an index would have both, installed into a folder of its own: (file, folder).
-    The configs, which lie behind links in the clone, are in both."""
+    """A wheel built from a built sdist, as an index would have both, installed into a folder: (file, folder).
+
+    The configs, which lie behind links in the clone, are in both.
+    """
     folder = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
     sdist = f'from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})'

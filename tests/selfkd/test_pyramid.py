@@ -177,9 +177,14 @@ def test_a_dry_run_leaves_the_model_and_the_random_state_as_they_were():
     model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
     model[1].eval()
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match='of the network'), dry_run(model):
-        assert not model[0].training
-        torch.rand(3)
-        raise ValueError('of the network')
+
+    def fail():
+        with dry_run(model):
+            assert not model[0].training
+            torch.rand(3)
+            raise ValueError('of the network')
+
+    with pytest.raises(ValueError, match='of the network'):
+        fail()
     assert [module.training for module in model.modules()] == [True, True, False]
     assert torch.equal(torch.get_rng_state(), state)
