@@ -1,5 +1,6 @@
 """A small parallel corpus and a way to run fairseq's programs on it."""
 
+import argparse
 import json
 import os
 import random
@@ -102,6 +103,8 @@ class Fairseq:
     def checkpoint(self, path):
         import torch
 
+        if hasattr(torch.serialization, 'add_safe_globals'):  # the model's settings, as fairseq-train saves them
+            torch.serialization.add_safe_globals([argparse.Namespace])
         return torch.load(self.folder / path, map_location='cpu')
 
     def first(self, pattern):

@@ -139,8 +139,9 @@ def test_validation_is_that_of_the_vanilla_criterion(fairseq):
     path = fairseq.folder / 'validate' / 'checkpoint_last.pt'
     user_dir = REPO / 'plugins' / 'selfkd_fairseq'
     command = f'fairseq-validate bin --task translation --path {path} --max-tokens 500 --cpu --log-format json'
-    ours = fairseq.run(f'{command} --user-dir {user_dir}')
-    state = torch.load(path)
+    command += f' --user-dir {user_dir}'  # the vanilla one, too: with torch 2.6 fairseq alone does not load the file
+    ours = fairseq.run(command)
+    state = fairseq.checkpoint(path)
     state['cfg']['criterion'] = {'_name': 'label_smoothed_cross_entropy', 'label_smoothing': 0.1, 'sentence_avg': False}
     torch.save(state, path)
     vanilla = fairseq.run(command)
