@@ -3,8 +3,8 @@ r"""Self-knowledge distillation as fairseq criteria; an importable package and a
     fairseq-train DATA --user-dir plugins/selfkd_fairseq --criterion pskd_label_smoothed_cross_entropy \
         --pskd-alpha 0.7 ...
 
-Checkpoints made with it are ordinary ones: fairseq-generate needs no --user-dir (but with torch 2.6 and later, where a
-run was not configured by hydra: fairseq itself cannot load its own checkpoints there).
+Checkpoints made with it are ordinary ones: fairseq-generate needs no --user-dir. (With torch 2.6 and later fairseq
+alone does not load its own checkpoints: docs/translation.md.)
 """
 
 import argparse
