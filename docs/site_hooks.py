@@ -14,8 +14,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = ('CONTRIBUTING.md', 'CHANGELOG.md')
-# Not for users: the timings and the survey, which have command lines, and details of the two backends of a convolution.
-INTERNAL = ('benchmark', 'cli', 'depthwise', 'loss_benchmark', 'survey')
+# Not for users: the timings, which have a command line, and details of the two backends of a convolution.
+INTERNAL = ('benchmark', 'cli', 'depthwise', 'loss_benchmark')
 
 
 def names(path: Path):

@@ -30,7 +30,7 @@ FAMILIES = {  # family -> what is to come of each method, in the order of the su
 @pytest.mark.parametrize('toolkit', list(FAMILIES))
 def test_part_of_the_zoo(toolkit):
     pytest.importorskip(toolkit)
-    survey = pytest.importorskip('selfkd_mmengine.survey')
+    survey = pytest.importorskip('survey')
     found = survey.survey(toolkit, list(FAMILIES[toolkit]))
     outcomes = {family: [row[method] for method in survey.METHODS[toolkit]] for family, row in found.items()}
     short = {family: ''.join(outcome[0] for outcome in row) for family, row in outcomes.items()}

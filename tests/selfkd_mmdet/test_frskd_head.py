@@ -14,11 +14,11 @@ from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
 from mmengine.structures import InstanceData
 from mmengine.utils import get_installed_path
+from survey import shrink
 
 from selfkd.losses import attention_transfer
 from selfkd.publish import publish_checkpoint, strip_self_teacher
 from selfkd_mmdet import FRSKDRoIHead
-from selfkd_mmengine.survey import shrink
 from selfkd_mmengine.train import main
 
 
