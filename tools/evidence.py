@@ -13,34 +13,30 @@ from selfkd.benchmark import write_section
 from selfkd.comparison import NOTE, comparison_table, read_runs
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
-DETECTION = {
-    'mAP@0.5 %': ('pascal_voc/mAP', 100, 1, 'higher'),
-    'ECE %': ('calibration/ece', 1, 1, 'lower'),
+CLASSIFICATION = {
+    'error %': ('error', 100, 2, 'lower'),
+    'NLL': ('nll', 1, 3, 'lower'),
+    'ECE %': ('ece', 100, 2, 'lower'),
 }
+SCALED = {  # by a temperature fitted on held-out data
+    'temperature': ('temperature', 1, 2, None),
+    'NLL with it': ('nll_scaled', 1, 3, 'lower'),
+    'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
+}
+AURC = {'AURC x1000': ('aurc', 1000, 2, 'lower')}
 COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
-    'mnist': {
-        'error %': ('error', 100, 2, 'lower'),
-        'NLL': ('nll', 1, 3, 'lower'),
-        'ECE %': ('ece', 100, 2, 'lower'),
-        'temperature': ('temperature', 1, 2, None),
-        'NLL with it': ('nll_scaled', 1, 3, 'lower'),
-        'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
-        'AURC x1000': ('aurc', 1000, 2, 'lower'),
-    },
+    'digits': {**CLASSIFICATION, **AURC},
+    'mnist': {**CLASSIFICATION, **SCALED, **AURC},
     'segmentation': {
         'mIoU %': ('mIoU', 1, 2, 'higher'),
         'ECE of pixels %': ('calibration/ece', 1, 3, 'lower'),
     },
-    'mmdet': DETECTION,
-    'detectron2': {'AP50': ('bbox/AP50', 1, 1, 'higher'), 'AP': ('bbox/AP', 1, 1, 'higher')},
     'translation': {
         'BLEU': ('bleu', 1, 1, 'higher'),
         'chrF': ('chrf', 1, 1, 'higher'),
         'NLL, bits a token': ('nll', 1, 3, 'lower'),
         'ECE %': ('ece', 100, 2, 'lower'),
-        'temperature': ('temperature', 1, 2, None),
-        'NLL with it': ('nll_scaled', 1, 3, 'lower'),
-        'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
+        **SCALED,
     },
 }
 
