@@ -37,23 +37,23 @@ def logged_measures(work_dir: str) -> Dict[str, float]:
         evaluations = [line for line in lines if 'lr' not in line and set(line) - NO_MEASURES]
         if evaluations:
             last = evaluations[-1].items()
-            return {**{key: value for key, value in last if key not in NO_MEASURES and value == value}, **_seed(folder)}
+            return {**{key: value for key, value in last if key not in NO_MEASURES and value == value}, **_seed(log)}
     raise FileNotFoundError(
         f'{work_dir}: no evaluation in */vis_data/scalars.json (OpenMMLab) or metrics.json (Detectron2)'
     )
 
 
-def _seed(folder: Path) -> Dict[str, float]:
-    """Of the config that the toolkit left in the work dir: it says which runs of two methods make a pair."""
-    if (folder / 'config.yaml').exists():
-        found = re.search(r'^SEED: (\d+)$', (folder / 'config.yaml').read_text(), re.MULTILINE)
+def _seed(log: Path) -> Dict[str, float]:
+    """Of the config that the toolkit left beside the log: it says which runs of two methods make a pair."""
+    yaml, config = log.with_name('config.yaml'), log.with_name('config.py')
+    if yaml.exists():
+        found = re.search(r'^SEED: (\d+)$', yaml.read_text(), re.MULTILINE)
         return {'seed': int(found[1])} if found else {}
-    for config in folder.glob('*.py'):
-        for node in ast.parse(config.read_text()).body:  # randomness = dict(seed=0, ...)
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) == 'randomness':
-                options = {option.arg: option.value for option in getattr(node.value, 'keywords', ())}
-                seed = ast.literal_eval(options['seed']) if 'seed' in options else None
-                return {} if seed is None else {'seed': seed}
+    for node in ast.parse(config.read_text()).body if config.exists() else ():  # randomness = dict(seed=0, ...)
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) == 'randomness':
+            options = {option.arg: option.value for option in getattr(node.value, 'keywords', ())}
+            seed = ast.literal_eval(options['seed']) if 'seed' in options else None
+            return {} if seed is None else {'seed': seed}
     return {}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfkd.cli import command_parser
 from selfkd.comparison import Column
-from selfkd.metrics import calibration_error_of, confidence_of, fit_temperature
+from selfkd.metrics import apply_temperature, calibration_error_of, confidence_of, fit_temperature, nll
 from selfkd.runs import parse_groups, write_table
 
 __all__ = ['measure', 'translations']
@@ -28,13 +28,14 @@ LOGITS = 20_000_000  # of the validation set, to which the temperature is fitted
 
 
 def measure(
-    checkpoint: str, data: str, *, subset: str = 'test', beam: int = 5, max_tokens: int = 4000
+    checkpoint: str, data: str, *, subset: str = 'test', beam: int = 5, max_tokens: int = 4000, bpe: str = '@@ '
 ) -> Dict[str, float]:
     """Translates a subset with a checkpoint, and scores it and the tokens of the reference.
 
     Args:
         data: the folder of ``fairseq-preprocess``.
         max_tokens: in a batch.
+        bpe: what fairseq calls ``--remove-bpe``: the mark at the end of a piece of a word, or ``'sentencepiece'``.
 
     Returns:
         ``bleu`` and ``chrf`` (sacrebleu, of words as ``fairseq-generate --remove-bpe`` prints them), ``nll`` in bits a
@@ -46,34 +47,33 @@ def measure(
 
     (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([checkpoint], arg_overrides={'data': data})
     model.eval().to('cuda' if torch.cuda.is_available() else 'cpu')
-    hypotheses, references = translations(model, cfg, task, subset=subset, beam=beam, max_tokens=max_tokens)
+    hypotheses, references = translations(model, cfg, task, subset, beam, max_tokens, bpe)
     kept: List[Tuple[Tensor, Tensor]] = []
     for lprobs, target in _tokens(model, task, 'valid', max_tokens):
         kept.append((lprobs, target))
         if sum(seen.numel() for seen, _ in kept) > LOGITS:
             break
     temperature = fit_temperature(*(torch.cat(part) for part in zip(*kept)))
-    found: Dict[str, List[Tensor]] = {}
-    for lprobs, target in _tokens(model, task, subset, max_tokens):
-        for suffix, each in (('', lprobs), ('_scaled', (lprobs / temperature).log_softmax(-1))):
-            found.setdefault(f'nll{suffix}', []).append(-each.gather(1, target[:, None]).double())
-            for part, value in zip(('confidence', 'correct'), confidence_of(each.exp(), target)):
-                found.setdefault(f'{part}{suffix}', []).append(value)
-    whole = {name: torch.cat(values) for name, values in found.items()}
     measures = {
         'bleu': sacrebleu.corpus_bleu(hypotheses, [references]).score,
         'chrf': sacrebleu.corpus_chrf(hypotheses, [references]).score,
         'temperature': temperature,
         'seed': cfg.common.seed,
     }
-    for suffix in ('', '_scaled'):
-        measures[f'nll{suffix}'] = whole[f'nll{suffix}'].mean().item() / math.log(2)
-        measures[f'ece{suffix}'] = calibration_error_of(whole[f'confidence{suffix}'], whole[f'correct{suffix}'])
+    for suffix, by in (('', 1.0), ('_scaled', temperature)):
+        nats, scored = 0.0, []
+        for lprobs, target in _tokens(model, task, subset, max_tokens):
+            probs = apply_temperature(lprobs.exp(), by)
+            nats += nll(probs, target) * len(target)
+            scored.append(confidence_of(probs, target))
+        confidence, correct = (torch.cat(part) for part in zip(*scored))
+        measures[f'nll{suffix}'] = nats / len(correct) / math.log(2)
+        measures[f'ece{suffix}'] = calibration_error_of(confidence, correct)
     return measures
 
 
 @torch.no_grad()
-def translations(model, cfg, task, *, subset: str, beam: int, max_tokens: int) -> Tuple[List[str], List[str]]:
+def translations(model, cfg, task, subset: str, beam: int, max_tokens: int, bpe: str) -> Tuple[List[str], List[str]]:
     """What the model translates a subset to, and the references, in words, in the order of the batches."""
     cfg.generation.beam = beam
     generator = task.build_generator([model], cfg.generation)
@@ -81,10 +81,10 @@ def translations(model, cfg, task, *, subset: str, beam: int, max_tokens: int) -
     ours, theirs = [], []
     for sample in _batches(model, task, subset, max_tokens):
         found = task.inference_step(generator, [model], sample)
-        ours += [words.string(beams[0]['tokens'].int().cpu(), '@@ ') for beams in found]
+        ours += [words.string(beams[0]['tokens'].int().cpu(), bpe) for beams in found]
         # Of the reference an unknown word is written otherwise, so that it is never counted as found.
         rows = [row[row.ne(words.pad())].int().cpu() for row in sample['target']]
-        theirs += [words.string(row, '@@ ', escape_unk=True) for row in rows]
+        theirs += [words.string(row, bpe, escape_unk=True) for row in rows]
     return ours, theirs
 
 
@@ -120,9 +120,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument('data', help='folder of fairseq-preprocess')
     parser.add_argument('--checkpoint', default='checkpoint_last.pt', help='file in each SAVE_DIR (%(default)s)')
     parser.add_argument('--beam', type=int, default=5, help='(%(default)s)')
+    parser.add_argument('--remove-bpe', default='@@ ', help="as in fairseq-generate, say sentencepiece ('%(default)s')")
     args, save_dirs = parse_groups(parser, arguments)
     measured = {
-        name: [measure(str(Path(folder, args.checkpoint)), args.data, beam=args.beam) for folder in folders]
+        name: [
+            measure(str(Path(folder, args.checkpoint)), args.data, beam=args.beam, bpe=args.remove_bpe)
+            for folder in folders
+        ]
         for name, folders in save_dirs.items()
     }
     print(f'{write_table(args.out, measured, COLUMNS)}\n\nwrote {args.out}')

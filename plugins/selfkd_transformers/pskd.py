@@ -93,8 +93,10 @@ class PSKDMixin:
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own, with the rows of the samples in each batch."""
+        if self.args.pskd_alpha == 0:
+            return super().get_train_dataloader()
         self._data = Batches(DataLoader(self.train_dataset))  # knows the data; the Trainer iterates over its own loader
-        if self.args.pskd_alpha == 0 or self.args.pskd_teacher == 'snapshot':
+        if self.args.pskd_teacher == 'snapshot':
             return super().get_train_dataloader()
         self._data.number('PSKD')
         dataset, collate = before = self.train_dataset, self.data_collator
