@@ -4,6 +4,7 @@
     python tools/make_toy_data.py mnist data/mnist --label-noise 0.2
     python tools/make_toy_data.py voc data/VOCdevkit
     python tools/make_toy_data.py voc data/VOCdigits --one-class
+    python tools/make_toy_data.py crops data/VOCcrops
     python tools/make_toy_data.py number-words data/number_words --train-size 4000
 
 digits: scikit-learn's scans of handwritten digits (UCI, 8 x 8 grey), as an image folder
@@ -18,6 +19,10 @@ voc: the scans of digits pasted onto crops of scikit-learn's two sample photogra
 OUT/VOC2007 with JPEGImages, Annotations (boxes, with difficult flags), SegmentationClass (class ids as VOC's:
 0 background, 1 to 10 the digits, 255 the outlines; with --one-class every digit is 1) and
 ImageSets/{Main,Segmentation}/{trainval,test}.txt. Scans and crops of trainval and test do not overlap.
+
+crops: what such scenes (others) look like around one of their digits, 64 x 64 pixels, as an image folder
+OUT/{train,test}/CLASS/NUMBER.png, for a classifier that becomes the backbone of a detector. The training set shows
+trainval's scans and parts of the photographs only.
 
 number-words: numbers below a milliard in English and German words, tokenised, OUT/{train,valid,test}.{en,de}:
 as many training pairs as asked for, 500 pairs each to validate and to test, no number in two of them.
@@ -93,29 +98,23 @@ DIGIT_NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'e
 
 def voc(out: Path, seed: int = 0, train_size: int = 300, test_size: int = 150, one_class: bool = False) -> None:
     from PIL import Image
-    from sklearn.datasets import load_digits, load_sample_images
+    from sklearn.datasets import load_digits
 
     root = out / 'VOC2007'
     if root.exists():
         raise SystemExit(f'{root} exists already: remove it, or name another folder')
-    data, photos = load_digits(), load_sample_images().images
-    rng = np.random.default_rng(seed)
-    half = photos[0].shape[1] // 2  # trainval sees the left halves of the photographs, test the right ones
-    parts = {
-        'trainval': (train_size, np.arange(0, 1200), [photo[:, :half] for photo in photos]),
-        'test': (test_size, np.arange(1200, 1797), [photo[:, half:] for photo in photos]),
-    }
+    data, rng = load_digits(), np.random.default_rng(seed)
     for folder in ('JPEGImages', 'Annotations', 'SegmentationClass', 'ImageSets/Main', 'ImageSets/Segmentation'):
         (root / folder).mkdir(parents=True)
     palette = rng.integers(0, 256, (256, 3), dtype=np.uint8)
     palette[0], palette[255] = 0, (224, 224, 192)
     number = 0
-    for part, (size, scans, backgrounds) in parts.items():
+    for (part, seen), size in zip(_halves().items(), (train_size, test_size)):
         names = []
         for _ in range(size):
             number += 1
             names.append(f'{number:06d}')
-            image, mask, objects = _scene(rng, data, scans, backgrounds)
+            image, mask, objects = _scene(rng, data, *seen)
             if one_class:
                 mask[(mask > 0) & (mask < 255)] = 1
             Image.fromarray(image).save(root / 'JPEGImages' / f'{names[-1]}.jpg', quality=95)
@@ -125,6 +124,42 @@ def voc(out: Path, seed: int = 0, train_size: int = 300, test_size: int = 150, o
             (root / 'Annotations' / f'{names[-1]}.xml').write_text(_annotation(names[-1], image.shape, objects))
         for task in ('Main', 'Segmentation'):
             (root / 'ImageSets' / task / f'{part}.txt').write_text('\n'.join(names) + '\n')
+
+
+def crops(out: Path, seed: int = 1, train_size: int = 3000, test_size: int = 500, side: int = 64) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    if out.exists():
+        raise SystemExit(f'{out} exists already: remove it, or name another folder')
+    data, rng = load_digits(), np.random.default_rng(seed)
+    for part, seen, size in zip(('train', 'test'), _halves().values(), (train_size, test_size)):
+        number = 0
+        while number < size:
+            image, _, objects = _scene(rng, data, *seen)
+            for digit, xmin, ymin, xmax, ymax, _ in objects[: size - number]:
+                # Around the middle of the digit, where the image reaches that far.
+                top, left = (
+                    np.clip((low + high - side) // 2, 0, length - side)
+                    for low, high, length in zip((ymin, xmin), (ymax, xmax), image.shape)
+                )
+                folder = out / part / str(DIGIT_NAMES.index(digit))
+                folder.mkdir(parents=True, exist_ok=True)
+                crop = Image.fromarray(image[top : top + side, left : left + side])
+                crop.save(folder / f'{number:05d}.png')
+                number += 1
+
+
+def _halves():
+    """What a part of the data may show: scans, and the left or the right halves of the photographs."""
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images().images
+    half = photos[0].shape[1] // 2
+    return {
+        'trainval': (np.arange(0, 1200), [photo[:, :half] for photo in photos]),
+        'test': (np.arange(1200, 1797), [photo[:, half:] for photo in photos]),
+    }
 
 
 def _scene(rng, data, scans, backgrounds, size=(128, 128)):
@@ -204,13 +239,18 @@ def main() -> None:
     sub.add_argument('--train-size', type=int, default=300)
     sub.add_argument('--test-size', type=int, default=150)
     sub.add_argument('--one-class', action='store_true', help='masks tell digits from background only')
+    sub = kinds.add_parser('crops', help='an image folder of what surrounds the digits of such scenes')
+    sub.add_argument('out', type=Path)
+    sub.add_argument('--seed', type=int, default=1)
+    sub.add_argument('--train-size', type=int, default=3000)
+    sub.add_argument('--test-size', type=int, default=500)
     sub = kinds.add_parser('number-words', help='a parallel corpus, English and German')
     sub.add_argument('out', type=Path)
     sub.add_argument('--train-size', type=int, default=4000, help='number of training pairs')
     sub.add_argument('--seed', type=int, default=0, help='of drawing the numbers')
     args = vars(parser.parse_args())
     kind = args.pop('kind')
-    {'digits': digits, 'mnist': mnist, 'voc': voc, 'number-words': number_words}[kind](**args)
+    {'digits': digits, 'mnist': mnist, 'voc': voc, 'crops': crops, 'number-words': number_words}[kind](**args)
     print(f'wrote {args["out"]}')
 
 

@@ -9,7 +9,7 @@ python tools/prepare_translation.py catalogues /usr/share/locale data/messages -
 import argparse
 from pathlib import Path
 
-from selfkd_fairseq.catalogues import catalogue_splits
+from selfkd_fairseq.catalogues import catalogue_splits, drawn_pairs
 from selfkd_fairseq.prepare import PREPARE, write_splits
 
 
@@ -24,11 +24,14 @@ def main() -> None:
         corpus.add_argument('--bpe-tokens', type=int, default=10000, help='merges of the joint byte-pair encoding')
     corpus.add_argument('--languages', nargs=2, default=['en', 'de'], help='source and target; one is en')
     corpus.add_argument('--held-out', type=int, default=2000, help='pairs to validate on, and to test on')
+    corpus.add_argument('--train-size', type=int, help='pairs to train on, drawn at random (default: all others)')
+    corpus.add_argument('--shuffled', type=float, default=0.0, help='share of training pairs that get wrong targets')
     args = parser.parse_args()
     if args.corpus != 'catalogues':
         write_splits(PREPARE[args.corpus](args.raw[0]), args.out, bpe_tokens=args.bpe_tokens)
         return
     splits, programs = catalogue_splits(args.raw, tuple(args.languages), held_out=args.held_out)
+    splits['train'] = drawn_pairs(splits['train'], args.train_size, args.shuffled)
     for program, split, pairs in programs:
         print(f'{split}\t{pairs}\t{program}')
     write_splits(splits, args.out, bpe_tokens=args.bpe_tokens, languages=args.languages)

@@ -115,3 +115,29 @@ def draw_splits(sizes: Dict[str, int], held_out: int, seed: int) -> Dict[str, st
                 f'few for {split}: give more folders, or hold out less'
             )
     return splits
+
+
+def drawn_pairs(pairs: Pairs, size: Optional[int] = None, shuffled: float = 0.0, *, seed: int = 1) -> Pairs:
+    """A part of a corpus, drawn at random, of which a share of the pairs exchange their targets, as crawled ones may.
+
+    Example:
+        >>> pairs = [(f'a{i}', f'b{i}') for i in range(100)]
+        >>> drawn = drawn_pairs(pairs, 40, shuffled=0.25)
+        >>> len(drawn), sum(a[1:] != b[1:] for a, b in drawn)
+        (40, 10)
+
+    Raises:
+        ValueError: more pairs asked for than there are, or a share outside [0, 1).
+    """
+    size = len(pairs) if size is None else size
+    if not 1 <= size <= len(pairs):
+        raise ValueError(f'--train-size: must lie in [1, {len(pairs)}], the pairs to train on, got {size}')
+    if not 0 <= shuffled < 1:
+        raise ValueError(f'--shuffled: must lie in [0, 1), got {shuffled}')
+    draw = random.Random(seed)
+    pairs = draw.sample(pairs, size) if size < len(pairs) else list(pairs)
+    wrong = draw.sample(range(size), round(shuffled * size))
+    targets = [pairs[i][1] for i in wrong]
+    for i, target in zip(wrong, [*targets[1:], *targets[:1]]):  # each gets the next one's
+        pairs[i] = (pairs[i][0], target)
+    return pairs

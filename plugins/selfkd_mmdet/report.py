@@ -1,23 +1,23 @@
 """Finished MMDetection runs side by side: a table of their test metrics, and detections drawn on test images."""
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Sequence
 
 from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from selfkd.cli import command_parser
-from selfkd.comparison import NOTE, comparison_table
-from selfkd.runs import parse_groups
+from selfkd.comparison import Column
+from selfkd.runs import parse_groups, write_table
 from selfkd_mmengine.report import finished_run, seed_of
 
-__all__ = ['Detections', 'detect', 'draw', 'table']
+__all__ = ['Detections', 'detect', 'draw']
 
 COLUMNS = {  # column title: (metric, factor, decimals, which is better)
-    'mAP@0.5 %': ('pascal_voc/mAP', 100, 1, 'higher'),
-    'ECE %': ('calibration/ece', 1, 1, 'lower'),
-    'detections': ('calibration/detections', 1, 0, None),
+    'mAP@0.5 %': Column('pascal_voc/mAP', 100, 1, 'higher'),
+    'ECE %': Column('calibration/ece', 1, 1, 'lower'),
+    'detections': Column('calibration/detections', 1, 0, None),
 }
 
 
@@ -25,16 +25,14 @@ class Detections(NamedTuple):
     """Of a run on its test set.
 
     Attributes:
-        metrics: of its ``test_evaluator``.
+        metrics: of its ``test_evaluator``, and ``seed`` if its config has one.
         samples: MMDetection's data samples, with ``gt_instances`` and ``pred_instances``, in the order of the data set.
         classes: names.
-        seed: of the config, if it has one; says which runs of two methods are compared.
     """
 
     metrics: Dict[str, float]
     samples: List[DetDataSample]
     classes: Sequence[str]
-    seed: Optional[int] = None
 
 
 def detect(work_dir: str) -> Detections:
@@ -49,8 +47,10 @@ def detect(work_dir: str) -> Detections:
     runner = Runner.from_cfg(cfg)
     samples = []
     runner.register_hook(_Keep(samples))
-    metrics = runner.test()
-    return Detections(metrics, samples, runner.test_dataloader.dataset.metainfo['classes'], seed_of(cfg))
+    metrics, seed = runner.test(), seed_of(cfg)
+    if seed is not None:
+        metrics['seed'] = seed
+    return Detections(metrics, samples, runner.test_dataloader.dataset.metainfo['classes'])
 
 
 class _Keep(Hook):
@@ -59,16 +59,6 @@ class _Keep(Hook):
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         self.samples += [sample.cpu() for sample in outputs]
-
-
-def table(groups: Dict[str, List[Detections]]) -> str:
-    """Markdown tables of the groups of runs, and of their differences to the first (:func:`comparison_table`)."""
-    measured = {
-        name: [run.metrics if run.seed is None else {**run.metrics, 'seed': run.seed} for run in runs]
-        for name, runs in groups.items()
-    }
-    text = comparison_table(measured, COLUMNS)
-    return f'{text}\n\n{NOTE}' if len(groups) > 1 else text
 
 
 def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, score_thr: float = 0.3) -> None:
@@ -138,12 +128,9 @@ def main(arguments: Sequence[str]) -> None:
     selfkd_mmdet.DetectionCalibration).
     """
     parser = command_parser('report-detection', main.__doc__)
-    parser.add_argument('out', help='folder for table.md and detections.png')
+    parser.add_argument('out', help='folder for table.md, runs.csv and detections.png')
     args, work_dirs = parse_groups(parser, arguments)
     groups = {name: [detect(folder) for folder in folders] for name, folders in work_dirs.items()}
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    text = table(groups)
-    (out / 'table.md').write_text(text + '\n')
-    draw(groups, str(out / 'detections.png'))
-    print(f'{text}\n\nwrote {out}')
+    text = write_table(args.out, {name: [run.metrics for run in runs] for name, runs in groups.items()}, COLUMNS)
+    draw(groups, str(Path(args.out, 'detections.png')))
+    print(f'{text}\n\nwrote {args.out}')

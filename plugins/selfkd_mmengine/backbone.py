@@ -18,7 +18,7 @@ __all__ = ['Converted', 'convert_backbone', 'detectron2_name']
 TOLERANCE = 1e-4
 # Options of MMPretrain's ResNet that change no weight and no feature of the trained network, and those converted too.
 HARMLESS = {'type', 'out_indices', 'frozen_stages', 'norm_eval', 'norm_cfg', 'with_cp', 'zero_init_residual'}
-HARMLESS |= {'drop_path_rate', 'init_cfg', 'depth', 'style'}
+HARMLESS |= {'drop_path_rate', 'init_cfg', 'depth', 'style', 'stem_channels', 'base_channels'}
 DETECTRON2_NAMES = (
     (r'^(conv1|bn1)\.', r'stem.\1.'),
     (r'^layer(\d)\.', lambda match: f'res{int(match[1]) + 1}.'),
@@ -60,7 +60,8 @@ def convert_backbone(
         image: RGB, uint8 ``[H, W, 3]``, on which features are compared.
 
     Raises:
-        ValueError: another backbone than a ResNet of torchvision's layout, or a checkpoint that is not of it.
+        ValueError: another backbone than a ResNet of torchvision's layout (all channels may be fewer or more), or a
+            checkpoint that is not of it; to Detectron2 a ResNet-18 or -34 of another width.
         RuntimeError: features that differ by more than 1e-4.
     """
     if to not in ('mmdet', 'detectron2'):
@@ -69,18 +70,26 @@ def convert_backbone(
         raise ValueError(f'target: Detectron2 reads such weights from a file that ends in .pkl, got {target}')
     cfg = Config.fromfile(config)
     backbone = _source_backbone(cfg.model.backbone, source)
-    weights, (depth, style) = backbone.state_dict(), (backbone.depth, backbone.style)
+    weights, depth = backbone.state_dict(), backbone.depth
     mean, std = _normalization(cfg)
     if to == 'mmdet':
+        options = dict(depth=depth, style=backbone.style, **_width(backbone))
         torch.save({'state_dict': weights}, target)
-        other, usage = _mmdet_backbone(depth, style, target), MMDET.format(depth=depth, style=style, target=target)
+        other = _mmdet_backbone(options, target)
+        usage = MMDET.format(options=', '.join(f'{name}={value!r}' for name, value in options.items()), target=target)
     else:
+        if depth < 50 and backbone.base_channels != 64:
+            raise ValueError(
+                f'to: Detectron2 has ResNet-{depth} with base_channels=64 only, got {backbone.base_channels}: take a '
+                'ResNet-50 or deeper for a narrow backbone'
+            )
+        options = _detectron2_options(backbone)
         arrays = {detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')}
         with open(target, 'wb') as file:
             pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
-        other, caffe = _detectron2_backbone(depth, style, target), style == 'caffe'
-        small = '\n    RES2_OUT_CHANNELS: 64' if depth < 50 else ''
-        usage = DETECTRON2.format(depth=depth, caffe=caffe, target=target, small=small, mean=mean, std=std)
+        other = _detectron2_backbone(options, target)
+        settings = '\n    '.join(f'{name}: {value}' for name, value in options.items())
+        usage = DETECTRON2.format(settings=settings, target=target, mean=mean, std=std)
     difference = None
     if other is not None:
         difference = _difference(backbone, other, _input(image, mean, std))
@@ -105,15 +114,14 @@ def detectron2_name(name: str) -> str:
 
 MMDET = """model = dict(
     backbone=dict(
-        type='ResNet', depth={depth}, style='{style}', init_cfg=dict(type='Pretrained', checkpoint='{target}')))"""
+        type='ResNet', {options}, init_cfg=dict(type='Pretrained', checkpoint='{target}')))"""
 
 DETECTRON2 = """MODEL:
   WEIGHTS: {target}
   PIXEL_MEAN: {mean}
   PIXEL_STD: {std}
   RESNETS:
-    DEPTH: {depth}
-    STRIDE_IN_1X1: {caffe}{small}
+    {settings}
 INPUT:
   FORMAT: RGB"""
 
@@ -135,7 +143,8 @@ def _source_backbone(options: dict, source: str) -> nn.Module:
     state = torch.load(source, map_location='cpu', weights_only=False)
     state = state.get('state_dict', state)
     state = {name[len('backbone.') :]: value for name, value in state.items() if name.startswith('backbone.')}
-    backbone = ResNet(options.depth, style=options.get('style', 'pytorch'), out_indices=(0, 1, 2, 3))
+    width = {name: options[name] for name in ('stem_channels', 'base_channels') if name in options}
+    backbone = ResNet(options.depth, style=options.get('style', 'pytorch'), out_indices=(0, 1, 2, 3), **width)
     try:
         load_state_dict(backbone, state, strict=True)
     except RuntimeError as error:
@@ -147,15 +156,33 @@ def _same(value: object, other: object) -> bool:
     return (list(value) == list(other)) if isinstance(value, (list, tuple)) and other else value == other
 
 
-def _mmdet_backbone(depth: int, style: str, target: str) -> nn.Module:
+def _width(backbone: nn.Module) -> Dict[str, int]:
+    """The options that say how wide it is, where it is not as usual."""
+    width = dict(stem_channels=backbone.stem_channels, base_channels=backbone.base_channels)
+    return {} if set(width.values()) == {64} else width
+
+
+def _mmdet_backbone(options: Dict[str, object], target: str) -> nn.Module:
     from mmdet.models.backbones import ResNet
 
-    backbone = ResNet(depth, style=style, init_cfg=dict(type='Pretrained', checkpoint=target))
+    backbone = ResNet(**options, init_cfg=dict(type='Pretrained', checkpoint=target))
     backbone.init_weights()
     return backbone
 
 
-def _detectron2_backbone(depth: int, style: str, target: str) -> Optional[nn.Module]:
+def _detectron2_options(backbone: nn.Module) -> Dict[str, object]:
+    options = {'DEPTH': backbone.depth, 'STRIDE_IN_1X1': backbone.style == 'caffe'}
+    base = backbone.base_channels
+    if backbone.depth < 50:
+        options['RES2_OUT_CHANNELS'] = base
+    elif base != 64:
+        options.update(RES2_OUT_CHANNELS=4 * base, WIDTH_PER_GROUP=base)
+    if backbone.stem_channels != 64:
+        options['STEM_OUT_CHANNELS'] = backbone.stem_channels
+    return options
+
+
+def _detectron2_backbone(options: Dict[str, object], target: str) -> Optional[nn.Module]:
     try:
         from detectron2.checkpoint import DetectionCheckpointer
         from detectron2.config import get_cfg
@@ -165,10 +192,7 @@ def _detectron2_backbone(depth: int, style: str, target: str) -> Optional[nn.Mod
     from detectron2.layers import ShapeSpec
 
     cfg = get_cfg()
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = depth, style == 'caffe'
-    cfg.MODEL.RESNETS.OUT_FEATURES = ['res2', 'res3', 'res4', 'res5']
-    if depth < 50:
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.update(options, OUT_FEATURES=['res2', 'res3', 'res4', 'res5'])
     backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     DetectionCheckpointer(backbone).load(target)
     return backbone

