@@ -3,14 +3,16 @@
     python tools/evidence.py
 
 The files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py).
-SECTION.csv makes the section of that name; several SECTION.PANEL.csv make one with a table for each.
+SECTION.csv makes the section of that name; several SECTION.PANEL.csv make one with a table for each. The section
+"summary" says of all of them what came out better and worse than plain training.
 """
 
+import re
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 from selfkd.benchmark import write_section
-from selfkd.comparison import NOTE, comparison_table, read_runs
+from selfkd.comparison import NOTE, Run, comparison_table, differences, read_runs, verdict
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
 CLASSIFICATION = {
@@ -27,6 +29,17 @@ AURC = {'AURC x1000': ('aurc', 1000, 2, 'lower')}
 COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
     'digits': {**CLASSIFICATION, **AURC},
     'mnist': {**CLASSIFICATION, **SCALED, **AURC},
+    'backbones': {
+        'accuracy %': ('accuracy/top1', 1, 1, 'higher'),
+        'NLL': ('calibration/nll', 1, 3, 'lower'),
+        'ECE %': ('calibration/ece', 1, 2, 'lower'),
+    },
+    'detection': {
+        'mAP@0.5 %': ('pascal_voc/mAP', 100, 1, 'higher'),
+        'ECE %': ('calibration/ece', 1, 2, 'lower'),
+        'detections': ('calibration/detections', 1, 0, None),
+    },
+    'detectron2': {'AP %': ('bbox/AP', 1, 1, 'higher'), 'AP50 %': ('bbox/AP50', 1, 1, 'higher')},
     'segmentation': {
         'mIoU %': ('mIoU', 1, 2, 'higher'),
         'ECE of pixels %': ('calibration/ece', 1, 3, 'lower'),
@@ -34,23 +47,53 @@ COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
     'translation': {
         'BLEU': ('bleu', 1, 1, 'higher'),
         'chrF': ('chrf', 1, 1, 'higher'),
-        'NLL, bits a token': ('nll', 1, 3, 'lower'),
+        'NLL (bits)': ('nll', 1, 3, 'lower'),
         'ECE %': ('ece', 100, 2, 'lower'),
         **SCALED,
     },
 }
 
 
-def sections() -> Dict[str, str]:
-    """The tables of each section."""
-    parts: Dict[str, list] = {}
+Panels = Dict[str, Dict[str, List[Run]]]
+
+
+def measured() -> Dict[str, Panels]:
+    """The runs of each section: panel title -> group -> measures."""
+    found: Dict[str, Panels] = {}
     for path in sorted((DOCS / 'evidence').glob('*.csv')):
         name, _, panel = path.stem.partition('.')
         for title, groups in read_runs(str(path)).items():
-            title = title or panel.replace('-', ' ')
-            table = comparison_table(groups, COLUMNS[name])
-            parts.setdefault(name, []).append(f'**{title}**\n\n{table}' if title else table)
-    return {name: '\n\n'.join([*tables, NOTE]) for name, tables in parts.items()}
+            found.setdefault(name, {})[title or panel.replace('-', ' ')] = groups
+    return found
+
+
+def sections() -> Dict[str, str]:
+    """The tables of each section, and the summary."""
+    texts = {}
+    for name, panels in measured().items():
+        tables = {title: comparison_table(groups, COLUMNS[name]) for title, groups in panels.items()}
+        parts = [f'**{title}**\n\n{table}' if title else table for title, table in tables.items()]
+        texts[name] = '\n\n'.join([*parts, NOTE])
+    return {**texts, 'summary': summary()}
+
+
+def summary() -> str:
+    """A row for each table: which measures of which methods the intervals call better and worse."""
+    page, found = (DOCS / 'evidence.md').read_text(), measured()
+    lines = ['| | better than plain training | worse |', '| --- | --- | --- |']
+    for name in sorted(found, key=lambda name: page.index(f'<!-- {name} -->')):
+        heading = re.findall(r'^## (.*)$', page[: page.index(f'<!-- {name} -->')], re.MULTILINE)[-1]
+        anchor = re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')
+        for title, groups in found[name].items():
+            cells: Dict[str, List[str]] = {'better': [], 'worse': []}
+            for group, found_ in differences(groups, COLUMNS[name]).items():
+                said = {t: verdict(one, COLUMNS[name][t][3]) for t, one in found_.items()}
+                for word, cell in cells.items():
+                    titles = [t for t in said if said[t] == word]
+                    cell += [f'**{group}**: {", ".join(titles)}'] * bool(titles)
+            better, worse = ('; '.join(cell) or 'nothing' for cell in cells.values())
+            lines.append(f'| [{heading}](#{anchor}){f", {title}" * bool(title)} | {better} | {worse} |')
+    return '\n'.join(lines)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ __all__ = [
     'Column',
     'Difference',
     'comparison_table',
+    'differences',
     'paired_difference',
     'read_runs',
     'verdict',
@@ -125,16 +126,34 @@ def comparison_table(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -
     rows = [['', 'runs', *shown]]
     for name, runs in groups.items():
         rows.append([name, str(len(runs)), *(_mean([run[c.key] for run in runs], c) for c in shown.values())])
-    (plain, plain_runs), *others = groups.items()
-    if not others:
+    found = differences(groups, columns)
+    if not found:
         return _markdown(rows)
     shown = {title: column for title, column in shown.items() if column.better}
-    differences = [[f'minus {plain}', 'pairs', *shown]]
-    for name, runs in others:
-        pairs = _pairs(name, runs, plain_runs)
-        cells = [_difference(pairs, column) if pairs else 'no pairs' for column in shown.values()]
-        differences.append([name, str(len(pairs)), *cells])
-    return f'{_markdown(rows)}\n\n{_markdown(differences)}'
+    against = [[f'minus {next(iter(groups))}', 'pairs', *shown]]
+    for name, measured in found.items():
+        cells = [_difference(measured[title], column) if measured else 'no pairs' for title, column in shown.items()]
+        against.append([name, str(max((one.pairs for one in measured.values()), default=0)), *cells])
+    return f'{_markdown(rows)}\n\n{_markdown(against)}'
+
+
+def differences(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -> Dict[str, Dict[str, Difference]]:
+    """What :func:`comparison_table` says of each group but the first, as numbers: name -> title -> difference.
+
+    Measures that are neither good nor bad are left out; a group without pairs has none.
+
+    Example:
+        >>> plain, other = [{'acc': 0.5}, {'acc': 0.7}], [{'acc': 0.5}, {'acc': 0.8}]
+        >>> found = differences({'plain': plain, 'PS-KD': other}, {'accuracy %': ('acc', 100, 1, 'higher')})
+        >>> round(found['PS-KD']['accuracy %'].mean, 6)
+        5.0
+    """
+    shown = {title: column for title, column in ((t, Column(*c)) for t, c in columns.items()) if column.better}
+    (_, plain), *others = groups.items()
+    return {
+        name: {title: _scaled_difference(pairs, column) for title, column in shown.items()} if pairs else {}
+        for name, pairs in ((name, _pairs(name, runs, plain)) for name, runs in others)
+    }
 
 
 def _pairs(name: str, runs: List[Run], plain: List[Run]) -> List[Tuple[Run, Run]]:
@@ -154,9 +173,12 @@ def _mean(values: List[float], column: Column) -> str:
     return f'{statistics.fmean(values):.{column.decimals}f}{spread}'
 
 
-def _difference(pairs: List[Tuple[Run, Run]], column: Column) -> str:
+def _scaled_difference(pairs: List[Tuple[Run, Run]], column: Column) -> Difference:
     runs, plain = ([run[column.key] * column.factor for run in side] for side in zip(*pairs))
-    found = paired_difference(runs, plain)
+    return paired_difference(runs, plain)
+
+
+def _difference(found: Difference, column: Column) -> str:
     ends = (found.low, found.high)
     interval = '' if None in ends else f' [{", ".join(f"{end:+.{column.decimals}f}" for end in ends)}]'
     return f'{found.mean:+.{column.decimals}f}{interval} {verdict(found, str(column.better))}'

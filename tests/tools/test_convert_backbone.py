@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from mm_runs import train
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
@@ -102,6 +103,54 @@ def test_narrow_ones(tmp_path, to, told):
     found = tool.convert_backbone(source, target, to=to, config=config)
     assert found.difference is None or found.difference <= 1e-4
     assert all(line in found.usage for line in told)
+
+
+def from_crops(tmp_path, to, target):
+    """A backbone that has seen nothing, of the config that is trained on crops."""
+    config = str(ROOT / 'configs/mmpretrain/baseline/resnet50-w16_1xb50_crops.py')
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    torch.save({'state_dict': MODELS.build(Config.fromfile(config).model).state_dict()}, tmp_path / 'epoch_14.pth')
+    tool.convert_backbone(str(tmp_path / 'epoch_14.pth'), str(target), to=to, config=config)
+    return {
+        k[9:]: v for k, v in torch.load(tmp_path / 'epoch_14.pth')['state_dict'].items() if k.startswith('backbone')
+    }
+
+
+def test_the_small_protocol_in_mmdetection(voc, tmp_path):
+    weights = from_crops(tmp_path, 'mmdet', tmp_path / 'backbone.pth')
+    cfg = Config.fromfile(ROOT / 'configs/mmdet/baseline/faster-rcnn_r50-w16_fpn_digits.py')
+    options = {
+        'model.backbone.init_cfg.checkpoint': str(tmp_path / 'backbone.pth'),
+        'train_cfg.max_epochs': 1,
+        'train_cfg.val_begin': 9,
+        'work_dir': str(tmp_path / 'run'),
+        'log_level': 'ERROR',
+    }
+    roots = {f'{part}_dataloader.dataset.data_root': f'{voc}/' for part in ('train', 'val', 'test')}
+    cfg.merge_from_dict({**options, **roots})
+    found = train(cfg).model.backbone.state_dict()
+    frozen = [name for name in weights if name.startswith(('conv1', 'bn1', 'layer1')) or 'running' in name]
+    assert len(frozen) > 100
+    assert all(torch.equal(found[name], weights[name]) for name in frozen)
+    assert not torch.equal(found['layer4.0.conv1.weight'], weights['layer4.0.conv1.weight'])
+
+
+def test_the_small_protocol_in_detectron2(voc, tmp_path):
+    pytest.importorskip('detectron2', reason='Detectron2 is not installed (docs/detectron2.md)')
+    from selfkd_detectron2.train import main
+
+    weights = from_crops(tmp_path, 'detectron2', tmp_path / 'backbone.pkl')
+    options = f'VOC.ROOT {voc}/VOC2007 OUTPUT_DIR {tmp_path}/run MODEL.WEIGHTS {tmp_path}/backbone.pkl DATASETS.TEST ()'
+    options += ' SOLVER.MAX_ITER 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 1 SOLVER.IMS_PER_BATCH 2'
+    config = str(ROOT / 'configs/detectron2/faster_rcnn_R_50w16_FPN_digits.yaml')
+    main(['--config-file', config, *options.split()])
+    found = torch.load(tmp_path / 'run/model_final.pth')['model']
+    found = {name.removeprefix('backbone.bottom_up.'): value for name, value in found.items()}
+    frozen = [name for name in weights if name.startswith(('conv1', 'bn1.running', 'layer1.0.conv'))]
+    assert len(frozen) == 6
+    assert all(torch.equal(found[tool.detectron2_name(name)], weights[name]) for name in frozen)
+    assert not torch.equal(found['res5.0.conv1.weight'], weights['layer4.0.conv1.weight'])
 
 
 def test_caffe_style_moves_the_stride(tmp_path):

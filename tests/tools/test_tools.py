@@ -235,7 +235,10 @@ def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
     text = '\n'.join(['panel,group,seed,error', *rows]) + '\n'
     (tmp_path / 'evidence/toy.csv').write_text(text)
     (tmp_path / 'evidence/toy.other-one.csv').write_text(text.replace('clean', ''))
-    (tmp_path / 'evidence.md').write_text('before\n<!-- toy -->\n<!-- end toy -->\nafter\n')
+    empty = '<!-- {0} -->\n<!-- end {0} -->\n'
+    (tmp_path / 'evidence.md').write_text(
+        'before\n' + empty.format('summary') + '## Toys, 1 x 1\n' + empty.format('toy') + 'after\n'
+    )
     monkeypatch.setattr(evidence, 'DOCS', tmp_path)
     monkeypatch.setattr(evidence, 'COLUMNS', {'toy': {'error %': ('error', 100, 2, 'lower')}})
     evidence.main()
@@ -243,5 +246,6 @@ def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
     assert '**clean**' in text
     assert '**other one**' in text
     assert text.count('| -5.00 [-5.00, -5.00] better |') == 2
+    assert '| [Toys, 1 x 1](#toys-1-x-1), other one | **x**: error % | nothing |' in text
     assert text.startswith('before')
     assert text.endswith('after\n')

@@ -1,4 +1,4 @@
-# Digits on photographs, 64 x 64 (tools/make_toy_data.py crops data/VOCcrops), and a ResNet-50 of a quarter of the width.
+# Digits on photographs, 64 x 64 (tools/make_toy_data.py crops data/VOCcrops), and a narrow ResNet-50 (a quarter).
 # It becomes the backbone of a detector in MMDetection or Detectron2 (selfkd convert-backbone). Minutes on a CPU.
 _base_ = './digits.py'
 model = dict(
