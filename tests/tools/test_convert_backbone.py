@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import make_toy_data
 import pytest
 import torch
 from mm_runs import train
@@ -106,15 +107,18 @@ def test_narrow_ones(tmp_path, to, told):
 
 
 def from_crops(tmp_path, to, target):
-    """A backbone that has seen nothing, of the config that is trained on crops."""
-    config = str(ROOT / 'configs/mmpretrain/baseline/resnet50-w16_1xb50_crops.py')
-    init_default_scope('mmpretrain')
-    torch.manual_seed(0)
-    torch.save({'state_dict': MODELS.build(Config.fromfile(config).model).state_dict()}, tmp_path / 'epoch_14.pth')
-    tool.convert_backbone(str(tmp_path / 'epoch_14.pth'), str(target), to=to, config=config)
-    return {
-        k[9:]: v for k, v in torch.load(tmp_path / 'epoch_14.pth')['state_dict'].items() if k.startswith('backbone')
-    }
+    """The weights of a backbone that was trained with PS-KD on crops, and converted."""
+    make_toy_data.crops(tmp_path / 'crops', train_size=64, test_size=4)
+    config = str(ROOT / 'configs/mmpretrain/pskd/resnet50-w16_1xb50_crops.py')
+    cfg = Config.fromfile(config)
+    options = {'train_dataloader.batch_size': 32, 'train_cfg.max_epochs': 2, 'log_level': 'ERROR'}
+    roots = {f'{part}_dataloader.dataset.data_root': str(tmp_path / 'crops') for part in ('train', 'val', 'test')}
+    cfg.merge_from_dict({**options, **roots, 'work_dir': str(tmp_path / 'classifier')})
+    train(cfg)
+    source = str(tmp_path / 'classifier/epoch_2.pth')
+    tool.convert_backbone(source, str(target), to=to, config=config)
+    state = torch.load(source)['state_dict']
+    return {name[9:]: value for name, value in state.items() if name.startswith('backbone.')}
 
 
 def test_the_small_protocol_in_mmdetection(voc, tmp_path):
