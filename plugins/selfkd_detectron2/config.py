@@ -24,7 +24,7 @@ def add_selfkd_config(cfg: CfgNode) -> None:
     cfg.SELFKD.PSKD.ENABLED = False
     cfg.SELFKD.PSKD.ALPHA = None  # 0.8: final share of the past prediction, in [0, 1]
     cfg.SELFKD.PSKD.INTERVAL = None  # iterations between two refreshes of the past copy: a pass over the data
-    cfg.SELFKD.PSKD.BACKGROUND = False  # True also softens the label of background regions
+    cfg.SELFKD.PSKD.BACKGROUND = True  # False leaves the label of background regions hard
     cfg.SELFKD.PSKD.TEACHER_MODE = 'train'  # or 'eval': the mode that the past copy predicts in
 
     cfg.SELFKD.CSKD = CfgNode()

@@ -89,8 +89,8 @@ class PSKDHook(SelfKDHook):
         alpha: final share of the past prediction, in [0, 1].
         interval: iterations between two refreshes of the past copy (a period). Defaults to one pass over the training
             set, which Detectron2's own data loaders can tell.
-        background: also soften the target of background regions. By default their label stays hard: softened, it lets
-            scores of objects rise on background (measured in docs/evidence.md). One-stage detectors have no such class.
+        background: also soften the target of background regions, whose class is one like the others. False leaves
+            their label hard. One-stage detectors have no such class.
         teacher_mode: ``'train'``: the past copy predicts as the student does in training (batch norm by the batch's
             statistics, dropout drawn anew); ``'eval'``: in evaluation mode.
 
@@ -108,7 +108,7 @@ class PSKDHook(SelfKDHook):
     dense = True
 
     def __init__(
-        self, alpha: float = 0.8, interval: Optional[int] = None, background: bool = False, teacher_mode: str = 'train'
+        self, alpha: float = 0.8, interval: Optional[int] = None, background: bool = True, teacher_mode: str = 'train'
     ):
         super().__init__()
         user = 'PSKDHook (SELFKD.PSKD)'
@@ -124,9 +124,9 @@ class PSKDHook(SelfKDHook):
         self._resumed: Optional[dict] = None
 
     def setup(self, model: nn.Module) -> None:
-        if self.background and not hasattr(model, 'roi_heads'):
+        if not self.background and not hasattr(model, 'roi_heads'):
             raise ValueError(
-                f'PSKDHook: background=True (SELFKD.PSKD.BACKGROUND) is for regions; {type(model).__name__} has no '
+                f'PSKDHook: background=False (SELFKD.PSKD.BACKGROUND) is for regions; {type(model).__name__} has no '
                 'background class: remove it'
             )
         self.period = self.interval or _epoch_length(self.trainer.data_loader)

@@ -32,7 +32,7 @@ class PSKDHook(PSKDHookBase):
         custom_hooks = [dict(type='selfkd_mmdet.PSKDHook', alpha=0.8)]
 
     Two-stage detectors (Faster, Mask, Cascade R-CNN): it classifies the same regions that the student was given, and
-    the target of the classification loss becomes ``(1 - alpha_t) * label + alpha_t * past`` where there is an object.
+    the target of the classification loss becomes ``(1 - alpha_t) * label + alpha_t * past``.
 
     One-stage detectors with sigmoids (RetinaNet, FCOS, ATSS): it classifies the same anchors or points, and the loss
     becomes ``focal(label) + alpha_t * qfl(past)``, with the quality focal loss: unlike the focal loss of a soft target
@@ -45,8 +45,8 @@ class PSKDHook(PSKDHookBase):
         alpha: final share of the past prediction (one-stage: final weight of its term), in [0, 1].
         interval: in iteration-based loops: iterations between two refreshes of the past copy. Defaults to one pass over
             the training set.
-        background: two-stage: also soften the target of background regions. By default their label stays hard:
-            softened, it lets scores of objects rise on background (measured in docs/evidence.md).
+        background: two-stage: also soften the target of background regions, whose class is one like the others. False
+            leaves their label hard.
         teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
             batch unless frozen), or ``'eval'``.
 
@@ -63,7 +63,7 @@ class PSKDHook(PSKDHookBase):
         self,
         alpha: float = 0.8,
         interval: Optional[int] = None,
-        background: bool = False,
+        background: bool = True,
         teacher_mode: str = 'train',
     ):
         super().__init__(alpha, snapshot=True, interval=interval, teacher_mode=teacher_mode)
@@ -75,8 +75,8 @@ class PSKDHook(PSKDHookBase):
     def check(self, runner: Runner, model: nn.Module) -> None:
         one_stage = hasattr(model, 'bbox_head')
         (check_dense_head if one_stage else check_region_heads)('PSKDHook', model)
-        if one_stage and self.background:
-            raise ValueError('PSKDHook: background=True is for two-stage detectors: remove it')
+        if one_stage and not self.background:
+            raise ValueError('PSKDHook: background=False is for two-stage detectors: remove it')
         self.many_calls = one_stage
         super().check(runner, model)
 

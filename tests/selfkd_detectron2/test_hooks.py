@@ -64,7 +64,6 @@ def region_logits(heads, features, proposals, stage):
 
 BESIDE = {'faster, FRSKD': FRSKD, 'cascade, FRSKD': FRSKD}
 EVAL = 'SELFKD.PSKD.TEACHER_MODE eval '
-SOFT = 'SELFKD.PSKD.BACKGROUND True '
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ SOFT = 'SELFKD.PSKD.BACKGROUND True '
 )
 def test_region_loss_recomputed_from_the_checkpoint_at_the_start_of_the_period(voc, tmp_path, case):
     model, hard = case.split(',')[0], 'hard' in case
-    options = f'{PSKD} {BESIDE.get(case, "")} {SOFT * (not hard)} MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16'
+    options = f'{PSKD} {BESIDE.get(case, "")} SELFKD.PSKD.BACKGROUND {not hard} MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16'
     options += f' {EVAL if "eval" in case else ""}'
     cfg = config(voc, tmp_path, model, options)
     train(cfg, spy := Spy())
@@ -281,7 +280,7 @@ def test_resumed_without_a_past_copy_it_learns_from_the_resumed_weights(voc, tmp
     train(config(voc, tmp_path, options=options), Reseed())
     (tmp_path / 'last_checkpoint').write_text('model_0000004.pth')
     logging.getLogger('detectron2.selfkd').addHandler(caplog.handler)
-    cfg = config(voc, tmp_path, options=options + PSKD + SOFT)
+    cfg = config(voc, tmp_path, options=options + PSKD)
     train(cfg, spy := Spy(), Reseed(), resume=True)
     assert 'training resumes without a past copy' in caplog.text
     assert 'until iteration 6' in caplog.text
@@ -352,7 +351,7 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
         ('faster', PSKD + SIGMOID, 'FastRCNNOutputLayers with use_sigmoid_ce .* is not supported'),
         ('faster', CSKD + SIGMOID, 'FastRCNNOutputLayers with use_sigmoid_ce .* is not supported'),
         ('retinanet', CSKD, 'CSKDHook: RetinaNet is not supported'),
-        ('retinanet', PSKD + SOFT, 'RetinaNet has no background class'),
+        ('retinanet', PSKD + 'SELFKD.PSKD.BACKGROUND False', 'RetinaNet has no background class'),
         ('retinanet', PSKD + 'MODEL.RETINANET.FOCAL_LOSS_GAMMA 0.5', 'focal_loss_gamma must be 0 or at least 1'),
         ('faster', PSKD + 'MODEL.META_ARCHITECTURE ProposalNetwork', 'ProposalNetwork is not supported'),
         ('faster', PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor', 'SemanticSegmentor is not supported'),

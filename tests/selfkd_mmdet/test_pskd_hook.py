@@ -12,7 +12,6 @@ from mmengine.runner import load_checkpoint
 
 from selfkd_mmdet import CSKDHook, PSKDHook
 
-SOFT = dict(background=True)
 BATCH_NORM = {'model.roi_head.bbox_head.norm_cfg': dict(type='BN', _delete_=True)}
 
 
@@ -40,9 +39,7 @@ def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp
     model = case if case in MODIFY else 'faster-rcnn'
     options = {(): {}, ('FRSKD',): FRSKD, ('batch norm',): BATCH_NORM}[tuple(more)]
     mode = 'eval' if case == 'evaluation mode' else 'train'
-    cfg = config(
-        voc, tmp_path, dict(PSKD, teacher_mode=mode, **({} if 'hard' in case else SOFT)), model=model, **options
-    )
+    cfg = config(voc, tmp_path, dict(PSKD, background='hard' not in case, teacher_mode=mode), model=model, **options)
     if case == 'accumulation':
         cfg.optim_wrapper.accumulative_counts = 2
     train(cfg, regions := Regions())
@@ -260,7 +257,7 @@ def test_other_one_stage_and_query_detectors_are_refused_by_name(detector, messa
 
 
 def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):
-    with pytest.raises(ValueError, match='background=True is for two-stage'):
-        train(config(voc, tmp_path, dict(PSKD, **SOFT), model='retinanet'))
+    with pytest.raises(ValueError, match='background=False is for two-stage'):
+        train(config(voc, tmp_path, dict(PSKD, background=False), model='retinanet'))
     with pytest.raises(ValueError, match='CSKDHook: RetinaNet with the RoI head NoneType is not supported'):
         train(config(voc, tmp_path, CSKD, model='retinanet'))
