@@ -22,8 +22,9 @@ def add_selfkd_config(cfg: CfgNode) -> None:
     # None stands for the default of the hook or head: with 0.8 here yacs would refuse 0 and 1, which are no floats.
     cfg.SELFKD.PSKD = CfgNode()
     cfg.SELFKD.PSKD.ENABLED = False
-    cfg.SELFKD.PSKD.ALPHA = None  # 0.8: final share of the past prediction, in [0, 1]
+    cfg.SELFKD.PSKD.ALPHA = None  # 0.8: final weight of the past's term, in [0, 1]
     cfg.SELFKD.PSKD.INTERVAL = None  # iterations between two refreshes of the past copy: a pass over the data
+    cfg.SELFKD.PSKD.KEEP_HARD = True  # False weighs the label's term by 1 - alpha, as the paper does in classification
     cfg.SELFKD.PSKD.BACKGROUND = True  # False leaves the label of background regions hard
     cfg.SELFKD.PSKD.TEACHER_MODE = 'train'  # or 'eval': the mode that the past copy predicts in
 

@@ -65,8 +65,6 @@ Rewrite = Callable[[Tensor, List[Classified], Dict[str, Tensor]], None]
 class RegionTap:
     """The sampled regions of Faster, Mask and Cascade R-CNN."""
 
-    keep_hard = False  # the cross-entropy is linear in its target: the two terms share its weight
-
     def __init__(self, model: nn.Module):
         self.heads = heads = model.roi_heads
         self.predictors = list(heads.box_predictor) if isinstance(heads, CascadeROIHeads) else [heads.box_predictor]
@@ -150,8 +148,6 @@ def _match(boxes: List[Boxes], targets: List[Instances], matcher: Matcher, backg
 
 class DenseTap:
     """The anchors of RetinaNet and FCOS, which classify with a sigmoid for each class and the focal loss."""
-
-    keep_hard = True  # the past's term fades where student and past agree
 
     def __init__(self, model: nn.Module):
         self.model = model

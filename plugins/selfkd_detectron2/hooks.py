@@ -74,11 +74,13 @@ class PSKDHook(SelfKDHook):
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
     https://arxiv.org/abs/2006.12000
 
-    A frozen past copy of the detector classifies the same regions that the student was given, and the target of the
-    classification loss becomes ``(1 - alpha_t) * label + alpha_t * past``; ``alpha_t`` grows with the share of the
-    iterations that were done when the present period began. Sampling, normalisation, box regression, masks and the RPN
-    are Detectron2's own. RetinaNet and FCOS keep their focal loss; the past is added as the quality focal loss with
-    the weight ``alpha_t``, on the same anchors and with the same normaliser::
+    A frozen past copy of the detector classifies the same regions that the student was given, and the classification
+    loss becomes ``ce(label) + alpha_t * ce(past)``; ``alpha_t`` grows with the share of the iterations that were done
+    when the present period began. The label's term keeps its whole weight: where student and past agree the past's has
+    no gradient, and with ``1 - alpha_t`` classification would weigh ever less beside the boxes. Sampling,
+    normalisation, box regression, masks and the RPN are Detectron2's own. RetinaNet and FCOS keep their focal loss; the
+    past is added as the quality focal loss with the weight ``alpha_t``, on the same anchors and with the same
+    normaliser::
 
         trainer = DefaultTrainer(cfg)
         trainer.register_hooks([PSKDHook(alpha=0.8)])
@@ -86,13 +88,15 @@ class PSKDHook(SelfKDHook):
         trainer.train()
 
     Args:
-        alpha: final share of the past prediction, in [0, 1].
+        alpha: final weight of the past's term, in [0, 1].
         interval: iterations between two refreshes of the past copy (a period). Defaults to one pass over the training
             set, which Detectron2's own data loaders can tell.
         background: also soften the target of background regions, whose class is one like the others. False leaves
             their label hard. One-stage detectors have no such class.
         teacher_mode: ``'train'``: the past copy predicts as the student does in training (batch norm by the batch's
             statistics, dropout drawn anew); ``'eval'``: in evaluation mode.
+        keep_hard: regions: False weighs the label's term by ``1 - alpha_t``, as the paper does in classification: the
+            target is then ``(1 - alpha_t) * label + alpha_t * past``.
 
     Logged: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of the loss), with the prefix ``stage0/``,
     ``stage1/``, ... for the stages of Cascade R-CNN.
@@ -108,7 +112,12 @@ class PSKDHook(SelfKDHook):
     dense = True
 
     def __init__(
-        self, alpha: float = 0.8, interval: Optional[int] = None, background: bool = True, teacher_mode: str = 'train'
+        self,
+        alpha: float = 0.8,
+        interval: Optional[int] = None,
+        background: bool = True,
+        teacher_mode: str = 'train',
+        keep_hard: bool = True,
     ):
         super().__init__()
         user = 'PSKDHook (SELFKD.PSKD)'
@@ -118,17 +127,19 @@ class PSKDHook(SelfKDHook):
             raise ValueError(
                 f'PSKDHook: interval (SELFKD.PSKD.INTERVAL) must be a positive number of iterations, got {interval}'
             )
-        self.alpha, self.interval, self.background, self.teacher_mode = alpha, interval, background, teacher_mode
+        self.alpha, self.interval, self.teacher_mode = alpha, interval, teacher_mode
+        self.background, self.keep_hard = background, keep_hard
         self.current_alpha = 0.0
         self.teacher: Optional[SnapshotTeacher] = None
         self._resumed: Optional[dict] = None
 
     def setup(self, model: nn.Module) -> None:
-        if not self.background and not hasattr(model, 'roi_heads'):
-            raise ValueError(
-                f'PSKDHook: background=False (SELFKD.PSKD.BACKGROUND) is for regions; {type(model).__name__} has no '
-                'background class: remove it'
-            )
+        for name in ('background', 'keep_hard'):
+            if not getattr(self, name) and not hasattr(model, 'roi_heads'):
+                raise ValueError(
+                    f'PSKDHook: {name}=False (SELFKD.PSKD.{name.upper()}) is for regions, and {type(model).__name__} '
+                    'has none: remove it'
+                )
         self.period = self.interval or _epoch_length(self.trainer.data_loader)
         start, end = self.trainer.start_iter, self.trainer.max_iter
         if self.alpha > 0 and self.period >= end:
@@ -170,7 +181,7 @@ class PSKDHook(SelfKDHook):
         for i, call in enumerate(calls):
             hard, soft = losses[call.name], 0.0
             if past is not None:
-                hard, soft = (hard if self.tap.keep_hard else (1 - alpha) * hard), alpha * past[i]
+                hard, soft = (hard if self.keep_hard else (1 - alpha) * hard), alpha * past[i]
                 losses[call.name] = hard + soft
             storage.put_scalar(f'{call.scope}pskd_hard', float(hard))
             storage.put_scalar(f'{call.scope}pskd_soft', float(soft))

@@ -32,17 +32,21 @@ class PSKDHook(PSKDHookBase):
         custom_hooks = [dict(type='selfkd_mmdet.PSKDHook', alpha=0.8)]
 
     Two-stage detectors (Faster, Mask, Cascade R-CNN): it classifies the same regions that the student was given, and
-    the target of the classification loss becomes ``(1 - alpha_t) * label + alpha_t * past``.
+    the classification loss becomes ``ce(label) + alpha_t * ce(past)``.
 
     One-stage detectors with sigmoids (RetinaNet, FCOS, ATSS): it classifies the same anchors or points, and the loss
     becomes ``focal(label) + alpha_t * qfl(past)``, with the quality focal loss: unlike the focal loss of a soft target
-    it is least where student and past agree. The label's term keeps its whole weight: the past's fades where the two
-    agree, and with ``1 - alpha_t`` classification would weigh ever less beside the boxes.
+    it is least where student and past agree.
+
+    The label's term keeps its whole weight: where student and past agree the past's has no gradient, and with
+    ``1 - alpha_t`` classification would weigh ever less beside the boxes.
 
     Sampling, assignment, weights, normalisation, box regression, masks and the RPN are the toolkit's own.
 
     Args:
-        alpha: final share of the past prediction (one-stage: final weight of its term), in [0, 1].
+        alpha: final weight of the past's term, in [0, 1].
+        keep_hard: two-stage: False weighs the label's term by ``1 - alpha_t``, as the paper does in classification: the
+            target is then ``(1 - alpha_t) * label + alpha_t * past``.
         interval: in iteration-based loops: iterations between two refreshes of the past copy. Defaults to one pass over
             the training set.
         background: two-stage: also soften the target of background regions, whose class is one like the others. False
@@ -65,9 +69,10 @@ class PSKDHook(PSKDHookBase):
         interval: Optional[int] = None,
         background: bool = True,
         teacher_mode: str = 'train',
+        keep_hard: bool = True,
     ):
         super().__init__(alpha, snapshot=True, interval=interval, teacher_mode=teacher_mode)
-        self.background = background
+        self.background, self.keep_hard = background, keep_hard
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         return [model.bbox_head.loss_cls] if self.many_calls else [head.loss_cls for head in region_heads(model)]
@@ -75,8 +80,9 @@ class PSKDHook(PSKDHookBase):
     def check(self, runner: Runner, model: nn.Module) -> None:
         one_stage = hasattr(model, 'bbox_head')
         (check_dense_head if one_stage else check_region_heads)('PSKDHook', model)
-        if one_stage and not self.background:
-            raise ValueError('PSKDHook: background=False is for two-stage detectors: remove it')
+        for name in ('background', 'keep_hard'):
+            if one_stage and not getattr(self, name):
+                raise ValueError(f'PSKDHook: {name}=False is for two-stage detectors: remove it')
         self.many_calls = one_stage
         super().check(runner, model)
 
@@ -127,7 +133,7 @@ class PSKDHook(PSKDHookBase):
         if not self.teaches:
             return self.mix(loss, prefix=prefix)
         soft = self._dense_losses(arguments['pred']) if self.many_calls else self._region_losses(stage, arguments)
-        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments), prefix, keep_hard=self.many_calls)
+        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments), prefix, keep_hard=self.keep_hard)
 
     def _dense_losses(self, logits: Tensor) -> Tensor:
         past, self._past = self._past[: len(logits)], self._past[len(logits) :]

@@ -71,6 +71,7 @@ EVAL = 'SELFKD.PSKD.TEACHER_MODE eval '
     [
         'faster',
         'faster, hard background',
+        'faster, shared weight',
         'faster, eval',
         'mask',
         'panoptic',
@@ -83,7 +84,8 @@ EVAL = 'SELFKD.PSKD.TEACHER_MODE eval '
 def test_region_loss_recomputed_from_the_checkpoint_at_the_start_of_the_period(voc, tmp_path, case):
     model, hard = case.split(',')[0], 'hard' in case
     options = f'{PSKD} {BESIDE.get(case, "")} SELFKD.PSKD.BACKGROUND {not hard} MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16'
-    options += f' {EVAL if "eval" in case else ""}'
+    keep = 'shared' not in case
+    options += f' {EVAL if "eval" in case else ""} SELFKD.PSKD.KEEP_HARD {keep}'
     cfg = config(voc, tmp_path, model, options)
     train(cfg, spy := Spy())
     teacher = load(cfg, tmp_path / 'model_0000002.pth').train('eval' not in case)
@@ -102,7 +104,7 @@ def test_region_loss_recomputed_from_the_checkpoint_at_the_start_of_the_period(v
                 past = region_logits(teacher.roi_heads, features, proposals, i % stages).double().softmax(1)
             if hard:
                 past[label == 10] = F.one_hot(torch.tensor(10), 11).double()
-            target = (1 - alpha) * target + alpha * past
+            target = target * (1 if keep else 1 - alpha) + alpha * past
         expected = -(target * logits.double().log_softmax(1)).sum(1).mean().item()
         losses, suffix = spy.losses[step], f'_stage{i % stages}' if stages > 1 else ''
         scope = f'stage{i % stages}/' if stages > 1 else ''
@@ -351,7 +353,8 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
         ('faster', PSKD + SIGMOID, 'FastRCNNOutputLayers with use_sigmoid_ce .* is not supported'),
         ('faster', CSKD + SIGMOID, 'FastRCNNOutputLayers with use_sigmoid_ce .* is not supported'),
         ('retinanet', CSKD, 'CSKDHook: RetinaNet is not supported'),
-        ('retinanet', PSKD + 'SELFKD.PSKD.BACKGROUND False', 'RetinaNet has no background class'),
+        ('retinanet', PSKD + 'SELFKD.PSKD.BACKGROUND False', 'background=False .* and RetinaNet has none'),
+        ('retinanet', PSKD + 'SELFKD.PSKD.KEEP_HARD False', 'keep_hard=False .* and RetinaNet has none'),
         ('retinanet', PSKD + 'MODEL.RETINANET.FOCAL_LOSS_GAMMA 0.5', 'focal_loss_gamma must be 0 or at least 1'),
         ('faster', PSKD + 'MODEL.META_ARCHITECTURE ProposalNetwork', 'ProposalNetwork is not supported'),
         ('faster', PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor', 'SemanticSegmentor is not supported'),

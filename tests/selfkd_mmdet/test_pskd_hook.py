@@ -21,6 +21,7 @@ BATCH_NORM = {'model.roi_head.bbox_head.norm_cfg': dict(type='BN', _delete_=True
         'faster-rcnn',
         'evaluation mode',
         'hard background',
+        'shared weight',
         'hard background, batch norm',
         'accumulation',
         'cascade',
@@ -38,8 +39,14 @@ def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp
     case, *more = case.split(', ')
     model = case if case in MODIFY else 'faster-rcnn'
     options = {(): {}, ('FRSKD',): FRSKD, ('batch norm',): BATCH_NORM}[tuple(more)]
-    mode = 'eval' if case == 'evaluation mode' else 'train'
-    cfg = config(voc, tmp_path, dict(PSKD, background='hard' not in case, teacher_mode=mode), model=model, **options)
+    mode, keep = 'eval' if case == 'evaluation mode' else 'train', case != 'shared weight'
+    cfg = config(
+        voc,
+        tmp_path,
+        dict(PSKD, background='hard' not in case, teacher_mode=mode, keep_hard=keep),
+        model=model,
+        **options,
+    )
     if case == 'accumulation':
         cfg.optim_wrapper.accumulative_counts = 2
     train(cfg, regions := Regions())
@@ -59,7 +66,7 @@ def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp
                     past = teacher.roi_head._bbox_forward(*arguments, step['rois'][stage])['cls_score'].softmax(1)
                 if 'hard' in case:
                     past[label == 10] = F.one_hot(torch.tensor(10), 11).float()
-                target = (1 - alpha) * target + alpha * past
+                target = target * (1 if keep else 1 - alpha) + alpha * past
             expected = -((target * logits.double().log_softmax(1)).sum(1) * weight).sum() / avg_factor
             name = f's{stage}.loss_cls' if case == 'cascade' else 'loss_cls'
             factor = [1, 0.5][stage] if case == 'cascade' else 1
@@ -259,5 +266,7 @@ def test_other_one_stage_and_query_detectors_are_refused_by_name(detector, messa
 def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):
     with pytest.raises(ValueError, match='background=False is for two-stage'):
         train(config(voc, tmp_path, dict(PSKD, background=False), model='retinanet'))
+    with pytest.raises(ValueError, match='keep_hard=False is for two-stage'):
+        train(config(voc, tmp_path, dict(PSKD, keep_hard=False), model='retinanet'))
     with pytest.raises(ValueError, match='CSKDHook: RetinaNet with the RoI head NoneType is not supported'):
         train(config(voc, tmp_path, CSKD, model='retinanet'))
