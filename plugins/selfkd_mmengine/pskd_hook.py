@@ -103,7 +103,7 @@ class PSKDHookBase(SelfKDHook):
         Both parts are logged, summed over the calls of a step.
 
         Args:
-            keep_hard: ``hard`` keeps its whole weight: for losses that are not linear in their target, and in detectors.
+            keep_hard: ``hard`` keeps its whole weight: where the loss is not linear in its target, and in detectors.
         """
         if soft is not None:
             hard = hard if keep_hard else (1 - self.current_alpha) * hard

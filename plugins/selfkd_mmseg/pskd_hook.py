@@ -31,10 +31,11 @@ class PSKDHook(PSKDHookBase):
     normalisation are the toolkit's own; auxiliary heads and further losses of the decode head keep their hard labels.
     Nothing else of the config changes::
 
-        custom_hooks = [dict(type='selfkd_mmseg.PSKDHook', alpha=0.8)]
+        custom_hooks = [dict(type='selfkd_mmseg.PSKDHook', alpha=0.3)]
 
     Args:
         alpha: final share of the past prediction, in [0, 1]. In iteration-based loops it grows once in ``interval``.
+            With 0.8, the paper's for classification, small networks were too unsure (docs/evidence.md).
         interval: iterations between two refreshes of the past copy. Defaults to one pass over the training set.
         teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
             batch), or ``'eval'``.
@@ -45,7 +46,7 @@ class PSKDHook(PSKDHookBase):
         ValueError: at the start of training, for heads and losses that it does not support.
     """
 
-    def __init__(self, alpha: float = 0.8, interval: Optional[int] = None, teacher_mode: str = 'train'):
+    def __init__(self, alpha: float = 0.3, interval: Optional[int] = None, teacher_mode: str = 'train'):
         super().__init__(alpha, snapshot=True, interval=interval, teacher_mode=teacher_mode)
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
