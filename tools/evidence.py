@@ -86,8 +86,8 @@ def summary() -> str:
         anchor = re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')
         for title, groups in found[name].items():
             cells: Dict[str, List[str]] = {'better': [], 'worse': []}
-            for group, found_ in differences(groups, COLUMNS[name]).items():
-                said = {t: verdict(one, COLUMNS[name][t][3]) for t, one in found_.items()}
+            for group, against in differences(groups, COLUMNS[name]).items():
+                said = {t: verdict(one, COLUMNS[name][t][3]) for t, one in against.items()}
                 for word, cell in cells.items():
                     titles = [t for t in said if said[t] == word]
                     cell += [f'**{group}**: {", ".join(titles)}'] * bool(titles)

@@ -35,7 +35,7 @@ class PSKDHook(PSKDHookBase):
 
     Args:
         alpha: final share of the past prediction, in [0, 1]. In iteration-based loops it grows once in ``interval``.
-            With 0.8, the paper's for classification, small networks were too unsure (docs/evidence.md).
+            With 0.8, the paper's for classification, a small network was worse calibrated (docs/evidence.md).
         interval: iterations between two refreshes of the past copy. Defaults to one pass over the training set.
         teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
             batch), or ``'eval'``.
