@@ -5,12 +5,12 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import free_port
 
 REPO = Path(__file__).resolve().parents[1]
 USER_DIR = str(REPO / 'plugins' / 'selfkd_fairseq')
@@ -83,9 +83,7 @@ class Fairseq:
 
         ``out_of_memory_at``: the training step that fails on the last of them.
         """
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
+        port = free_port()
         started = [
             self.start(
                 *self.train_args(save, *args),

@@ -1,6 +1,8 @@
 """Runs functions in processes forked from this one, which has imported the toolkits already."""
 
+import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -10,6 +12,18 @@ import traceback
 import torch
 
 SECONDS = 900
+
+# Below those that systems hand out by themselves (Linux from 32768, macOS and Windows from 49152): with one of them,
+# another test's connection may take the port between this look at it and its use.
+PORTS = range(15000, 32000)
+
+
+def free_port() -> int:
+    """A port for processes to meet at."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(('', port := secrets.choice(PORTS)))
+            return port
 
 
 def in_processes(folder, function, processes=1, *, dies=False):
@@ -21,10 +35,7 @@ def in_processes(folder, function, processes=1, *, dies=False):
         processes: how many; from two on they can form a process group.
         dies: whether the processes are expected to be killed instead.
     """
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    children = []
+    children, port = [], free_port()
     for rank in range(processes):
         child = os.fork()
         if child == 0:

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import mmengine.runner.loops
 import torch.multiprocessing as mp
-from mm_runs import by_iterations, digits_config, find_hook, free_port, train
+from forks import free_port
+from mm_runs import by_iterations, digits_config, find_hook, train
 from mmengine.config import Config
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +57,6 @@ def train(cfg, *hooks) -> Runner:
         runner.register_hook(hook)
     runner.train()
     return runner
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 def in_processes(processes: int, folder, script, *arguments) -> str:

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from mm_runs import ROOT, assert_same_state, digits_config, free_port, in_processes, train
+from forks import free_port
+from mm_runs import ROOT, assert_same_state, digits_config, in_processes, train
 from mmengine._strategy import BaseStrategy, SingleDeviceStrategy
 from mmengine.registry import STRATEGIES
 from mmengine.runner import FlexibleRunner
