@@ -1,11 +1,13 @@
 """Self-knowledge distillation for Detectron2."""
 
 from .config import SelfKDTrainer, add_selfkd_config, check_classes, selfkd_hooks, with_self_teacher
+from .evaluation import DetectionCalibration
 from .frskd import FRSKDCascadeROIHeads, FRSKDROIHeads
 from .hooks import CSKDHook, PSKDHook
 
 __all__ = [
     'CSKDHook',
+    'DetectionCalibration',
     'FRSKDCascadeROIHeads',
     'FRSKDROIHeads',
     'PSKDHook',

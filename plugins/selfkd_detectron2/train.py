@@ -35,10 +35,11 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
 from .config import SelfKDTrainer, add_selfkd_config, check_classes
+from .evaluation import DetectionCalibration
 
 __all__ = ['Trainer', 'base_config', 'main', 'register_voc']
 
-# For each type of data set, what makes its evaluators: as in Detectron2's tools/train_net.py.
+# For each type of data set, what makes its evaluators: as in Detectron2's tools/train_net.py, and the calibration.
 EVALUATORS = {
     'coco': [lambda name, out: COCOEvaluator(name, output_dir=out)],
     'sem_seg': [lambda name, out: SemSegEvaluator(name, output_dir=out)],
@@ -48,7 +49,10 @@ EVALUATORS = {
         lambda name, out: COCOPanopticEvaluator(name, out),
     ],
     'lvis': [lambda name, out: LVISEvaluator(name, output_dir=out)],
-    'pascal_voc': [lambda name, out: PascalVOCDetectionEvaluator(name)],
+    'pascal_voc': [
+        lambda name, out: PascalVOCDetectionEvaluator(name),
+        lambda name, out: DetectionCalibration(name),
+    ],
     'cityscapes_instance': [lambda name, out: CityscapesInstanceEvaluator(name)],
     'cityscapes_sem_seg': [lambda name, out: CityscapesSemSegEvaluator(name)],
 }

@@ -38,7 +38,8 @@ def test_yaml_config_trains_evaluates_and_resumes(voc, tmp_path, method):
     run('--config-file', str(config), *options, 'SOLVER.CHECKPOINT_PERIOD', '3')
     logs = d2_runs.scalars(tmp_path)
     assert 'bbox/AP50' in logs[6]
-    measured = {key: value for key, value in logs[6].items() if key.startswith('bbox/') and value == value}
+    measured = {k: v for k, v in logs[6].items() if k.startswith(('bbox/', 'calibration/')) and v == v}
+    assert 'calibration/detections' in measured
     assert logged_measures(str(tmp_path)) == {**measured, 'seed': 0}
     if method == 'pskd':
         assert logs[5]['pskd_alpha'] == pytest.approx(0.8 * 4 / 6)  # 4 images in batches of 2: 2 iterations a pass
