@@ -5,7 +5,7 @@ the natural unit (a share, not a percentage). The papers' tables show ECE x 100 
 """
 
 import math
-from typing import Dict, Tuple
+from typing import Dict, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,23 @@ def calibration_gaps(confidence: Tensor, correct: Tensor, *, bins: int = 10) -> 
     which = (which + (confidence > edges[which.clamp(min=0) + 1]).long()).clamp(0, bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
     return gaps.index_add_(0, which, correct - confidence)
+
+
+def check_detection_calibration(score_thr: float, iou_thr: float, bins: int) -> None:
+    """ValueError: settings of the detectors' ``DetectionCalibration`` that are out of range."""
+    if not (0 <= score_thr < 1 and 0 < iou_thr < 1 and bins >= 1):
+        raise ValueError(
+            'DetectionCalibration: score_thr must lie in [0, 1), iou_thr in (0, 1) and bins must be at least 1, '
+            f'got {score_thr}, {iou_thr}, {bins}'
+        )
+
+
+def detection_calibration(detections: Sequence[Tuple[float, float]], *, bins: int) -> Dict[str, float]:
+    """What the detectors' ``DetectionCalibration`` reports, of the score of each detection and whether it is right."""
+    if not detections:
+        return {'ece': math.nan, 'detections': 0}
+    scores, right = torch.tensor(detections, dtype=torch.float64).T
+    return {'ece': 100 * calibration_error_of(scores, right, bins=bins), 'detections': len(detections)}
 
 
 def nll(probs: Tensor, labels: Tensor) -> float:

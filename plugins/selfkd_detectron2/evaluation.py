@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils import comm
 from torch import Tensor
 
-from selfkd.metrics import calibration_error_of
+from selfkd.metrics import check_detection_calibration, detection_calibration
 
 __all__ = ['DetectionCalibration']
 
@@ -39,11 +39,7 @@ class DetectionCalibration(DatasetEvaluator):
     """
 
     def __init__(self, dataset_name: str, *, score_thr: float = 0.05, iou_thr: float = 0.5, bins: int = 10):
-        if not (0 <= score_thr < 1 and 0 < iou_thr < 1 and bins >= 1):
-            raise ValueError(
-                'DetectionCalibration: score_thr must lie in [0, 1), iou_thr in (0, 1) and bins must be at least 1, '
-                f'got {score_thr}, {iou_thr}, {bins}'
-            )
+        check_detection_calibration(score_thr, iou_thr, bins)
         self.score_thr, self.iou_thr, self.bins = score_thr, iou_thr, bins
         self._objects = {image['image_id']: _objects(image, dataset_name) for image in DatasetCatalog.get(dataset_name)}
         self.reset()
@@ -65,11 +61,7 @@ class DetectionCalibration(DatasetEvaluator):
         pairs = list(chain(*comm.gather(self._pairs)))
         if not comm.is_main_process():
             return None
-        if not pairs:
-            return {'calibration': {'ece': float('nan'), 'detections': 0}}
-        scores, right = torch.tensor(pairs, dtype=torch.float64).T
-        ece = 100 * calibration_error_of(scores, right, bins=self.bins)
-        return {'calibration': {'ece': ece, 'detections': len(pairs)}}
+        return {'calibration': detection_calibration(pairs, bins=self.bins)}
 
 
 def _objects(image: Dict[str, Any], dataset_name: str) -> Instances:

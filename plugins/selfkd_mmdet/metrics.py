@@ -3,12 +3,11 @@
 from typing import Dict, List, Optional, Sequence
 
 import numpy as np
-import torch
 from mmdet.evaluation.functional.mean_ap import tpfp_default
 from mmdet.registry import METRICS
 from mmengine.evaluator import BaseMetric
 
-from selfkd.metrics import calibration_error_of
+from selfkd.metrics import check_detection_calibration, detection_calibration
 
 __all__ = ['DetectionCalibration']
 
@@ -47,11 +46,7 @@ class DetectionCalibration(BaseMetric):
         prefix: Optional[str] = None,
     ):
         super().__init__(collect_device, prefix)
-        if not (0 <= score_thr < 1 and 0 < iou_thr < 1 and bins >= 1):
-            raise ValueError(
-                'DetectionCalibration: score_thr must lie in [0, 1), iou_thr in (0, 1) and bins must be at least 1, '
-                f'got {score_thr}, {iou_thr}, {bins}'
-            )
+        check_detection_calibration(score_thr, iou_thr, bins)
         self.score_thr, self.iou_thr, self.bins = score_thr, iou_thr, bins
 
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
@@ -75,8 +70,4 @@ class DetectionCalibration(BaseMetric):
             self.results.append(pairs)  # one entry per image: mmengine drops what is beyond their number
 
     def compute_metrics(self, results: List[list]) -> Dict[str, float]:
-        pairs = [pair for image in results for pair in image]
-        if not pairs:
-            return {'ece': float('nan'), 'detections': 0}
-        confidence, correct = torch.tensor(pairs, dtype=torch.float64).T
-        return {'ece': 100 * calibration_error_of(confidence, correct, bins=self.bins), 'detections': len(pairs)}
+        return detection_calibration([pair for image in results for pair in image], bins=self.bins)
