@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mmengine.config.config
 import torch
+from forks import free_port
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -61,7 +62,8 @@ def train(cfg, *hooks) -> Runner:
 
 def in_processes(processes: int, folder, script, *arguments) -> str:
     """Runs a script in ``folder``, whose modules it may import, under torchrun if in several processes; its output."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', processes] if processes > 1 else []
+    meet = ['--master_addr', '127.0.0.1', '--master_port', free_port()]  # torchrun's own choice of a port can be taken
+    launcher = ['-m', 'torch.distributed.run', *meet, '--nproc_per_node', processes] if processes > 1 else []
     path = [ROOT / 'plugins', ROOT / 'tests', folder, os.environ.get('PYTHONPATH', '')]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))}
     command = map(str, [sys.executable, *launcher, script, *arguments])

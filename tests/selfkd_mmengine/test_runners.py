@@ -70,8 +70,7 @@ def test_two_nodes(digits, tmp_path):
     cfg = digits_config(digits, tmp_path / 'run', PSKD, **{'train_dataloader.batch_size': 4})
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.dump(tmp_path / 'config.py')
-    meet = ['--nnodes', 2, '--nproc_per_node', 1, '--rdzv_backend', 'c10d', '--rdzv_id', 'selfkd']
-    meet += ['--rdzv_endpoint', f'127.0.0.1:{free_port()}']
+    meet = ['--nnodes', 2, '--nproc_per_node', 1, '--master_addr', '127.0.0.1', '--master_port', free_port()]
     arguments = [
         ROOT / 'tools/train.py',
         tmp_path / 'config.py',
@@ -81,9 +80,11 @@ def test_two_nodes(digits, tmp_path):
         'pytorch',
     ]
     path = os.pathsep.join(map(str, [ROOT / 'plugins', ROOT / 'tests', os.environ.get('PYTHONPATH', '')]))
-    command = [*map(str, [sys.executable, '-m', 'torch.distributed.run', *meet, *arguments])]
+    commands = [[sys.executable, '-m', 'torch.distributed.run', *meet, '--node_rank', i, *arguments] for i in range(2)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    nodes = [subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': path}, **pipes) for _ in range(2)]
+    nodes = [
+        subprocess.Popen(map(str, command), env={**os.environ, 'PYTHONPATH': path}, **pipes) for command in commands
+    ]
     outputs = [node.communicate()[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], '\n'.join(output[-3000:] for output in outputs)
     saved = torch.load(tmp_path / 'run/epoch_3.pth')
