@@ -25,6 +25,10 @@ SCALED = {  # by a temperature fitted on held-out data
     'NLL with it': ('nll_scaled', 1, 3, 'lower'),
     'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
 }
+CALIBRATION = {  # of detections
+    'ECE %': ('calibration/ece', 1, 2, 'lower'),
+    'detections': ('calibration/detections', 1, 0, None),
+}
 AURC = {'AURC x1000': ('aurc', 1000, 2, 'lower')}
 COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
     'digits': {**CLASSIFICATION, **AURC},
@@ -36,10 +40,13 @@ COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
     },
     'detection': {
         'mAP@0.5 %': ('pascal_voc/mAP', 100, 1, 'higher'),
-        'ECE %': ('calibration/ece', 1, 2, 'lower'),
-        'detections': ('calibration/detections', 1, 0, None),
+        **CALIBRATION,
     },
-    'detectron2': {'AP %': ('bbox/AP', 1, 1, 'higher'), 'AP50 %': ('bbox/AP50', 1, 1, 'higher')},
+    'detectron2': {
+        'AP %': ('bbox/AP', 1, 1, 'higher'),
+        'AP50 %': ('bbox/AP50', 1, 1, 'higher'),
+        **CALIBRATION,
+    },
     'segmentation': {
         'mIoU %': ('mIoU', 1, 2, 'higher'),
         'ECE of pixels %': ('calibration/ece', 1, 3, 'lower'),
