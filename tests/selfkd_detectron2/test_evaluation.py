@@ -7,6 +7,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
 from detectron2.structures import Boxes, BoxMode, Instances
+from forks import in_processes
 
 from selfkd_detectron2 import DetectionCalibration
 
@@ -77,6 +78,14 @@ def test_hand_worked_error(register, tmp_path):
     empty = evaluate(DetectionCalibration(name), detections())
     assert empty['ece'] != empty['ece']  # NaN
     assert empty['detections'] == 0
+
+    def of_every_second(rank):
+        torch.distributed.init_process_group('gloo')
+        metric = DetectionCalibration(name)
+        metric.process([{'image_id': str(rank)}], [{'instances': images[rank]}])
+        return metric.evaluate()
+
+    assert in_processes(tmp_path, of_every_second, 2) == [{'calibration': pytest.approx(found)}, None]
 
 
 def test_equals_mmdetections(tmp_path):
