@@ -1,8 +1,12 @@
-"""Random numbers that follow from the training step and the process: a resumed run draws what it would have drawn."""
+"""Random numbers that follow from the training step, and the process or the row of a bank: a resumed run draws what it
+would have drawn."""
 
 import torch
+from torch import Tensor
 
-__all__ = ['step_generator', 'step_seed']
+__all__ = ['row_uniform', 'step_generator', 'step_seed']
+
+UNIFORMS = 2**16
 
 
 def step_seed(*numbers: int) -> int:
@@ -28,3 +32,17 @@ def step_generator(*numbers: int) -> torch.Generator:
         True
     """
     return torch.Generator().manual_seed(step_seed(*numbers))
+
+
+def row_uniform(rows: Tensor, step: int) -> Tensor:
+    """A number in [0, 1) for each row of a bank: the same in whatever process and batch the row comes.
+
+    Args:
+        rows: integers, ``[N]``, on the CPU. Two rows have the same number if they are a multiple of 65,536 apart.
+
+    Example:
+        >>> rows = torch.tensor([5, 2, 70000])
+        >>> torch.equal(row_uniform(rows, 3).flip(0), row_uniform(rows.flip(0), 3))
+        True
+    """
+    return torch.rand(UNIFORMS, generator=torch.Generator().manual_seed(step))[rows % UNIFORMS]

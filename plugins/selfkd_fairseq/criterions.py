@@ -57,7 +57,10 @@ class PSKDConfig(FairseqDataclass):
     )
     pskd_top_k: int = field(
         default=8,
-        metadata={'help': 'tokens that the bank keeps for each target position; the rest of the mass is spread evenly'},
+        metadata={
+            'help': 'tokens that the bank keeps for each target position: the likeliest, and for the rest of the mass '
+            'others, drawn in proportion to their probability'
+        },
     )
     report_ece: bool = field(
         default=False,

@@ -11,9 +11,10 @@ import torch
 from fairseq.data import LanguagePairDataset, MonolingualDataset
 from fairseq.distributed import utils as distributed_utils
 
-from selfkd.bank import PredictionBank
+from selfkd.bank import PredictionBank, draw_top_k
 from selfkd.bank_sync import exchange_rows
 from selfkd.losses import TopK
+from selfkd.seeds import row_uniform
 from selfkd.teacher import SnapshotTeacher
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class Average(PastModel):
 
 
 class TokenBank(Past):
-    """The ``top_k`` likeliest tokens that the model predicted at each target position when it last saw the sentence.
+    """``top_k`` tokens of what the model predicted at each target position when it last saw the sentence.
 
     It spares the second forward pass. Rows are addressed by the sentence id, which must stay that of one sentence: the
     position of a sentence in the data set.
@@ -246,9 +247,9 @@ class TokenBank(Past):
 
     def observe(self, sample, prefix, lprobs):
         rows, real = self.rows(sample, prefix)
-        top = lprobs.detach().topk(self.top_k, dim=1)
         where = real.to(lprobs.device)
-        self.bank.write(rows[real], TopK(top.values[where].exp(), top.indices[where]))
+        drawn = draw_top_k(lprobs, self.top_k, row_uniform(rows, self.step))
+        self.bank.write(rows[real], TopK(*(part[where] for part in drawn)))
         self.unsent.append((self.step, rows[real]))
         self.filled = True
 

@@ -6,8 +6,9 @@ from typing import Any, Dict
 import torch
 from torch import Tensor
 
-from selfkd.bank import PredictionBank
+from selfkd.bank import PredictionBank, draw_top_k
 from selfkd.losses import TopK
+from selfkd.seeds import row_uniform
 
 from .pskd import PSKD
 
@@ -54,10 +55,9 @@ class TokenPSKD(PSKD):
         rows, real = torch.where(real, rows, first).flatten(), real.flatten()  # without label: any row, it is ignored
         past, seen = self.bank.read_top_k(rows, return_seen=True)
         seen = seen & real
-        wide = logits.detach().float()
-        top, here = wide.topk(self.bank.top_k, dim=1), real.to(logits.device)
-        values = (top.values - wide.logsumexp(1, keepdim=True)).exp()
-        self.bank.write(rows[real], TopK(values[here], top.indices[here]))
+        here = real.to(logits.device)
+        drawn = draw_top_k(logits, self.bank.top_k, row_uniform(rows, self.data.step))
+        self.bank.write(rows[real], TopK(*(part[here] for part in drawn)))
         self._written.append((rows[real], self.data.step))
         if self.current_alpha == 0 or not seen.any():
             return None, None

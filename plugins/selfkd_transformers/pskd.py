@@ -37,7 +37,9 @@ class PSKDArguments:
     pskd_alpha: float = _setting(0.8, 'Share of the past in the target, grows up to it with the epochs. 0: no PS-KD.')
     pskd_teacher: str = _setting('bank', '"bank": kept predictions; "snapshot": the model of the last epoch, run anew.')
     pskd_teacher_mode: str = _setting('train', 'How the snapshot runs: "train" (with dropout) or "eval".')
-    pskd_top_k: Optional[int] = _setting(None, 'Classes that the bank keeps. Default: 8 of tokens, all of samples.')
+    pskd_top_k: Optional[int] = _setting(
+        None, 'Classes that the bank keeps. Default: 8 of tokens (some drawn), all of samples.'
+    )
 
 
 @dataclass

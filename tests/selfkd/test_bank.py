@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfkd.bank
-from selfkd.bank import PredictionBank
+from selfkd.bank import PredictionBank, draw_top_k
 from selfkd.losses import TopK
 
 
@@ -212,3 +212,33 @@ def test_writes_from_an_accelerator(device):
     bank.write(torch.tensor([1, 2, 3]), rows[:3])
     bank.write(torch.tensor([3, 4, 5]), rows[3:])
     torch.testing.assert_close(bank.read(torch.tensor([1, 2, 3, 4, 5])).cpu(), rows[[0, 1, 3, 4, 5]].cpu())
+
+
+@settings(deadline=None, max_examples=40)
+@given(classes=st.integers(2, 60), sharpness=st.floats(0, 20), data=st.data(), seed=st.integers(0, 10**6))
+def test_drawn_classes_are_the_prediction_on_average(classes, sharpness, data, seed):
+    k, times = data.draw(st.integers(1, classes)), 2000
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, classes, generator=generator) * sharpness
+    drawn = draw_top_k(logits.expand(times, -1), k, torch.rand(times, generator=generator))
+    rows, expected = drawn.dense(classes), logits.softmax(1)[0]
+    assert all(len(row.unique()) == k for row in drawn.classes[:50])
+    torch.testing.assert_close(drawn.values.sum(1), torch.ones(times), atol=1e-4, rtol=0)
+    share = drawn.values.min()
+    torch.testing.assert_close(rows[:, expected > 1.01 * share], expected[expected > 1.01 * share].expand(times, -1))
+    assert (rows <= torch.maximum(expected, share) * 1.01 + 1e-6).all()
+    # A class is there with probability p / share, so the mean over the draws has this standard deviation.
+    deviation = (expected * (share - expected).clamp(min=0) / times).sqrt()
+    assert ((rows.mean(0) - expected).abs() <= 6 * deviation + 1e-3 * share + 1e-6).all()
+
+
+def test_drawing_where_there_is_nothing_to_draw():
+    half = torch.tensor([0.5])
+    certain = torch.full((1, 9), -torch.inf)  # masked classes, one that is sure
+    certain[0, 8] = 0
+    assert torch.equal(draw_top_k(certain, 3, half).dense(9), certain.exp())
+    logits = probs(1, 9).log()
+    torch.testing.assert_close(draw_top_k(logits, 9, half).dense(9), logits.exp())
+    assert draw_top_k(logits.fill_(torch.nan), 3, half).values.isnan().all()  # which the bank will not keep
+    overflowed = draw_top_k(torch.tensor([[torch.inf, 0.0, 1.0]]), 2, half)
+    assert not overflowed.values.isfinite().any()

@@ -105,17 +105,22 @@ def test_tokens_are_paired_across_sentences():
 
 
 def test_bank_holds_what_the_model_predicted():
-    trainer, batches = make_trainer(['--pskd-past', 'bank', '--pskd-top-k', '3'], **SMALL)
-    model, batch = trainer.get_model(), batches[1]
-    trainer.criterion.train()
-    model.train()
-    trainer.criterion(model, batch)
-    with torch.no_grad():
-        top = model(**batch['net_input'])[0].softmax(-1).view(-1, 50).topk(3)
-    kept, _ = trainer.criterion.training_run.past.predict(batch, 0)
-    real = batch['target'].flatten() != Dictionary().pad()
-    torch.testing.assert_close(kept.values[real], top.values[real], rtol=1e-3, atol=0)  # float16
-    assert torch.equal(kept.classes[real], top.indices[real])
+    """All tokens of it, or of fewer in all updates together what was predicted in all of them."""
+    for top_k, updates in ((50, 1), (12, 400)):
+        trainer, batches = make_trainer(['--pskd-past', 'bank', '--pskd-top-k', str(top_k)], **SMALL)
+        model, batch, past = trainer.get_model(), batches[1], trainer.criterion.training_run.past
+        trainer.criterion.train()
+        model.train()
+        kept = 0
+        for update in range(updates):
+            past.begin_step(update, model, None)
+            trainer.criterion(model, batch)
+            kept = kept + past.predict(batch, 0)[0].dense(50) / updates
+        with torch.no_grad():
+            probs = model(**batch['net_input'])[0].softmax(-1).view(-1, 50)
+        real = batch['target'].flatten() != Dictionary().pad()
+        error = (kept - probs)[real].abs().max()
+        assert error < (1e-3 if top_k == 50 else 0.012)  # float16; of draws six deviations; of the 12 likeliest: 0.019
 
 
 def test_bank_of_160k_sentences_fits():

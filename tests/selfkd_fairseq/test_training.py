@@ -336,7 +336,8 @@ class TestSeveralProcesses:
     def test_processes_are_one_with_update_freq(self, fairseq, difference, past, processes):
         """The same weights: in epochs 2 and 3 each process learns from snapshots and rows that are those of all."""
         one, several = f'one-{past}-{processes}', f'several-{past}-{processes}'
-        options = (PSKD, PASTS[past], '--max-epoch 3 --dropout 0')
+        whole = '--pskd-top-k 28' if past == 'bank' else ''  # the vocabulary: of less, rounding can draw other tokens
+        options = (PSKD, PASTS[past], whole, '--max-epoch 3 --dropout 0')
         fairseq.train(one, *options, f'--update-freq {processes}')
         logs = fairseq.train_together(several, *options, '--ddp-backend legacy_ddp', processes=processes)
         assert difference(fairseq.weights(one), fairseq.weights(several)) < 5e-4  # rounding; another past: 0.003
