@@ -1,7 +1,7 @@
 r"""Self-knowledge distillation as fairseq criteria; an importable package and a ``--user-dir``.
 
     fairseq-train DATA --user-dir plugins/selfkd_fairseq --criterion pskd_label_smoothed_cross_entropy \
-        --pskd-alpha 0.7 ...
+        --pskd-alpha 0.3 ...
 
 Checkpoints made with it are ordinary ones: fairseq-generate needs no --user-dir. (With torch 2.6 and later fairseq
 alone does not load its own checkpoints: docs/translation.md.)

@@ -30,7 +30,7 @@ ECE_BINS = 10
 @dataclass
 class PSKDConfig(FairseqDataclass):
     pskd_alpha: float = field(
-        default=0.7,
+        default=0.3,
         metadata={
             'help': 'share of the past prediction in the target at the end of training; grows linearly up to it with '
             'the epochs of --max-epoch or the updates of --max-update, whichever ends first. 0: no PS-KD'
@@ -40,7 +40,7 @@ class PSKDConfig(FairseqDataclass):
         default='snapshot',
         metadata={
             'help': 'where past predictions come from: the weights at the end of the previous epoch (snapshot), the '
-            'moving average of the weights that --store-ema keeps (ema), or the likeliest tokens predicted for the '
+            'moving average of the weights that --store-ema keeps (ema), or tokens of what was predicted for the '
             'sentence in the previous epoch (bank: no second forward pass)'
         },
     )

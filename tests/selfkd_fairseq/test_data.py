@@ -158,7 +158,7 @@ def test_the_config_for_catalogues(catalogues, tmp_path, fairseq):
         f'fairseq-hydra-train --config-dir {CONFIGS} --config-name messages {USER_DIR} task.data={text}/bin '
         f'checkpoint.save_dir={text}/run common.log_format=json optimization.max_epoch=2'
     )
-    assert '"train_alpha": "0.7"' in log
+    assert '"train_alpha": "0.3"' in log
     assert '"valid_ece"' in log
 
 

@@ -34,7 +34,7 @@ def test_the_command_of_the_readme(fairseq, tmp_path):
     options = '--arch lstm --max-tokens 500 --optimizer sgd --max-epoch 2 --cpu --log-format json'
     result = subprocess.run(
         f'{program} {fairseq.folder}/bin --user-dir plugins/selfkd_fairseq --criterion '
-        f'pskd_label_smoothed_cross_entropy --pskd-alpha 0.7 {options} --save-dir {tmp_path}',
+        f'pskd_label_smoothed_cross_entropy --pskd-alpha 0.3 {options} --save-dir {tmp_path}',
         shell=True,
         cwd=REPO,
         env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
@@ -42,7 +42,7 @@ def test_the_command_of_the_readme(fairseq, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert '"train_alpha": "0.7"' in result.stdout + result.stderr
+    assert '"train_alpha": "0.3"' in result.stdout + result.stderr
 
 
 def test_usage_shows_the_options(fairseq):
