@@ -334,8 +334,8 @@ def draw_top_k(logits: Tensor, k: int, uniform: Tensor) -> TopK:
     its predictions are kept again, this adds up. So the likeliest classes keep their probability p, the slots left go
     to classes drawn in proportion to p, and these share the rest of the mass evenly: each class is drawn with
     probability p / share, which is the drawing of the least variance (Fearnhead and Clifford, "On-line inference for
-    hidden Markov models via particle filters", 2003). That the k largest are a biased teacher, and drawn
-    ones are not: Anshumann et al., "Sparse Logit Sampling", ACL 2025, https://arxiv.org/abs/2503.16870
+    hidden Markov models via particle filters", 2003). That the k largest are a biased teacher, and drawn ones are not:
+    Anshumann et al., "Sparse Logit Sampling", ACL 2025, https://arxiv.org/abs/2503.16870
 
     Args:
         logits: ``[N, C]``, or log-probabilities; taken as a constant.
