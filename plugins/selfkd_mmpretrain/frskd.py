@@ -76,7 +76,8 @@ class FRSKDImageClassifier(ImageClassifier):
         self._stages, num_classes = find_stages(self, options.pop('stages', None))
         with torch.random.fork_rng(devices=[]):  # what is drawn after it is what would be drawn without it
             torch.default_generator.manual_seed(torch.initial_seed() + 1)
-            self.self_teacher = SelfTeacher([stage.channels for stage in self._stages], num_classes, **options)
+            channels = [stage.channels for stage in self._stages]
+            self.self_teacher = SelfTeacher(channels, num_classes, self.head.loss_module, **options)
 
     def _check_head(self) -> None:
         check_head('FRSKDImageClassifier', self)
@@ -85,7 +86,6 @@ class FRSKDImageClassifier(ImageClassifier):
                 f'FRSKDImageClassifier: {type(self.head).__name__} computes a loss of its own, and not as ClsHead '
                 'does: use a LinearClsHead or the like'
             )
-        self._checked_loss = (self.head.loss_module,)  # in a tuple: it is the head's sub-module, not ours
 
     def init_weights(self) -> None:
         """As the config says, but for the self-teacher, which keeps torch's initialisation, as released.
@@ -100,10 +100,11 @@ class FRSKDImageClassifier(ImageClassifier):
         """Losses of a batch, see the class."""
         if not self.training:
             return super().loss(inputs, data_samples)
-        if self.head.loss_module is not self._checked_loss[0]:  # MMPretrain's SwitchRecipeHook exchanges it
+        teacher, calls = self.self_teacher, []
+        if self.head.loss_module is not teacher.loss_module:  # MMPretrain's SwitchRecipeHook exchanges it
             self._check_head()
-        teacher, loss_module, calls = self.self_teacher, self.head.loss_module, []
-        tap = loss_module.register_forward_pre_hook(lambda module, *call: calls.append(call), with_kwargs=True)
+            teacher.follow(self.head.loss_module)
+        tap = self.head.loss_module.register_forward_pre_hook(lambda module, *call: calls.append(call), with_kwargs=True)
         try:
             with self._tapped(inputs) as maps:
                 losses = super().loss(inputs, data_samples)
@@ -128,7 +129,7 @@ class FRSKDImageClassifier(ImageClassifier):
             with self._tapped(turned) as rotated:
                 self.backbone(turned)
         losses['loss_cls'] = losses.pop('loss')  # mmengine logs the sum as 'loss'
-        losses.update(teacher.loss(maps, loss_module, calls[0], rotated))
+        losses.update(teacher.loss(maps, calls[0], rotated))
         return losses
 
     @contextmanager
@@ -174,6 +175,7 @@ class SelfTeacher(nn.Module):
     Args:
         in_channels: channels of the feature maps, fine to coarse.
         num_classes: C.
+        loss_module: the head's, which is that of its own classifier, too.
         alpha: weight of the KL from the self-teacher's prediction, the paper's for CIFAR-100 is 2.
         beta: weight of the feature loss, the paper's for CIFAR-100 is 100; 0 for soft labels only.
         temperature: T.
@@ -190,6 +192,7 @@ class SelfTeacher(nn.Module):
         self,
         in_channels: Sequence[int],
         num_classes: int,
+        loss_module: nn.Module,
         *,
         alpha: float = 2.0,
         beta: float = 100.0,
@@ -204,6 +207,7 @@ class SelfTeacher(nn.Module):
         at_least_zero('self_teacher', alpha=alpha, beta=beta, sla=sla)
         positive('self_teacher', temperature=temperature)
         super().__init__()
+        self.follow(loss_module)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.feature_loss, self.preact, self.sla = feature_loss, feature_loss == 'overhaul', sla
         self.pyramid = SelfTeacherPyramid(in_channels, num_classes, width=width, depth=depth, repeats=repeats)
@@ -215,25 +219,26 @@ class SelfTeacher(nn.Module):
             self.joint = nn.Linear(in_channels[-1], 4 * num_classes)
             self.teacher_joint = nn.Linear(self.pyramid.channels[-1], 4 * num_classes)
 
-    def loss(
-        self,
-        maps: List[Tensor],
-        loss_module: nn.Module,
-        call: Tuple[tuple, dict],
-        rotated: Optional[List[Tensor]],
-    ) -> Dict[str, Tensor]:
+    @property
+    def loss_module(self) -> nn.Module:
+        return self._loss_module[0]
+
+    def follow(self, loss_module: nn.Module) -> None:
+        """From now on, another loss module of the head."""
+        self._loss_module = (loss_module,)  # in a tuple: it is the head's sub-module
+
+    def loss(self, maps: List[Tensor], call: Tuple[tuple, dict], rotated: Optional[List[Tensor]]) -> Dict[str, Tensor]:
         """Losses of a batch.
 
         Args:
             maps: the student's, ``[B, C_i, H_i, W_i]``, fine to coarse.
-            loss_module: the head's present one, which is that of the self-teacher's classifier, too.
-            call: what it was called with: logits ``[B, C]``, the target, ...
+            call: arguments of the head's loss module: logits ``[B, C]``, the target, ...
             rotated: the maps of the images in four rotations, with SLA.
         """
         (cls_score, target, *args), kwargs = call
         feats, refined, teacher_score = self._refined(maps)
         # Not by a call, which torch hooks (PSKDHook's, CSKDHook's) would take for the classifier's.
-        losses = {'loss_teacher': loss_module.forward(teacher_score, target, *args, **kwargs)}
+        losses = {'loss_teacher': self.loss_module.forward(teacher_score, target, *args, **kwargs)}
         if rotated is not None:
             rotated, refined_rotated, _ = self._refined(rotated)
             own, teachers = (

@@ -33,7 +33,7 @@ class Replay:
         finally:
             _set_random_states(states, self.device)
             for buffer, value in buffers:
-                buffer.copy_(value)
+                buffer.data.copy_(value)  # .data: autograd has kept it for the backward pass, with this value
 
 
 def _random_states(device: Optional[torch.device]) -> Tuple:
