@@ -27,13 +27,14 @@ STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of Flexi
 class SelfKDHook(Hook):
     """Taps the loss module and rewrites its value; keeps what it needs in the checkpoint.
 
-    A subclass says where to tap (:meth:`loss_module`), what to refuse (:meth:`check`, :meth:`check_batch`), and what the
-    loss becomes (:meth:`rewrite_loss`); it may look at the batch (``before_train_iter``, which must call this class's),
-    at the preprocessed inputs (:meth:`before_forward`) and keep state (:meth:`state_dict`, :meth:`load_state_dict`).
+    A subclass says where to tap (:meth:`loss_module`), what to refuse (:meth:`check`, :meth:`check_batch`), and what
+    the loss becomes (:meth:`rewrite_loss`); it may look at the batch (``before_train_iter``, which must call this
+    class's), at the preprocessed inputs (:meth:`before_forward`) and keep state (:meth:`state_dict`,
+    :meth:`load_state_dict`).
 
-    A training iteration has one loss: the model's first ``mode='loss'`` call with gradients after ``before_train_iter``.
-    Other calls (a validation loss, whoever computes it and when) are plain; a second one of the iteration with gradients
-    and in training mode is an error.
+    A training iteration has one loss: the model's first ``mode='loss'`` call with gradients after
+    ``before_train_iter``. Other calls (a validation loss, whoever computes it and when) are plain; a second one of the
+    iteration with gradients and in training mode is an error.
     """
 
     # Whether every training step calls the loss module; where images may have nothing to classify, only the first must.
@@ -161,8 +162,8 @@ class SelfKDHook(Hook):
             self.before_forward(args[0] if args else kwargs['inputs'])
         elif mode == 'loss' and self._taps and model.training and torch.is_grad_enabled():
             raise RuntimeError(
-                f'{type(self).__name__}: the model computed a second loss with gradients in one training iteration, and '
-                'which of them to distil is not known: compute a validation loss under torch.no_grad(), or train '
+                f'{type(self).__name__}: the model computed a second loss with gradients in one training iteration, '
+                'and which of them to distil is not known: compute a validation loss under torch.no_grad(), or train '
                 'without this hook'
             )
 

@@ -88,7 +88,7 @@ class PSKDHookBase(SelfKDHook):
         super().before_train(runner)
         if self.alpha and any(isinstance(hook, EarlyStoppingHook) for hook in runner.hooks):
             runner.logger.warning(
-                f'PSKDHook: alpha grows until the last epoch (max_epochs or max_iters), so where EarlyStoppingHook ends '
+                'PSKDHook: alpha grows until the last epoch (max_epochs or max_iters), so where EarlyStoppingHook ends '
                 f'training earlier it does not reach {self.alpha}: compare runs of one length, or set max_epochs to '
                 'the length that you expect'
             )
@@ -103,7 +103,9 @@ class PSKDHookBase(SelfKDHook):
         loss, expected, precision = loss.detach().float(), expected.detach().float(), torch.finfo(loss.dtype).eps
         if self.alpha == 0 or not bool(loss.isfinite().all()):
             return
-        same = loss.shape == expected.shape and torch.allclose(loss, expected, rtol=max(1e-4, 16 * precision), atol=1e-6)
+        same = loss.shape == expected.shape and torch.allclose(
+            loss, expected, rtol=max(1e-4, 16 * precision), atol=1e-6
+        )
         if not same:
             raise RuntimeError(
                 f'PSKDHook: {type(self.tapped).__name__} gives {loss.mean():.6g} where the cross-entropy of its logits '

@@ -35,7 +35,7 @@ class PairedHook(ClassifierHook):
         loader = runner.train_loop.dataloader
         if not isinstance(loader.batch_sampler, self.batch_sampler):
             loader = runner.train_loop.dataloader = self._paired(runner, loader)
-        # Other hooks (PreciseBNHook) read it; of a loader with a batch sampler it is None, and torch lets nobody set it.
+        # PreciseBNHook reads it; of a loader with a batch sampler it is None, and torch lets nobody set it.
         object.__setattr__(loader, 'batch_size', loader.batch_sampler.batch_size)
 
     def _paired(self, runner: Runner, loader: DataLoader) -> DataLoader:

@@ -42,7 +42,8 @@ class FRSKDImageClassifier(ImageClassifier):
     Args:
         self_teacher: options of :class:`SelfTeacher`; ``stages``: the names of the backbone's modules whose outputs are
             the feature maps, fine to coarse, where others than those found are wanted; and ``base_type``: the type that
-            the config had, where that is a class of your own made from ``ImageClassifier``, which then does what it did.
+            the config had, where that is a class of your own made from ``ImageClassifier``, which goes on doing what it
+            did.
         kwargs: of ``ImageClassifier``, or ``base_type``.
 
     Losses: ``loss_cls`` (the head's own), ``loss_teacher`` (the self-teacher on the labels), ``loss_kd``,
@@ -104,7 +105,9 @@ class FRSKDImageClassifier(ImageClassifier):
         if self.head.loss_module is not teacher.loss_module:  # MMPretrain's SwitchRecipeHook exchanges it
             self._check_head()
             teacher.follow(self.head.loss_module)
-        tap = self.head.loss_module.register_forward_pre_hook(lambda module, *call: calls.append(call), with_kwargs=True)
+        tap = self.head.loss_module.register_forward_pre_hook(
+            lambda module, *call: calls.append(call), with_kwargs=True
+        )
         try:
             with self._tapped(inputs) as maps:
                 losses = super().loss(inputs, data_samples)

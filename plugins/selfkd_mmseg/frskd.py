@@ -128,9 +128,9 @@ class FRSKDEncoderDecoder(EncoderDecoder):
             except Exception as error:  # of whatever network
                 reason = error
         raise ValueError(
-            f'FRSKDEncoderDecoder: {type(self.backbone).__name__} does not run on an empty image of {channels} channels '
-            f"as EncoderDecoder runs it ({type(reason).__name__}: {reason}). If the config's model.type was another "
-            '(change detection has networks of two images), name it in self_teacher.base_type; if it was '
+            f'FRSKDEncoderDecoder: {type(self.backbone).__name__} does not run on an empty image of {channels} '
+            f"channels as EncoderDecoder runs it ({type(reason).__name__}: {reason}). If the config's model.type was "
+            'another (change detection has networks of two images), name it in self_teacher.base_type; if it was '
             'EncoderDecoder, set self_teacher.in_channels to the channels of the feature maps'
         ) from reason
 

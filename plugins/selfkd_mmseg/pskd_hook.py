@@ -85,7 +85,9 @@ class PSKDHook(PSKDHookBase):
         super().check_batch(arguments, loss)
         logits, label = list(arguments.values())[:2]
         log_probs = logits.detach().float().log_softmax(1)
-        hard = F.nll_loss(log_probs, label, self._class_weight(logits), ignore_index=self.ignore_index, reduction='none')
+        hard = F.nll_loss(
+            log_probs, label, self._class_weight(logits), ignore_index=self.ignore_index, reduction='none'
+        )
         self.check_cross_entropy(loss, self._averaged(hard, arguments))
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:

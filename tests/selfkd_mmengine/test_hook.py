@@ -56,7 +56,9 @@ def test_a_training_that_may_end_early_is_told_that_alpha_will_not_get_there(dig
     runner = train(digits_config(digits, tmp_path, dict(PSKD, alpha=alpha), stop, **options))
     assert runner.epoch < 5
     logs = ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
-    assert ('where EarlyStoppingHook ends training earlier it does not reach 0.8' in ' '.join(logs.split())) == (alpha > 0)
+    assert ('where EarlyStoppingHook ends training earlier it does not reach 0.8' in ' '.join(logs.split())) == (
+        alpha > 0
+    )
 
 
 # One method twice

@@ -429,7 +429,8 @@ def test_networks_of_fixed_size(voc, tmp_path):
     cfg.model.backbone.update(type='FixedSize', size=48)
     assert MODELS.build(cfg.model).self_teacher.in_channels == MAPS
     cfg.model.backbone.size = 50
-    with pytest.raises(ValueError, match='not run on an empty image of 3 channels .* .AssertionError: of fixed size.* set self_teacher.in_channels'):
+    message = 'not run on an empty image of 3 channels .*AssertionError: of fixed size.* set self_teacher.in_channels'
+    with pytest.raises(ValueError, match=message):
         MODELS.build(cfg.model)
     cfg.model.self_teacher.in_channels = MAPS
     MODELS.build(cfg.model)
@@ -475,7 +476,9 @@ def own_segmentor():
 @pytest.mark.usefixtures('own_segmentor')
 def test_an_own_segmentor_is_asked_for_and_keeps_its_loss(voc, tmp_path):
     cfg = frskd_config(voc, tmp_path, teacher={'warmup': 0.0})
-    with pytest.raises(ValueError, match="OwnSegmentor. What .* lost .* set self_teacher.base_type .* 'OwnSegmentor' or"):
+    with pytest.raises(
+        ValueError, match="OwnSegmentor. What .* lost .* set self_teacher.base_type .* 'OwnSegmentor' or"
+    ):
         MODELS.build(cfg.model)
     cfg.model.self_teacher.base_type = 'EncoderDecoder'
     assert type(MODELS.build(cfg.model)).__name__ == 'FRSKDEncoderDecoder'
