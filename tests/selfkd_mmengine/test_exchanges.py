@@ -46,11 +46,13 @@ def test_an_exchanged_pipeline_keeps_the_rows_of_a_concatenated_set(digits, tmp_
     assert all(len(images) == 1 for images in rows.images.values())
 
 
-@pytest.mark.parametrize('hook', [PSKD, CSKD, dict(type='selfkd_mmpretrain.TFKDHook')])
-def test_mixing_that_is_switched_on_is_refused_as_at_the_start(digits, tmp_path, hook):
-    cfg = switched(digits, tmp_path, hook, switch=dict(batch_augments=MIXUP), **SOFT)
+@pytest.mark.parametrize(
+    ('hook', 'options'), [(PSKD, SOFT), (CSKD, SOFT), (dict(type='selfkd_mmpretrain.TFKDHook'), {})]
+)
+def test_mixing_that_is_switched_on_is_refused_as_at_the_start(digits, tmp_path, hook, options):
+    cfg = switched(digits, tmp_path, hook, switch=dict(batch_augments=MIXUP), **options)
     recorder = Recorder()
-    with pytest.raises(ValueError, match=r'mixe?[sd]? sample.* remove batch_augments|remove batch_augments'):
+    with pytest.raises(ValueError, match='remove batch_augments'):
         train(cfg, recorder)
     assert len([step for step in recorder.steps if 'epoch' in step]) == 10  # the first two epochs
 
