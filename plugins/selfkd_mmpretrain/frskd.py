@@ -109,7 +109,7 @@ class FRSKDImageClassifier(ImageClassifier):
             lambda module, *call: calls.append(call), with_kwargs=True
         )
         try:
-            with self._tapped(inputs) as maps:
+            with self._tapped(inputs, until=calls) as maps:
                 losses = super().loss(inputs, data_samples)
         finally:
             tap.remove()
@@ -136,14 +136,22 @@ class FRSKDImageClassifier(ImageClassifier):
         return losses
 
     @contextmanager
-    def _tapped(self, inputs: Tensor) -> Iterator[List[Tensor]]:
-        """A list that holds the stages' maps, fine to coarse, once the backbone has run on the inputs."""
-        size, maps, handles, passes = inputs.shape[2:], [None] * len(self._stages), [], []
-        handles.append(self.backbone.register_forward_pre_hook(lambda *call: passes.append(call)))
+    def _tapped(self, inputs: Tensor, until: Sequence = ()) -> Iterator[List[Tensor]]:
+        """A list that holds the stages' maps, fine to coarse, once the backbone has run on the inputs.
+
+        What runs after ``until`` has something in it (CSKDHook's partners, at the loss) is not looked at.
+        """
+        size, maps, passes = inputs.shape[2:], [None] * len(self._stages), []
+
+        def count(*call) -> None:
+            if not until:
+                passes.append(call)
 
         def keep(i: int, x: Tensor) -> None:
-            maps[i] = as_map(x, size)
+            if not until:
+                maps[i] = as_map(x, size)
 
+        handles = [self.backbone.register_forward_pre_hook(count)]
         for i, stage in enumerate(self._stages):
             if self.self_teacher.preact and stage.relu:  # which may work in place
                 module = self.backbone.get_submodule(stage.relu)
@@ -161,7 +169,7 @@ class FRSKDImageClassifier(ImageClassifier):
                 handle.remove()
         if len(passes) > 1:
             raise RuntimeError(
-                f'FRSKDImageClassifier: the backbone ran {len(passes)} times in a training step, so which feature maps '
+                f'FRSKDImageClassifier: the backbone ran {len(passes)} times before the loss, so which feature maps '
                 'belong to the loss is not known: FRSKD needs a model that classifies from one pass'
             )
         missing = [stage.module for stage, x in zip(self._stages, maps) if x is None]

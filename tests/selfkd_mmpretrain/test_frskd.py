@@ -529,5 +529,5 @@ def test_an_own_classifier_is_asked_for_and_keeps_its_loss(digits, tmp_path):
 
 def test_maps_of_a_second_pass_are_not_taken_for_those_of_the_loss(digits, tmp_path):
     cfg = frskd_config(digits, tmp_path, teacher=dict(base_type=TwoPasses))
-    with pytest.raises(RuntimeError, match='FRSKDImageClassifier: the backbone ran 2 times in a training step'):
+    with pytest.raises(RuntimeError, match='FRSKDImageClassifier: the backbone ran 2 times before the loss'):
         train(cfg)
