@@ -3,10 +3,11 @@
 import argparse
 import inspect
 import sys
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
-__all__ = ['command_parser', 'main']
+__all__ = ['command_parser', 'main', 'refusing']
 
 COMMANDS = {  # name: the function, what it does
     'train': ('selfkd_mmengine.train:main', 'train a config of MMPretrain, MMDetection or MMSegmentation'),
@@ -26,6 +27,15 @@ def command_parser(name: str, documentation: Optional[str]) -> argparse.Argument
     description = inspect.cleandoc(documentation or '')
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(f'selfkd {name}', description=description, formatter_class=formatter)
+
+
+@contextmanager
+def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """A file that cannot be read, written or used ends the command with the message alone, without a traceback."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
