@@ -5,7 +5,7 @@ import inspect
 import sys
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Optional, Sequence, Type
 
 __all__ = ['command_parser', 'main', 'refusing']
 
@@ -30,11 +30,14 @@ def command_parser(name: str, documentation: Optional[str]) -> argparse.Argument
 
 
 @contextmanager
-def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """A file that cannot be read, written or used ends the command with the message alone, without a traceback."""
+def refusing(parser: argparse.ArgumentParser, *others: Type[Exception]) -> Iterator[None]:
+    """A file that cannot be read, written or used ends the command with the message alone, without a traceback.
+
+    Such errors are OSError and ValueError, and ``others``.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *others) as error:
         parser.error(str(error))
 
 

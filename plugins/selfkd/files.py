@@ -4,13 +4,14 @@ import errno
 import inspect
 import os
 import shutil
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Union
 
 import torch
 
-__all__ = ['load', 'output_folder', 'replacing', 'save']
+__all__ = ['check_whole', 'load', 'output_folder', 'replacing', 'save']
 
 AnyPath = Union[str, 'os.PathLike[str]']
 
@@ -86,6 +87,14 @@ def load(path: AnyPath) -> object:
             raise
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(f'{path}: is no checkpoint, or not a whole one ({reason})') from error
+
+
+def check_whole(path: AnyPath) -> None:
+    """OSError where there is no such checkpoint, ValueError where it was cut. Nothing in it is loaded."""
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    if not start or start == b'PK' and not zipfile.is_zipfile(path):
+        raise ValueError(f'{path}: is not a whole checkpoint, it was cut')
 
 
 def output_folder(path: AnyPath) -> Path:

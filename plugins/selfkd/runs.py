@@ -12,9 +12,9 @@ from .cli import command_parser, refusing
 from .comparison import Column, Run, check_seeds, comparison_table, note, write_runs
 from .files import output_folder, replacing
 
-__all__ = ['columns_of', 'logged_measures', 'parse_groups', 'write_table']
+__all__ = ['columns_of', 'logged_measures', 'parse_groups', 'shared_measures', 'write_table']
 
-HIGHER = re.compile(r'acc|m?iou|m?ap\d*|ar|recall|precision|dice|auroc|bleu|chrf|f1|top\d')
+HIGHER = re.compile(r'acc|m?iou|((bbox|segm)_)?m?ap(\d*|[sml]|[-_].+)|ar|recall|precision|dice|auroc|bleu|chrf|f1|top\d')
 LOWER = re.compile(r'ece|nll|nll_loss|loss|error|brier|aurc|eaurc|fpr95|ppl')
 DETECTRON2 = ('bbox/', 'segm/', 'keypoints/', 'sem_seg/', 'panoptic_seg/', 'calibration/')  # what evaluators log
 NO_MEASURES = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}  # of mmengine's lines
@@ -108,6 +108,12 @@ def columns_of(measures: Sequence[str]) -> Dict[str, Column]:
     return columns
 
 
+def shared_measures(groups: Dict[str, List[Run]]) -> List[str]:
+    """The measures that all runs have, without their seeds."""
+    everything = [run for runs in groups.values() for run in runs]
+    return [key for key in everything[0] if key != 'seed' and all(key in run for run in everything)]
+
+
 def main(arguments: Sequence[str]) -> None:
     """Compares finished runs of MMPretrain, MMDetection, MMSegmentation or Detectron2 by their last logged evaluation.
 
@@ -124,13 +130,12 @@ def main(arguments: Sequence[str]) -> None:
     args, folders = parse_groups(parser, arguments)
     with refusing(parser):
         groups = {name: [logged_measures(folder) for folder in runs] for name, runs in folders.items()}
-        everything = [run for runs in groups.values() for run in runs]
-        shared = [key for key in everything[0] if key != 'seed' and all(key in run for run in everything)]
+        shared = shared_measures(groups)
         unknown = set(args.measures or ()) - set(shared)
         if unknown or not shared:
             raise ValueError(f'--measures: not every run has {sorted(unknown)}; they all have {shared}')
         print(f'{write_table(args.out, groups, columns_of(args.measures or shared))}\n\nwrote {args.out}')
-    others = sorted({key for run in everything for key in run} - {*shared, 'seed'})
+    others = sorted({key for runs in groups.values() for run in runs for key in run} - {*shared, 'seed'})
     if others and not args.measures:
         print(f'left out, as not every run has a number for it: {", ".join(others)}', file=sys.stderr)
 
@@ -170,13 +175,8 @@ def write_table(out: str, groups: Dict[str, List[Run]], columns: Dict[str, Colum
 
     Raises:
         OSError: they cannot be written.
-        ValueError: two runs of a group have the same seed, or not every run has the columns' measures.
+        ValueError: two runs of a group have the same seed.
     """
-    for name, runs in groups.items():
-        for run in runs:
-            missing = [column.key for column in columns.values() if column.key not in run]
-            if missing:
-                raise ValueError(f'a run of {name} has not measured {missing}, but {[key for key in run if key != "seed"]}')
     text = comparison_table(groups, columns)
     text = f'{text}\n\n{note(groups)}' if len(groups) > 1 else text
     folder = output_folder(out)
