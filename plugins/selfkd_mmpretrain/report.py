@@ -278,6 +278,8 @@ def main(arguments: Sequence[str]) -> None:
     args, work_dirs = parse_groups(parser, arguments)
     with refusing(parser):
         check_runs(work_dirs)
+        if args.ood and not Path(args.ood).is_dir():
+            raise FileNotFoundError(f'--ood: {args.ood} is no folder')
     groups = {name: [predict(folder, ood=args.ood) for folder in folders] for name, folders in work_dirs.items()}
     with refusing(parser):
         print(write_report({'': groups}, args.out))

@@ -187,8 +187,8 @@ def test_cifar100_configs_have_the_papers_network(method):
         [150, 225],
         128,
     )
-    assert [dict(hook) for hook in cfg.get('custom_hooks', [])] == (
-        [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)] if method == 'pskd' else []
+    assert cfg.default_hooks.get('pskd') == (
+        dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8) if method == 'pskd' else None
     )
 
 
