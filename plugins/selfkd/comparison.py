@@ -180,7 +180,8 @@ def note(*panels: Dict[str, List[Run]]) -> str:
         >>> note({'plain': seeded, 'PS-KD': seeded}) == NOTE
         True
         >>> for plain, other in ((unseeded, seeded), (seeded, unseeded)):
-        ...     print(note({'plain': plain, 'PS-KD': seeded, 'CS-KD': other}).split('pairs of ')[1].split(' (paired')[0])
+        ...     text = note({'plain': plain, 'PS-KD': seeded, 'CS-KD': other})
+        ...     print(text[text.index('runs') : text.index(' (paired t)')])
         runs in the order given, as not every run has a seed
         runs with the same seed (CS-KD: in the order given, as not every run has a seed)
     """

@@ -1,8 +1,8 @@
 """Measures of calibration, ranking by confidence, out-of-distribution detection and retrieval.
 
 ``probs`` are class probabilities ``[N, C]``, ``labels`` class ids ``[N]``, on any device; results are Python floats in
-the natural unit (a share, not a percentage). The papers' tables show ECE x 100 and AURC, E-AURC x 1000. ValueError where
-``probs`` hold logits, or a label is no class (-1): both are looked for on the CPU only, where looking is free.
+the natural unit (a share, not a percentage). The papers' tables show ECE x 100 and AURC, E-AURC x 1000. It is a
+ValueError where ``probs`` hold logits, or a label is no class (-1); on the CPU, where looking is free.
 """
 
 import math

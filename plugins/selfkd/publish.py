@@ -3,7 +3,6 @@
 import re
 from typing import Dict, Optional, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .checks import positive
@@ -29,7 +28,7 @@ def strip_self_teacher(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     That is every sub-module named ``self_teacher``, and BYOT's ``auxiliary``. Another module of that name stays.
 
     Example:
-        >>> sorted(strip_self_teacher({'head.fc.bias': torch.zeros(1), 'self_teacher.fc.bias': torch.zeros(1)}))
+        >>> sorted(strip_self_teacher({'head.fc.bias': Tensor(), 'self_teacher.fc.bias': Tensor()}))
         ['head.fc.bias']
     """
     found = [match for match in map(BYOT.match, state_dict) if match]

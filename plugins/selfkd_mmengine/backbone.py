@@ -91,7 +91,9 @@ def convert_backbone(
             usage = MMDET.format(options=settings, target=target)
         else:
             options = _detectron2_options(backbone)
-            arrays = {detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')}
+            arrays = {
+                detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')
+            }
             with open(beside, 'wb') as file:
                 pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
             other = _detectron2_backbone(options, str(beside))

@@ -44,8 +44,6 @@ def main(arguments: Sequence[str]) -> None:
     # the launcher of torch 1.x passes --local_rank, torchrun sets LOCAL_RANK
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-
     with refusing(parser, ModuleNotFoundError):
         cfg = load_config(args.config)
         refuse_lost_hooks(args.config)
@@ -58,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     with refusing(parser):
         output_folder(cfg.work_dir)
         refuse_cut_checkpoint(cfg)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     prepare_cpu_launch(cfg)
     runner = Runner.from_cfg(cfg)
     refuse_ignored(cfg, runner.model)

@@ -85,7 +85,10 @@ def test_of_what_is_not_a_number_nothing_is_said(strange):
 
 
 def test_the_note_says_how_the_runs_were_paired():
-    seeded, unseeded = [{'seed': 0, 'error': 1.0}, {'seed': 1, 'error': 2.0}], [{'error': 1.0}, {'seed': 1, 'error': 2.0}]
+    seeded, unseeded = (
+        [{'seed': 0, 'error': 1.0}, {'seed': 1, 'error': 2.0}],
+        [{'error': 1.0}, {'seed': 1, 'error': 2.0}],
+    )
     assert 'over the pairs of runs with the same seed (paired t)' in note({'plain': seeded, 'x': seeded})
     for plain, other in ((unseeded, seeded), (seeded, unseeded), (unseeded, unseeded)):
         text = note({'plain': plain, 'x': other})

@@ -91,6 +91,11 @@ def test_files_that_cannot_be_read_or_written_end_the_command_with_a_message(tmp
 def test_only_what_our_methods_added_is_dropped():
     byot = ('branches.0.0.weight', 'fcs.0.weight', 'fcs.0.bias', 'loss_module.class_weight')
     ours = {'self_teacher.fc.weight', 'roi_head.self_teacher.pyramid.weight', *(f'head.auxiliary.{n}' for n in byot)}
-    own = {'auxiliary.fc.weight', 'backbone.auxiliary.0.weight', 'head.auxiliary_fc.weight', 'neck.auxiliary.fcs.0.weight'}
+    own = {
+        'auxiliary.fc.weight',
+        'backbone.auxiliary.0.weight',
+        'head.auxiliary_fc.weight',
+        'neck.auxiliary.fcs.0.weight',
+    }
     kept = strip_self_teacher(dict.fromkeys([*ours, *own, 'head.fc.weight'], WEIGHT))
     assert set(kept) == {*own, 'head.fc.weight'}

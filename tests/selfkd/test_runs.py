@@ -31,7 +31,9 @@ def refused(capsys, *arguments):
 
 
 def test_a_name_given_twice_has_the_runs_of_both(tmp_path, capsys):
-    a, b, c = (mmengine_run(tmp_path / name, value, seed) for name, value, seed in (('a', 1, 0), ('b', 3, 1), ('c', 2, 0)))
+    a, b, c = (
+        mmengine_run(tmp_path / name, value, seed) for name, value, seed in (('a', 1, 0), ('b', 3, 1), ('c', 2, 0))
+    )
     out = compare(capsys, tmp_path / 'out', f'plain={a}', f'plain={b}', f'PS-KD={c}').out
     assert '| plain | 2    | 2.000 ± 1.414 |' in out
     assert '| PS-KD | 1    |' in out
@@ -90,6 +92,14 @@ def test_a_measure_that_a_run_lacks_is_left_out_with_a_word(tmp_path, capsys):
 
 
 def test_precision_is_known_by_the_names_that_detectors_log():
-    names = ['coco/bbox_mAP', 'coco/segm_mAP_50', 'coco/bbox_mAP_s', 'bbox/AP', 'bbox/AP50', 'bbox/APs', 'bbox/AP-person']
+    names = [
+        'coco/bbox_mAP',
+        'coco/segm_mAP_50',
+        'coco/bbox_mAP_s',
+        'bbox/AP',
+        'bbox/AP50',
+        'bbox/APs',
+        'bbox/AP-person',
+    ]
     assert [name for name, column in columns_of(names).items() if column.better != 'higher'] == []
     assert columns_of(['map_size'])['map_size'].better is None

@@ -125,7 +125,9 @@ def test_a_list_of_hooks_that_drops_the_inherited_ones_is_refused(tmp_path, styl
 
     (tmp_path / 'base.py').write_text(base)
     lost = write('lost', f'custom_hooks = [dict(type={kind}, alpha=0.8)]')
-    message = r'custom_hooks takes the place of the list in .*base.py, so training would be without EMAHook: write default'
+    message = (
+        r'custom_hooks takes the place of the list in .*base.py, so training would be without EMAHook: write default'
+    )
     for config in (lost, write('grandchild', 'train_cfg = dict(max_epochs=2)', 'lost')):
         with pytest.raises(ValueError, match=message):
             refuse_lost_hooks(config)
@@ -136,7 +138,12 @@ def test_a_list_of_hooks_that_drops_the_inherited_ones_is_refused(tmp_path, styl
     both = f"custom_hooks = [dict(type='EMAHook'), dict(type={kind}, alpha=0.8)]"
     added = f'pskd=dict(type={kind}, alpha=0.8)'
     added = f'default_hooks = dict({added})' if style == 'old' else f'default_hooks.update({added})'
-    for name, line in (('both', both), ('added', added), ('own', 'custom_hooks = []'), ('on_purpose', f'custom_hooks = []\n{added}')):
+    for name, line in (
+        ('both', both),
+        ('added', added),
+        ('own', 'custom_hooks = []'),
+        ('on_purpose', f'custom_hooks = []\n{added}'),
+    ):
         refuse_lost_hooks(write(name, line))
     cfg = load_config(str(tmp_path / 'added.py'))
     assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook']
