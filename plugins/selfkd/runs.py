@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from .cli import command_parser, refusing
-from .comparison import Column, Run, check_seeds, comparison_table, note, write_runs
+from .comparison import Column, Run, comparison_table, note, write_runs
 from .files import output_folder, replacing
 
 __all__ = ['columns_of', 'logged_measures', 'parse_groups', 'shared_measures', 'write_table']
 
-HIGHER = re.compile(
-    r'acc|m?iou|((bbox|segm)_)?m?ap(\d*|[sml]|_\w{1,2}|-.+)|ar|recall|precision|dice|auroc|bleu|chrf|f1|top\d'
-)
+PRECISION = r'((bbox|segm)_)?m?ap(\d*|[sml]|_\w{1,2}|-.+)'  # with the IoU, the size or the class that it is for
+HIGHER = re.compile(rf'{PRECISION}|acc|m?iou|ar|recall|precision|dice|auroc|bleu|chrf|f1|top\d')
 LOWER = re.compile(r'ece|nll|nll_loss|loss|error|brier|aurc|eaurc|fpr95|ppl')
 DETECTRON2 = ('bbox/', 'segm/', 'keypoints/', 'sem_seg/', 'panoptic_seg/', 'calibration/')  # what evaluators log
 NO_MEASURES = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}  # of mmengine's lines

@@ -21,7 +21,7 @@ def config_path(name: str) -> str:
     """The file of a config: of ``PACKAGE::PATH`` the one that came with the package, otherwise ``name`` itself.
 
     Args:
-        name: the package is one of ours, or a toolkit that is installed (``mmpretrain::resnet/resnet18_8xb32_in1k.py``).
+        name: the package is one of ours, or a toolkit that is installed: ``mmpretrain::resnet/resnet18_8xb32_in1k.py``.
 
     Raises:
         FileNotFoundError: the package is not there, or brings no such config.

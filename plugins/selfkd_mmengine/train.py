@@ -25,8 +25,8 @@ def main(arguments: Sequence[str]) -> None:
         selfkd train CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--cfg-options KEY=VALUE ...]
         torchrun --nproc_per_node 2 -m selfkd train CONFIG --launcher pytorch
 
-    CONFIG is a file, PACKAGE::PATH of a toolkit, or one of ours (`selfkd config` lists them); a file may name ours among
-    its _base_. The second form also works on machines without a GPU.
+    CONFIG is a file, PACKAGE::PATH of a toolkit, or one of ours (`selfkd config` lists them); a file may name ours
+    among its _base_. The second form also works on machines without a GPU.
     """
     parser = command_parser('train', main.__doc__)
     parser.add_argument('config')

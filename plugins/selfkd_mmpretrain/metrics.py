@@ -103,7 +103,9 @@ class MarkOOD(BaseTransform):
 class RecallAt1(BaseMetric):
     """Share of samples whose nearest other sample in feature space has their class, as ``recall/at_1``.
 
-    Needs the features beside the predictions: ``default_hooks = dict(features=dict(type='selfkd_mmpretrain.KeepFeaturesHook'))``.
+    Needs the features beside the predictions::
+
+        default_hooks = dict(features=dict(type='selfkd_mmpretrain.KeepFeaturesHook'))
     """
 
     default_prefix = 'recall'

@@ -13,6 +13,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def interrupted(beside, error):
+    beside.write_text('half of the n')
+    raise error
+
+
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, error):
     path = tmp_path / 'table.md'
@@ -20,8 +25,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_beside_it(tmp_path
         if old:
             path.write_text(old)
         with pytest.raises(type(error)), replacing(path) as beside:
-            beside.write_text('half of the n')
-            raise error
+            interrupted(beside, error)
         assert names(tmp_path) == (['table.md'] if old else [])
     assert path.read_text() == 'old'
 
