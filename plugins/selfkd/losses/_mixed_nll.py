@@ -109,13 +109,14 @@ def gradient_of_terms(log_probs, logits, labels, past, classes, rest, smoothing,
         rest = rest.masked_fill(ignored, 0)
     rest = rest.unsqueeze(1)
     each = smoothing / other_classes(logits)  # what every class gets from the smoothed label
+    own = 1 - smoothing - each  # what the label's own gets besides
     ids = labels is not None and not labels.is_floating_point()
     if log_probs is None:
         gradient = torch.zeros_like(logits, dtype=wide(logits.dtype))
     else:
         share = torch.zeros_like(hard)
         if labels is not None:
-            share = share - hard * (1 if ids else labels.sum(1, keepdim=True))
+            share = share - hard * (own + each * logits.shape[1] if ids else labels.sum(1, keepdim=True))
         if past is not None:
             left = logits.shape[1] - past.shape[1]
             share = share - soft * (past.sum(1, keepdim=True) + (rest * left if classes is not None else 0))
@@ -127,7 +128,7 @@ def gradient_of_terms(log_probs, logits, labels, past, classes, rest, smoothing,
     elif past is not None:
         gradient.addcmul_(soft, past)
     if ids:
-        gradient.scatter_add_(1, labels.unsqueeze(1), hard * (1 - smoothing - each))
+        gradient.scatter_add_(1, labels.unsqueeze(1), hard * own)
     elif labels is not None:
         gradient.addcmul_(hard, labels)
     if ignored is not None and classes is None and past is not None:
