@@ -58,6 +58,10 @@ class DDGSDHook(PairedHook):
         super().before_train(runner)
         self._handles.append(self._model.head.fc.register_forward_pre_hook(self._keep))
 
+    def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        super().before_train_iter(runner, batch_idx, data_batch)
+        self.labels_of_pairs(data_batch)
+
     def _keep(self, module, args) -> None:
         if self._computing_loss:
             self._features = args[0]
