@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ pytest.importorskip('detectron2', reason='Detectron2 is not installed (docs/dete
 
 import torch
 import torch.nn.functional as F
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.datasets.pascal_voc import load_voc_instances
-from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.meta_arch import FCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead
@@ -117,11 +119,47 @@ class Reseed(HookBase):
         torch.manual_seed(self.trainer.iter)
 
 
+class ValidationLoss(HookBase):
+    """The usual way to log a validation loss: after a step, the detector's losses of other images, in training mode."""
+
+    def __init__(self, gradients):
+        self.losses, self.gradients = [], gradients
+
+    def after_step(self):
+        torch.manual_seed(0)  # the detector draws regions
+        with torch.set_grad_enabled(self.gradients):
+            losses = self.trainer.model(batches(self.trainer.cfg)[1][:1])
+        self.losses.append({name: float(loss) for name, loss in losses.items()})
+
+
+class ValidatingTrainer(Trainer):
+    """Has the validation loss among its own hooks, ahead of those of ``cfg.SELFKD``."""
+
+    def build_hooks(self):
+        self.validation = ValidationLoss(gradients=True)
+        return [*super().build_hooks(), self.validation]
+
+
+class OwnTrainer(Trainer):
+    """With an ``__init__`` of its own in place of DefaultTrainer's, as projects have that make an average of the model,
+    say."""
+
+    def __init__(self, cfg):
+        TrainerBase.__init__(self)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = SimpleTrainer(model, self.build_train_loader(cfg), optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
+
 class AutocastTrainer(Trainer):
     """Losses in mixed precision, without learning: on a CPU Detectron2 gets NaN in vanilla training, too."""
 
     def run_step(self):
-        with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+        with torch.autocast('cpu', torch.bfloat16):
             losses = self.model(next(self._trainer._data_loader_iter))
         self._trainer.iter = self.iter
         self._trainer._write_metrics(losses, 0.0)

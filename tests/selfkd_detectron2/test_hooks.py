@@ -357,7 +357,11 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
         ('retinanet', PSKD + 'SELFKD.PSKD.KEEP_HARD False', 'keep_hard=False .* and RetinaNet has none'),
         ('retinanet', PSKD + 'MODEL.RETINANET.FOCAL_LOSS_GAMMA 0.5', 'focal_loss_gamma must be 0 or at least 1'),
         ('faster', PSKD + 'MODEL.META_ARCHITECTURE ProposalNetwork', 'ProposalNetwork is not supported'),
-        ('faster', PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor', 'SemanticSegmentor is not supported'),
+        (
+            'faster',  # DeepLab's; it has another number of classes than ROI heads, which it has not
+            PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor MODEL.ROI_HEADS.NUM_CLASSES 80',
+            'SemanticSegmentor is not supported',
+        ),
         ('faster', PSKD + 'MODEL.ROI_HEADS.NAME OwnROIHeads', 'with the ROI heads OwnROIHeads is not supported'),
     ],
 )
