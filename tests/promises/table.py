@@ -18,6 +18,7 @@ class Toolkit(NamedTuple):
         loops: kinds of training loop that it has.
         accumulates: whether it accumulates gradients over batches.
         casts: whether it trains in mixed precision on a CPU.
+        validates: whether its driver computes a validation loss (``validation_losses``).
     """
 
     name: str
@@ -25,6 +26,7 @@ class Toolkit(NamedTuple):
     loops: Tuple[str, ...] = ('epoch', 'iteration')
     accumulates: bool = True
     casts: bool = True
+    validates: bool = True
 
 
 class Row(NamedTuple):
@@ -39,6 +41,8 @@ class Row(NamedTuple):
         model: options of the toy model.
         pairs: whether batches are pairs, which an iteration-based loop's config must ask for.
         acts_at_once: whether the first step's loss already differs from the plain one.
+        knows_samples: whether it keeps or pairs predictions by sample, so that samples which are moved between the
+            sampler and the loss must be noticed (``shuffle_within_batches``).
     """
 
     method: str
@@ -49,6 +53,7 @@ class Row(NamedTuple):
     model: Dict[str, object] = {}
     pairs: bool = False
     acts_at_once: bool = True
+    knows_samples: bool = False
 
     def __str__(self) -> str:
         return f'{self.toolkit.name}-{self.method}'
@@ -72,16 +77,24 @@ def _detectron2(row, request, folder):
     return Driver(row, request, folder)
 
 
-FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False)
-DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False)
+FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False, validates=False)
+DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False, validates=False)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
+BANK = dict(knows_samples=True, **PAST)
 
 ROWS = [
-    Row('PSKD-bank', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8),), **PAST),
-    Row('PSKD-bank-top_k', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, top_k=3),), **PAST),
+    Row('PSKD-bank', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8),), **BANK),
+    Row('PSKD-bank-top_k', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, top_k=3),), **BANK),
     Row('PSKD-snapshot', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, teacher='snapshot'),), **PAST),
-    Row('CSKD', MMPRETRAIN, (dict(type='selfkd_mmpretrain.CSKDHook'),), zero=dict(weight=0.0), pairs=True),
+    Row(
+        'CSKD',
+        MMPRETRAIN,
+        (dict(type='selfkd_mmpretrain.CSKDHook'),),
+        zero=dict(weight=0.0),
+        pairs=True,
+        knows_samples=True,
+    ),
     Row('FRSKD', MMPRETRAIN, options={'model.type': 'selfkd_mmpretrain.FRSKDImageClassifier'}),
     Row('PSKD', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), **PAST),
     Row(
