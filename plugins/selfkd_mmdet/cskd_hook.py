@@ -73,6 +73,7 @@ class CSKDHook(SelfKDHook):
             self._handles.append(extractor.register_forward_pre_hook(self._see_regions))
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        super().before_train_iter(runner, batch_idx, data_batch)
         self.generator = step_generator(runner.iter)  # a resumed run draws the same pairs
 
     def _see_samples(self, model: nn.Module, args, kwargs) -> None:

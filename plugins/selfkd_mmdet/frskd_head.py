@@ -14,6 +14,7 @@ from mmengine.model import ModuleDict, ModuleList
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
+from selfkd_mmengine.base_type import find_base_type
 
 from .heads import check_box_heads, check_region_loss, check_replaced_head, per_stage, registered
 
@@ -44,7 +45,8 @@ class FRSKDRoIHead(BaseRoIHead):
 
         model = dict(roi_head=dict(type='selfkd_mmdet.FRSKDRoIHead', base_type='MyRoIHead'))
 
-    Without ``base_type`` a config that has options, box or mask heads of another RoI head is refused.
+    Without ``base_type`` a config that has options, box or mask heads of another RoI head is refused, and so is any
+    while a RoI head is registered that is derived from these and not MMDetection's.
 
     Args:
         base_type: the RoI head's type before, by name or as a class; by default ``StandardRoIHead`` or
@@ -63,16 +65,19 @@ class FRSKDRoIHead(BaseRoIHead):
     stage's and has none.
 
     Raises:
-        ValueError: options out of range; a config of another RoI head; a ``base_type`` that is not derived from one of
-            the two; a RoI extractor with less than two levels; regions that are not classified by a softmax.
+        ValueError: options out of range; a config of another RoI head, or of what may be one; a RoI extractor with less
+            than two levels; regions that are not classified by a softmax.
         RuntimeError: in training, a RoI head that classifies its regions without ``bbox_loss``.
     """
 
     plain_type: type  # what it is besides
+    _classified = None  # logits and sampling results of each stage, while the self-teacher is to see them
 
     def __new__(cls, *args, base_type: Union[str, type, None] = None, **kwargs):
         if cls is FRSKDRoIHead:
-            cls = _with_self_teacher(_base(base_type, 'num_stages' in kwargs))
+            plain = CascadeRoIHead if 'num_stages' in kwargs else StandardRoIHead
+            given = base_type and (registered(base_type) or base_type)
+            cls = _with_self_teacher(find_base_type(cls, given, plain, MODELS, 'model.roi_head.base_type'))
         return super().__new__(cls)
 
     def __init__(
@@ -127,14 +132,18 @@ class FRSKDRoIHead(BaseRoIHead):
 
     def bbox_loss(self, *args, **kwargs) -> dict:
         results = super().bbox_loss(*args, **kwargs)
-        self._classified.append((results['cls_score'], kwargs.get('sampling_results', args and args[-1])))
+        if self._classified is not None:
+            self._classified.append((results['cls_score'], kwargs.get('sampling_results', args and args[-1])))
         return results
 
     def loss(self, x, rpn_results_list, batch_data_samples) -> dict:
-        """As the toolkit's, with the self-teacher's losses beside."""
+        """As the toolkit's, with the self-teacher's losses beside; a validation loss, in evaluation mode or without
+        gradients, is the toolkit's."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().loss(x, rpn_results_list, batch_data_samples)
         self._classified = []
         losses = super().loss(x, rpn_results_list, batch_data_samples)
-        stages, self._classified = self._classified, []  # lets go of the graph
+        stages, self._classified = self._classified, None  # lets go of the graph
         if not stages:
             raise RuntimeError(
                 f'FRSKDRoIHead: {self.plain_type.__name__} computed its losses without a call of bbox_loss, so the '
@@ -170,18 +179,6 @@ class FRSKDRoIHead(BaseRoIHead):
             prefix, weight = (f's{stage}.', self.stage_loss_weights[stage]) if cascade else ('', 1)
             losses.update({f'{prefix}{name}': weight * term for name, term in terms.items()})
         return losses
-
-
-def _base(base_type: Union[str, type, None], several_stages: bool) -> type:
-    if base_type is None:
-        return CascadeRoIHead if several_stages else StandardRoIHead
-    kind = registered(base_type)
-    if kind is None or not issubclass(kind, (StandardRoIHead, CascadeRoIHead)) or issubclass(kind, FRSKDRoIHead):
-        raise ValueError(
-            f'FRSKDRoIHead: base_type must be the type that model.roi_head had, StandardRoIHead, CascadeRoIHead or one '
-            f'derived from them, got {base_type!r}'
-        )
-    return kind
 
 
 @lru_cache(maxsize=None)
