@@ -126,9 +126,12 @@ class ValidationLoss(HookBase):
         self.losses, self.gradients = [], gradients
 
     def after_step(self):
+        model = self.trainer.model
         torch.manual_seed(0)  # the detector draws regions
+        normalizer, model.loss_normalizer = getattr(model, 'loss_normalizer', None), 100  # RetinaNet's is a running one
         with torch.set_grad_enabled(self.gradients):
-            losses = self.trainer.model(batches(self.trainer.cfg)[1][:1])
+            losses = model(batches(self.trainer.cfg)[1][:1])
+        model.loss_normalizer = normalizer
         self.losses.append({name: float(loss) for name, loss in losses.items()})
 
 
