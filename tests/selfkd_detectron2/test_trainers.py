@@ -67,6 +67,7 @@ def test_an_init_of_its_own_resumes_the_past_copy(voc, tmp_path):
     cfg = config(voc, tmp_path, options=PSKD + 'SOLVER.CHECKPOINT_PERIOD 4')
     train(cfg, Reseed(), kind=d2_runs.OwnTrainer)
     straight = torch.load(tmp_path / 'model_final.pth')['model']
+    assert 'PSKDHook' in torch.load(tmp_path / 'model_0000003.pth')['trainer']['hooks']
     (tmp_path / 'last_checkpoint').write_text('model_0000003.pth')
     train(cfg, Reseed(), kind=d2_runs.OwnTrainer, resume=True)
     resumed = torch.load(tmp_path / 'model_final.pth')['model']
