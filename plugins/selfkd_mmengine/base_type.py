@@ -26,7 +26,9 @@ def find_base_type(ours: type, given: Union[str, type, None], plain: type, regis
     if given is not None:
         kind = registry.get(given) if isinstance(given, str) else given
         if not (isinstance(kind, type) and issubclass(kind, plain)):
-            raise ValueError(f'{ours.__name__}: {option} must name {plain.__name__} or a class made from it, got {given}')
+            raise ValueError(
+                f'{ours.__name__}: {option} must name {plain.__name__} or a class made from it, got {given}'
+            )
         return kind
     others = sorted({kind.__name__ for kind in _registered(registry) if _is_foreign(kind, ours, plain)})
     if others:
