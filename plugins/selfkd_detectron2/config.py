@@ -119,8 +119,10 @@ class SelfKDTrainer(DefaultTrainer):
     """
 
     def register_hooks(self, hooks: List[HookBase]) -> None:
-        """As ``TrainerBase``'s. Those of ``cfg.SELFKD`` come with the first, which are ``build_hooks()``'s: neither that
-        method nor ``__init__`` need be ours."""
+        """As ``TrainerBase``'s. Those of ``cfg.SELFKD`` come with the first, which are ``build_hooks()``'s.
+
+        So neither that method nor ``__init__`` need be ours.
+        """
         first = not self._hooks and hasattr(self, 'cfg')
         super().register_hooks([*hooks, *(selfkd_hooks(self.cfg) if first else ())])
 
@@ -149,7 +151,7 @@ def check_trainer(trainer: TrainerBase) -> None:
     modules = trainer.model.modules() if hasattr(trainer, 'model') else ()
     if cfg is None and not any(isinstance(part, (StepHook, SelfTaught)) for part in (*hooks, *modules)):
         logging.getLogger('detectron2.selfkd').warning(
-            'selfkd_detectron2 was imported, but this trainer has none of its hooks: it trains plainly. (Detectron2\'s '
+            "selfkd_detectron2 was imported, but this trainer has none of its hooks: it trains plainly. (Detectron2's "
             'tools/lazyconfig_train_net.py does not read train.selfkd; selfkd train-detectron2 does)'
         )
 
@@ -163,5 +165,5 @@ def _checked(before_train):
     return checked
 
 
-# Detectron2's own trainers and scripts read none of our settings and say nothing: this is the one place where it shows.
+# Detectron2's own trainers and scripts read none of our settings, and say nothing: this is the one place that all pass.
 TrainerBase.before_train = _checked(TrainerBase.before_train)

@@ -108,9 +108,7 @@ class CSKDHook(SelfKDHook):
         return loss
 
 
-def objects_shown(
-    rois: Tensor, labels: Tensor, samples: Sequence[DetDataSample], iou_calculator: Callable
-) -> Tensor:
+def objects_shown(rois: Tensor, labels: Tensor, samples: Sequence[DetDataSample], iou_calculator: Callable) -> Tensor:
     """The object that each region was matched to: of those of its class in its image the one that it overlaps most.
 
     MMDetection's sampling results, which know it, are out of a hook's reach.

@@ -139,7 +139,7 @@ def check_box_heads(user: str, options: dict) -> None:
     for setting, _ in _foreign(options, 'bbox_head', BOX_HEADS):
         names = ', '.join(kind.__name__ for kind in BOX_HEADS)
         raise ValueError(
-            f'{user}: the self-teacher has a box head like the detector\'s, which can be one of {names}, got {setting}: '
+            f"{user}: the self-teacher has a box head like the detector's, which can be one of {names}, got {setting}: "
             f'leave model.roi_head.type as it is, and train this detector without {user}'
         )
 

@@ -130,7 +130,9 @@ def test_bank_refuses_sentences_that_change():
     criterion(model, batch)
     noisy = batch['target'].clone()
     noisy[0, 0] = noisy[0, 0] - 1 if noisy[0, 0] > Dictionary().nspecial else noisy[0, 0] + 1
-    with pytest.raises(ValueError, match=r'--pskd-past bank: a target token .* \(1 of \d+ rows differ\).*use --pskd-past'):
+    with pytest.raises(
+        ValueError, match=r'--pskd-past bank: a target token .* \(1 of \d+ rows differ\).*use --pskd-past'
+    ):
         criterion(model, {**batch, 'target': noisy})
     criterion(model, batch)
 

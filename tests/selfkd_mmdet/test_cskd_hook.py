@@ -97,8 +97,10 @@ def test_loss_and_gradient_recomputed(voc, tmp_path, case):
 def test_objects_of_rotated_boxes():
     """Two thin ones that cross have the same horizontal hull; regions of 5 columns tell them apart."""
     objects = torch.tensor([[50.0, 50, 40, 4, 0.8], [50.0, 50, 40, 4, -0.8], [20.0, 20, 10, 5, 0.1]])
-    samples = [DetDataSample(gt_instances=InstanceData(bboxes=b, labels=torch.zeros(len(b)).long())) for b in
-               (objects, objects[:0], objects[1:])]
+    samples = [
+        DetDataSample(gt_instances=InstanceData(bboxes=b, labels=torch.zeros(len(b)).long()))
+        for b in (objects, objects[:0], objects[1:])
+    ]
     near = torch.tensor([2.0, -1.0, 3.0, 1.0, 0.05])
     images, shown = torch.tensor([0.0, 0, 0, 2, 2]), torch.tensor([1, 0, 2, 1, 0])
     boxes = torch.stack([samples[int(i)].gt_instances.bboxes[j] for i, j in zip(images, shown)]) + near

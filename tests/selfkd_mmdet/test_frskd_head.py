@@ -70,7 +70,9 @@ def one_sample(extractor):
     return extractor
 
 
-@pytest.mark.parametrize('case', ['faster-rcnn', 'mask', 'beta 0', 'cascade', 'cascade, own extractors', 'cascade mask'])
+@pytest.mark.parametrize(
+    'case', ['faster-rcnn', 'mask', 'beta 0', 'cascade', 'cascade, own extractors', 'cascade mask']
+)
 def test_losses_recomputed(voc, tmp_path, case):
     """Every term of every step in the paper's words, in every stage; the self-teacher learns from the labels alone."""
     options = {
@@ -364,7 +366,9 @@ def test_own_heads_that_cannot_be_taught_are_refused(voc, tmp_path, own):
         train(cfg)
     cfg.model.roi_head.base_type = 'StandardRoIHead'
     cfg.model.roi_head.bbox_head.type = 'OwnBBoxHead'
-    with DefaultScope.overwrite_default_scope('own'), pytest.raises(ValueError, match='got .*bbox_head.type=OwnBBoxHead'):
+    with DefaultScope.overwrite_default_scope('own'), pytest.raises(
+        ValueError, match='got .*bbox_head.type=OwnBBoxHead'
+    ):
         MODELS.build(cfg.model)
     cfg.model.roi_head.base_type = 'RPNHead'
     with pytest.raises(ValueError, match='model.roi_head.base_type must name StandardRoIHead'):
