@@ -22,6 +22,7 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
 from detectron2.solver import build_optimizer
 from detectron2.structures import PolygonMasks
+from detectron2.utils import comm
 
 from selfkd_detectron2 import PSKDHook, selfkd_hooks, with_self_teacher
 from selfkd_detectron2 import train as script
@@ -200,9 +201,10 @@ def scalars(out):
     return logs
 
 
-def two_processes(voc, out, methods):
+def two_processes(voc, out, methods, rank):
     """What each of two processes trains, on another batch; what it ends with is saved."""
-    rank = torch.distributed.get_rank()
+    torch.distributed.init_process_group('gloo')
+    comm.create_local_process_group(comm.get_world_size())
     for name, options in methods.items():
         cfg = config(voc, out, options=options)
         torch.manual_seed(0)

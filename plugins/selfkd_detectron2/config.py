@@ -144,8 +144,8 @@ def check_trainer(trainer: TrainerBase) -> None:
     if missing:
         settings = ', '.join(f'SELFKD.{name}.ENABLED' for name in missing)
         raise ValueError(
-            f'{settings} is True, but {type(trainer).__name__} has not registered {METHODS[missing[0]].__name__}, so it '
-            'would train plainly: derive it from selfkd_detectron2.SelfKDTrainer instead of DefaultTrainer, or build '
+            f'{settings} is True, but {type(trainer).__name__} has not registered {METHODS[missing[0]].__name__}: it '
+            'would train plainly. Derive it from selfkd_detectron2.SelfKDTrainer instead of DefaultTrainer, or build '
             'the model from with_self_teacher(cfg) and register selfkd_hooks(cfg) before a checkpoint is resumed'
         )
     modules = trainer.model.modules() if hasattr(trainer, 'model') else ()

@@ -235,7 +235,7 @@ class TokenBank(Past):
         rows = torch.where(real, first + real.cumsum(1) - 1, first)  # padding: any row, its loss is ignored
         if (rows >= end).any():
             raise ValueError(
-                '--pskd-past bank: a sample has more target tokens than the sentence of its id in the data set. Does the '
+                '--pskd-past bank: a sample has more target tokens than the sentence of its id in the data set. Do the '
                 f'data set or the collate function move or change sentences? Leave them as they are, or {OTHER_PASTS}'
             )
         try:

@@ -84,7 +84,7 @@ class LeftTrainer(DefaultTrainer):
 
 @pytest.mark.parametrize(('options', 'hook'), [(PSKD, 'PSKDHook'), (CSKD, 'CSKDHook'), (FRSKD, 'FRSKDHook')])
 def test_a_trainer_that_reads_none_of_the_settings_is_refused(voc, tmp_path, options, hook):
-    message = f'{options.split()[0]} is True, but LeftTrainer has not registered {hook}.*derive it from .*SelfKDTrainer'
+    message = f'{options.split()[0]} is True, but LeftTrainer has not registered {hook}.*Derive it from .*SelfKDTrainer'
     with pytest.raises(ValueError, match=message):
         train(config(voc, tmp_path, options=options), kind=LeftTrainer)
 
