@@ -290,7 +290,7 @@ def test_a_single_class_costs_nothing():
     ):
         loss.backward()
         assert loss.item() == 0
-    assert not logits.grad.any()
+    assert logits.grad.abs().max() < 1e-6
 
 
 def test_a_million_classes_in_float16_are_a_distribution():

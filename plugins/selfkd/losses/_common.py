@@ -16,12 +16,6 @@ def log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=1, dtype=wide(logits.dtype))
 
 
-def through_log_softmax(gradient: Tensor, log_probs: Tensor) -> Tensor:
-    """The gradient with respect to logits, from that with respect to their log-softmax; both are overwritten."""
-    total = gradient.sum(1, keepdim=True)
-    return gradient.sub_(log_probs.exp_().mul_(total))
-
-
 def row_slices(logits: Tensor) -> Iterator[slice]:
     """Slices of the samples, a few at a time."""
     numbers = NUMBERS_AT_ONCE.get(logits.device.type, 2**25)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..checks import tracing, wide
 from ..topk import TopK
-from ._common import class_dot, log_softmax, of_rows, other_classes, row_slices, through_log_softmax, times
+from ._common import class_dot, log_softmax, of_rows, other_classes, row_slices, times
 
 
 def mixed_nll(logits, labels, past, classes, alpha, smoothing=0.0, ignored=None, normalized=False):
@@ -91,31 +91,46 @@ class _MixedNLL(torch.autograd.Function):
         soft, hard = -alpha * grad, grad * (alpha - 1)
         gradient, dtype = torch.empty_like(logits), wide(logits.dtype)
         for rows in row_slices(logits):
+            log_probs = None if ctx.normalized else log_softmax(logits[rows])
             settings = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows), rest[rows])
             settings += (ctx.smoothing, of_rows(ignored, rows), hard[rows].unsqueeze(1), soft[rows].unsqueeze(1))
-            part = gradient_of_terms(logits[rows].shape, *settings)
-            gradient[rows] = part if ctx.normalized else through_log_softmax(part, log_softmax(logits[rows]))
+            gradient[rows] = gradient_of_terms(log_probs, logits[rows], *settings)
         return (gradient, *[None] * 7)
 
 
-def gradient_of_terms(shape, labels, past, classes, rest, smoothing, ignored, hard, soft):
-    """Of the losses, with respect to the log-probabilities; ``hard`` and ``soft`` are minus the two parts' weights."""
+def gradient_of_terms(log_probs, logits, labels, past, classes, rest, smoothing, ignored, hard, soft):
+    """Of the losses, with respect to the logits: each one's share of the softmax, less the target.
+
+    ``hard`` and ``soft``, ``[N, 1, ...]``, are minus the weights of the two parts. ``log_probs`` is overwritten; None:
+    the logits are normalised, and the gradient is minus the target.
+    """
+    if ignored is not None and classes is not None:  # whose past may hold anything
+        past = past.masked_fill(ignored.unsqueeze(1), 0)
+        rest = rest.masked_fill(ignored, 0)
+    rest = rest.unsqueeze(1)
+    each = smoothing / other_classes(logits)  # what every class gets from the smoothed label
+    own = 1 - smoothing - each  # what the label's own gets besides
     ids = labels is not None and not labels.is_floating_point()
-    each = smoothing / max(shape[1] - 1, 1)
-    row = hard * each  # what every class of the sample gets from the smoothed label
-    if classes is not None:
-        gradient = (row + soft * rest.unsqueeze(1)).repeat(1, shape[1])
-        gradient.scatter_(1, classes.long(), row + soft * past)
-    elif past is not None:
-        gradient = soft * past
-        if smoothing:
-            gradient += row
+    if log_probs is None:
+        gradient = torch.zeros_like(logits, dtype=wide(logits.dtype))
     else:
-        gradient = row.expand(shape).clone()
+        share = torch.zeros_like(hard)
+        if labels is not None:
+            share = share - hard * (own + each * logits.shape[1] if ids else labels.sum(1, keepdim=True))
+        if past is not None:
+            left = logits.shape[1] - past.shape[1]
+            share = share - soft * (past.sum(1, keepdim=True) + (rest * left if classes is not None else 0))
+        gradient = log_probs.exp_().mul_(share)
+    if classes is not None or smoothing:
+        gradient += hard * each + (soft * rest if classes is not None else 0)
+    if classes is not None:
+        gradient.scatter_add_(1, classes.long(), soft * (past - rest))
+    elif past is not None:
+        gradient.addcmul_(soft, past)
     if ids:
-        gradient.scatter_add_(1, labels.unsqueeze(1), hard * (1 - smoothing - each))
+        gradient.scatter_add_(1, labels.unsqueeze(1), hard * own)
     elif labels is not None:
         gradient.addcmul_(hard, labels)
-    if ignored is not None:  # whose past may hold anything
+    if ignored is not None and classes is None and past is not None:
         gradient.masked_fill_(ignored.unsqueeze(1), 0)
     return gradient

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_alpha, check_labels, check_reduction, check_top_k, tracing, wide
 from ..topk import TopK, draw_top_k
-from ._common import log_softmax, of_rows, through_log_softmax
+from ._common import log_softmax, of_rows
 from ._mixed_nll import gradient_of_terms, terms_of
 from .pskd import pskd_loss
 
@@ -115,8 +115,8 @@ class _LinearPSKD(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 share = of_rows(alpha, rows)
                 hard, soft = ((-weight_of * scale[rows]).unsqueeze(1) for weight_of in (1 - share, share))
-                part = gradient_of_terms(logits.shape, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
-                _add_gradients(gradients, through_log_softmax(part, log_probs), hidden, weight, rows)
+                part = gradient_of_terms(log_probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
+                _add_gradients(gradients, part, hidden, weight, rows)
         ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) for g in gradients))
         drawn = [torch.cat(parts) for parts in zip(*drawn)] if k else [loss.new_empty(0), labels.new_empty(0)]
         ctx.mark_non_differentiable(*drawn)
