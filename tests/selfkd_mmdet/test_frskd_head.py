@@ -282,7 +282,7 @@ def test_the_self_teacher_takes_one_sample_for_each_point(voc, tmp_path, kind):
     cfg.model.roi_head.bbox_roi_extractor.roi_layer = dict(type=kind, output_size=7, sampling_ratio=0)
     head = MODELS.build(cfg.model).roi_head
     ratios = [[layer.sampling_ratio for layer in reader.roi_layers] for reader in head.self_teacher['roi_extractor']]
-    assert ratios == [[1] * 4] * 2
+    assert ratios == [[1, 1]] * 2  # of each level, in each stage
     assert head.bbox_roi_extractor[0].roi_layers[0].sampling_ratio == 0
 
 
