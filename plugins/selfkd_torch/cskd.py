@@ -225,7 +225,9 @@ def _described(inputs) -> str:
 
 def _entries(batch) -> List[Tuple[object, Tensor]]:
     """The entries of a batch that may be class ids."""
-    named = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
+    named = (
+        batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
+    )
     return [
         (name, entry)
         for name, entry in named

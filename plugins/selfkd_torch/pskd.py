@@ -22,6 +22,7 @@ __all__ = ['PSKD']
 
 WAY_OUT = "use teacher='snapshot', which needs no rows"
 
+
 class PSKD(Method):
     """Progressive self-knowledge distillation: three lines in a loop that stays as it is.
 
@@ -244,7 +245,7 @@ class PSKD(Method):
         return self._inside and not self._computing and torch.is_grad_enabled()
 
     def is_of_model(self, logits: Tensor) -> bool:
-        """Whether logits can be those of the loss: not where they come from elsewhere than from the snapshot's model."""
+        """Whether logits can be those of the loss: with a snapshot not where they come from elsewhere than its model."""
         return self.teacher is None or self.alpha == 0 or self._calls.knows(logits)
 
     # What Batches calls.
