@@ -245,7 +245,7 @@ class PSKD(Method):
         return self._inside and not self._computing and torch.is_grad_enabled()
 
     def is_of_model(self, logits: Tensor) -> bool:
-        """Whether logits can be those of the loss: with a snapshot not where they come from elsewhere than its model."""
+        """Whether logits can be those of the loss: with a snapshot those that come from its model."""
         return self.teacher is None or self.alpha == 0 or self._calls.knows(logits)
 
     # What Batches calls.

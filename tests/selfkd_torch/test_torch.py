@@ -367,7 +367,7 @@ def test_mixup_accumulation_autocast_average_and_compiled_models(digits):
     assert pskd.current_alpha == pytest.approx(0.8)
     assert losses[-1] < losses[0]
     assert not pskd._calls._calls
-    assert not (model._forward_pre_hooks or compiled._forward_pre_hooks or compiled._forward_hooks)
+    assert not {*model._forward_pre_hooks, *compiled._forward_pre_hooks, *compiled._forward_hooks}
 
 
 def torchvision_style_epoch(model, criterion, optimizer, data_loader):
