@@ -179,7 +179,7 @@ class Calls:
 def copied(value):
     """A tensor's copy, and a user's own batch type with copies of its tensors; for ``tree_map``."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return value.detach().clone()
     fields = {} if isinstance(value, nn.Module) else getattr(value, '__dict__', {})
     if any(isinstance(field, Tensor) for field in fields.values()):  # a batch type of the user's own
         value = copy.copy(value)
