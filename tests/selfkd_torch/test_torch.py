@@ -478,7 +478,7 @@ def test_a_bank_of_tokens():
         (
             pskd,
             lambda y: y + (y >= 0).long(),
-            'had the label 0 before, and has the label 1 now .* masked language modelling',
+            'had the label 0 before, and has the label 1 now .*masked language modelling',
         ),
         (again, lambda y: torch.ones(2, 9).long(), 'has more labels than when the bank was made'),
     ):
