@@ -5,7 +5,7 @@ import inspect
 import sys
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Iterator, Optional, Sequence, Type
+from typing import Iterator, Optional, Sequence, Tuple, Type
 
 __all__ = ['command_parser', 'main', 'refusing']
 
@@ -35,9 +35,10 @@ def refusing(parser: argparse.ArgumentParser, *others: Type[Exception]) -> Itera
 
     Such errors are OSError and ValueError, and ``others``.
     """
+    refused: Tuple[Type[Exception], ...] = (OSError, ValueError, *others)
     try:
         yield
-    except (OSError, ValueError, *others) as error:
+    except refused as error:
         parser.error(str(error))
 
 

@@ -155,7 +155,8 @@ def parse_groups(
     """
     form = 'NAME=WORK_DIR[,WORK_DIR...]'
     parser.add_argument('groups', nargs='+', metavar=form)
-    args, groups = parser.parse_args(arguments), {}
+    args = parser.parse_args(arguments)
+    groups: Dict[str, List[str]] = {}
     for argument in args.groups:
         name, equals, folders = argument.partition('=')
         found = groups.setdefault(name, [])
