@@ -79,8 +79,8 @@ class Batches:
         loader = self._inner
         if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
             raise ValueError(
-                f'{method}: loader must be a torch DataLoader, got {type(loader).__name__}, whose batches come '
-                f'from an __iter__ of its own, so the samples in them are not known: {way_out}'
+                f'{method}: loader must be a torch DataLoader, got {type(loader).__name__}, whose batches come from an '
+                f'__iter__ of its own, so the samples in them are not known: {way_out}'
             )
         if isinstance(loader.dataset, IterableDataset):
             raise ValueError(f'{method}: the data set is an IterableDataset, whose samples have no index: {way_out}')

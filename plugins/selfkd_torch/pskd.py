@@ -170,8 +170,7 @@ class PSKD(Method):
         if not self._inside:
             raise RuntimeError(
                 'PSKD: the loss is for training, in a loop over pskd.batches(); for validation use the plain one. (A '
-                'prefetcher that takes batches ahead goes inside: PSKD(prefetcher, ...), with '
-                "teacher='snapshot')"
+                "prefetcher that takes batches ahead goes inside: PSKD(prefetcher, teacher='snapshot', ...))"
             )
         self.used += 1
         self.count += 1
