@@ -88,7 +88,7 @@ class CSKDHook(PairedHook):
     their own, in training mode (with batch-norm statistics of their own, which enter the running statistics) and
     without gradient. The hook turns on all of it::
 
-        custom_hooks = [dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0)]
+        default_hooks = dict(cskd=dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0))
 
     In an iteration-based loop the data loader's config must ask for the pairs as well:
     ``train_dataloader=dict(batch_sampler=dict(type='selfkd_mmengine.PairBatchSampler'))``.

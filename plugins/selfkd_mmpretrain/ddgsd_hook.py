@@ -25,7 +25,7 @@ class DDGSDHook(PairedHook):
     Every image of a batch is loaded twice, so the random augmentation gives two views. Both are trained on (the head's
     own loss is the mean over them) and drawn together::
 
-        custom_hooks = [dict(type='selfkd_mmpretrain.DDGSDHook')]
+        default_hooks = dict(ddgsd=dict(type='selfkd_mmpretrain.DDGSDHook'))
 
     In an iteration-based loop the data loader's config must ask for the views as well:
     ``train_dataloader=dict(batch_sampler=dict(type='selfkd_mmengine.ViewBatchSampler'))``.

@@ -34,7 +34,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     (labels, smoothed labels, mixed ``gt_score``) and alpha_t grows linearly to ``alpha``. Nothing else of the config
     changes::
 
-        custom_hooks = [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)]
+        default_hooks = dict(pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8))
 
     Args:
         alpha: final share of the past prediction, in [0, 1]. Defaults to 0.8, the paper's.

@@ -32,7 +32,7 @@ class PSKDHook(PSKDHookBase):
     normalisation are the toolkit's own; auxiliary heads and further losses of the decode head keep their hard labels.
     Nothing else of the config changes::
 
-        custom_hooks = [dict(type='selfkd_mmseg.PSKDHook', alpha=0.3)]
+        default_hooks = dict(pskd=dict(type='selfkd_mmseg.PSKDHook', alpha=0.3))
 
     Args:
         alpha: final share of the past prediction, in [0, 1]. In iteration-based loops it grows once in ``interval``.

@@ -78,7 +78,7 @@ def _detectron2(row, request, folder):
 
 
 FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False, validates=False)
-DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False, validates=False)
+DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
 BANK = dict(knows_samples=True, **PAST)
@@ -115,6 +115,7 @@ ROWS = [
             options=dict(args=f'--criterion pskd_label_smoothed_cross_entropy --pskd-past {past} --pskd-alpha 0.8'),
             zero=dict(args=f'--criterion pskd_label_smoothed_cross_entropy --pskd-past {past} --pskd-alpha 0'),
             acts_at_once=False,
+            knows_samples=past == 'bank',
         )
         for past in ('snapshot', 'bank')
     ),
