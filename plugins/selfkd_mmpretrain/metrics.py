@@ -115,7 +115,7 @@ class RecallAt1(BaseMetric):
             if 'feature' not in sample:
                 raise ValueError(
                     'RecallAt1: the predictions carry no features: '
-                    "add features=dict(type='selfkd_mmpretrain.KeepFeaturesHook') to default_hooks"
+                    "add dict(type='selfkd_mmpretrain.KeepFeaturesHook') to default_hooks, under a name of your own"
                 )
             self.results.append((sample['feature'].cpu(), int(sample['gt_label'])))
 

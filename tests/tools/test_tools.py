@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import run_script
 from mm_runs import digits_config, train
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
@@ -24,7 +25,7 @@ from selfkd_mmpretrain.report import measure, predict, table
 
 
 def run(*arguments, cwd=None, fails=False):
-    outcome = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    outcome = run_script(*arguments, folder=cwd)
     assert (outcome.returncode != 0) == fails, outcome.stderr[-3000:]
     return outcome.stderr if fails else outcome.stdout
 
