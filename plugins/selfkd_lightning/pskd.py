@@ -1,20 +1,25 @@
 """PS-KD as a callback of Lightning's Trainer."""
 
+import logging
 import math
-from contextlib import ExitStack
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
 import selfkd_torch
 from selfkd.checks import one_of, several_epochs, share
+from selfkd.schedule import may_end_early
 from selfkd_torch import Batches
 
 __all__ = ['PSKD']
+
+logger = logging.getLogger(__name__)
 
 
 class PSKD(pl.Callback):
@@ -64,13 +69,21 @@ class PSKD(pl.Callback):
         self.pskd: Optional[selfkd_torch.PSKD] = None
         self._data: Optional[Batches] = None
         self._saved: Dict[str, Any] = {}
-        self._tap = ExitStack()  # open during a training step
+        self._state: Any = None  # the Trainer's
+        self._in_step = False  # whether training_step is under way
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
-        """To be called by ``training_step`` in place of ``F.cross_entropy``, for those who rather say it themselves."""
-        if self.pskd is None:
+        """In place of ``F.cross_entropy``, for those who rather say it themselves. In validation and testing it is
+        ``F.cross_entropy``, so that a step may be shared.
+
+        Raises:
+            RuntimeError: in training, but outside ``training_step``; or without a Trainer that has this callback.
+        """
+        if self._in_step:
+            return self.pskd.loss(logits, target, **options)
+        if self._state is None or self._state.stage in (None, RunningStage.TRAINING):
             raise RuntimeError('PSKD: the loss is for training_step, under a Trainer that has this callback')
-        return self.pskd.loss(logits, target, **options)
+        return F.cross_entropy(logits, target, **options)
 
     @property
     def current_alpha(self) -> float:
@@ -78,10 +91,11 @@ class PSKD(pl.Callback):
         return self.pskd.current_alpha if self.pskd else 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._state = trainer.state
         if stage != 'fit':
             return
         strategy = trainer.strategy
-        vars(strategy).pop('process_dataloader', None)
+        self._release(strategy)
         if self.teacher == 'snapshot' and type(strategy) not in (DDPStrategy, SingleDeviceStrategy):
             raise ValueError(
                 f"PSKD: under {type(strategy).__name__} no process has the whole model to copy: use teacher='bank'"
@@ -96,6 +110,23 @@ class PSKD(pl.Callback):
         self._data = None
         process = strategy.process_dataloader  # comes after Lightning has put its sampler into the loader
         strategy.process_dataloader = lambda loader: process(self._noting(trainer, loader))
+        step = strategy.training_step
+        strategy.training_step = lambda *args, **kwargs: self._softened(pl_module, step, *args, **kwargs)
+
+    @staticmethod
+    def _release(strategy) -> None:
+        for name in ('process_dataloader', 'training_step'):
+            vars(strategy).pop(name, None)
+
+    def _softened(self, pl_module: nn.Module, step: Callable, *args, **kwargs):
+        """A training step, and nothing beside it: what hooks and other callbacks compute stays plain."""
+        module = pl_module.get_submodule(self._loss) if self._loss else None
+        self._in_step = True
+        try:
+            with self.pskd.tap(module, check=False):
+                return step(*args, **kwargs)
+        finally:
+            self._in_step = False
 
     def _noting(self, trainer: pl.Trainer, loader):
         """The loader of the training data, so that it notes which samples are in its batches."""
@@ -123,6 +154,11 @@ class PSKD(pl.Callback):
         self.pskd = selfkd_torch.PSKD(self._data, **options)
         if self._saved:
             self.pskd.load_state_dict(self._saved)
+        stops = ['EarlyStopping'] if trainer.early_stopping_callbacks else []
+        if any(isinstance(callback, Timer) and callback.time_remaining() is not None for callback in trainer.callbacks):
+            stops.append('max_time')
+        if stops and self.pskd.alpha and trainer.is_global_zero:
+            logger.warning(may_end_early('PSKD', self.pskd.alpha, f'{self.pskd.max_epochs} epochs', stops))
 
     @staticmethod
     def _epochs(trainer: pl.Trainer) -> int:
@@ -161,18 +197,14 @@ class PSKD(pl.Callback):
                 "PSKD: training_step(dataloader_iter) fetches batches by itself: take a batch, or teacher='snapshot'"
             )
         data.begin_step()
-        module = pl_module.get_submodule(self._loss) if self._loss else None
-        self._tap.enter_context(self.pskd.tap(module, check=False))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         if batch is None:  # Lightning has skipped it
             self._data.noted and self._data.noted.popleft()
             return
-        self._tap.close()
         self._data.end_step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tap.close()  # still open where the module's on_train_batch_start ended the epoch
         if self.pskd._inside:
             self._data.end_epoch(True)
 
@@ -180,8 +212,7 @@ class PSKD(pl.Callback):
         self.teardown(trainer, pl_module, 'fit')
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._tap.close()
-        vars(trainer.strategy).pop('process_dataloader', None)
+        self._release(trainer.strategy)
 
     def state_dict(self) -> Dict[str, Any]:
         if self.pskd is None:

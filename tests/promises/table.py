@@ -18,6 +18,7 @@ class Toolkit(NamedTuple):
         loops: kinds of training loop that it has.
         accumulates: whether it accumulates gradients over batches.
         casts: whether it trains in mixed precision on a CPU.
+        passes: whether it is the user's code that calls the network.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Toolkit(NamedTuple):
     loops: Tuple[str, ...] = ('epoch', 'iteration')
     accumulates: bool = True
     casts: bool = True
+    passes: bool = False
 
 
 class Row(NamedTuple):
@@ -72,9 +74,31 @@ def _detectron2(row, request, folder):
     return Driver(row, request, folder)
 
 
+def _torch(row, request, folder):
+    from loops import Driver
+
+    return Driver(row, request, folder)
+
+
+def _lightning(row, request, folder):
+    from loops import LightningDriver
+
+    return LightningDriver(row, request, folder)
+
+
+def _transformers(row, request, folder):
+    from loops import TransformersDriver
+
+    return TransformersDriver(row, request, folder)
+
+
 FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False)
 DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
+TORCH = Toolkit('torch', _torch, ('epoch',), passes=True)
+LIGHTNING, TRANSFORMERS = (
+    Toolkit(name, driver, passes=True) for name, driver in (('lightning', _lightning), ('transformers', _transformers))
+)
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
 
 ROWS = [
@@ -125,6 +149,23 @@ ROWS = [
         zero=dict(args='SELFKD.CSKD.ENABLED True SELFKD.CSKD.WEIGHT 0'),
     ),
     Row('FRSKD', DETECTRON2, options=dict(args='SELFKD.FRSKD.ENABLED True')),
+    Row('PSKD-bank', TORCH, options=dict(alpha=0.8), **PAST),
+    Row('PSKD-snapshot', TORCH, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
+    Row('TokenPSKD', TORCH, options=dict(alpha=0.8), **PAST),
+    Row('CSKD', TORCH, zero=dict(weight=0.0)),
+    Row('FRSKD', TORCH),
+    Row('PSKD-bank', LIGHTNING, options=dict(alpha=0.8), **PAST),
+    Row('PSKD-snapshot', LIGHTNING, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
+    *(
+        Row(
+            f'PSKD-{teacher}',
+            TRANSFORMERS,
+            options=dict(pskd_alpha=0.8, pskd_teacher=teacher),
+            zero=dict(pskd_alpha=0.0),
+            acts_at_once=False,
+        )
+        for teacher in ('bank', 'snapshot')
+    ),
 ]
 
 

@@ -112,3 +112,10 @@ def test_one_method_twice_is_refused(row, runs):
 def test_a_tap_that_does_not_fire_is_an_error(row, runs):
     with pytest.raises(AssertionError, match=r'was never called while\s+the model computed its loss'):
         runs.train(runs.config(), hooks=[runs.bypass()])
+
+
+@rows(where=lambda row: row.toolkit.passes)
+def test_a_loss_belongs_to_its_forward_pass(row, runs):
+    """The network is called on other inputs as well before the loss, as for two views of a sample."""
+    one, two = runs.train(runs.config()), runs.train(runs.two_passes(runs.config()))
+    assert [runs.total(step) for step in two['steps']] == [runs.total(step) for step in one['steps']]
