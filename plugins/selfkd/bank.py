@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .checks import DIVERGED, check_probs
 from .losses import TopK
+from .row_labels import RowLabels
+from .transfer import to_host
 
 __all__ = ['PredictionBank', 'draw_top_k']
 
@@ -81,6 +83,7 @@ class PredictionBank:
         # table on the accelerator there are no rows.
         self._pending: List[Tuple[Tensor, Tuple[Tensor, ...], Tensor, Optional[torch.cuda.Event]]] = []
         self._skipped = 0
+        self.labels: Optional[RowLabels] = None  # made by the first check_labels
 
     def _refuse_if_too_large(self, nbytes: int, dtype: torch.dtype) -> None:
         free = _free_memory(self.device)
@@ -93,6 +96,22 @@ class PredictionBank:
             f'PredictionBank: {self.num_samples} x {self.num_classes} probabilities take {nbytes / 2**30:.1f} GiB, '
             f'more than half of the {free / 2**30:.1f} GiB free on {self.device}: {way_out}'
         )
+
+    def check_labels(self, indices: Tensor, target: Tensor, *, way_out: str = "use teacher='snapshot'") -> None:
+        """Refuses samples that are not those of their rows; call it before :meth:`read` and :meth:`write`.
+
+        Args:
+            indices: ``[B]``.
+            target: the samples' class ids ``[B]``, or soft labels ``[B, C]``.
+            way_out: end of the message, in the words of the caller.
+
+        Raises:
+            ValueError: a sample has another label than it had when its row was first written
+                (:class:`~selfkd.row_labels.RowLabels`); labels on an accelerator are compared a step or two later.
+        """
+        if self.labels is None:
+            self.labels = RowLabels(self.num_samples)
+        self.labels.check(self._check_indices(indices), target, way_out=way_out)
 
     def read(self, indices: Tensor, *, return_seen: bool = False):
         """Past predictions of samples.
@@ -123,9 +142,10 @@ class PredictionBank:
         return (rows, self.seen(indices)) if return_seen else rows
 
     def _read_rows(self, indices: Tensor, allow_unseen: bool):
+        indices = self._check_indices(indices)
         seen = self.seen(indices)
         if not allow_unseen and not seen.all():
-            first = indices.cpu()[~seen][:5].tolist()
+            first = indices[~seen][:5].tolist()
             raise KeyError(f'PredictionBank: rows {first} were never written; pass return_seen=True to allow for it')
         where = indices.to(self.device, non_blocking=True)
         values, *classes = (table[where] for table in self._tables)
@@ -173,19 +193,14 @@ class PredictionBank:
         """Takes rows of an accelerator without waiting for it: whether they are finite is known when they arrive."""
         self._land(indices[:0])
         finite = rows[0].isfinite().all(1)
-        if self.device.type == 'cpu':
-            arriving = tuple(_to_host(row) for row in rows)
-        else:
+        arriving = rows
+        if self.device.type != 'cpu':
             where, here = indices.to(self.device, non_blocking=True), finite.to(self.device)[:, None]
             rows = tuple(row.to(self.device) for row in rows)
             self._put(indices, tuple(torch.where(here, row, old[where]) for row, old in zip(rows, self._tables)))
             arriving = ()
-        finite = _to_host(finite)
-        event = None
-        if rows[0].is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((indices, arriving, finite, event))
+        (finite, *arrived), event = to_host(finite, *arriving)
+        self._pending.append((indices, tuple(arrived), finite, event))
 
     def encode(self, probs: Union[Tensor, TopK]) -> Tuple[Tensor, ...]:
         """Rows in the form they are stored and exchanged in: ``(values,)``, or ``(values, class ids)`` with top_k."""
@@ -258,19 +273,24 @@ class PredictionBank:
     @property
     def nbytes(self) -> int:
         """Bytes that the table takes, its flags included."""
-        return sum(t.numel() * t.element_size() for t in (*self._tables, self._seen))
+        tables = [*self._tables, self._seen, *([self.labels.kept] if self.labels else [])]
+        return sum(t.numel() * t.element_size() for t in tables)
 
     def state_dict(self) -> Dict[str, Any]:
         """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``."""
         self._land()
         tables = {name: table.cpu().clone() for name, table in zip(('values', 'classes'), self._tables)}
-        return {'num_classes': self.num_classes, 'seen': self._seen.clone(), **tables}
+        state = {'num_classes': self.num_classes, 'seen': self._seen.clone(), **tables}
+        if self.labels is not None:
+            self.labels.land(wait=True)
+            state['labels'] = self.labels.kept.clone()
+        return state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restores :meth:`state_dict` of a bank with the same settings.
 
         Raises:
-            ValueError: the saved bank has other rows, classes, ``top_k`` or dtype.
+            ValueError: the saved bank has other rows, classes, ``top_k`` or dtype, or is damaged.
         """
         values, classes = state['values'], state.get('classes')
         saved = (len(values), state['num_classes'], None if classes is None else classes.shape[1], values.dtype)
@@ -281,10 +301,31 @@ class PredictionBank:
                     f'PredictionBank: the saved bank has {name}={theirs}, this one {name}={own}: resume with the '
                     'settings and the training set of the saved run, or start without it'
                 )
+        self._refuse_if_damaged(state)
         self._pending.clear()
         for table, rows in zip(self._tables, (values, classes)):
             table.copy_(rows)
         self._seen.copy_(state['seen'])
+        self.labels = None
+        if 'labels' in state:  # not in banks that were saved before labels were kept
+            self.labels = RowLabels(self.num_samples)
+            self.labels.load(state['labels'])
+
+    def _refuse_if_damaged(self, state: Dict[str, Any]) -> None:
+        """copy_() would spread a column over the table, and what is not finite would be taught."""
+        saved = [state['values'], *([state['classes']] if self.top_k else []), state['seen']]
+        for rows, own in zip(saved, (*self._tables, self._seen)):
+            if rows.shape != own.shape:
+                raise ValueError(
+                    f'PredictionBank: the saved bank is damaged: it has a table {tuple(rows.shape)}, and needs '
+                    f'{tuple(own.shape)}: resume from another checkpoint'
+                )
+        ids = state['classes'] if self.top_k else torch.zeros(1)
+        if not state['values'].isfinite().all() or ids.min() < 0 or ids.max() >= self.num_classes:
+            raise ValueError(
+                'PredictionBank: the saved bank is damaged: it holds probabilities that are not finite, or class ids '
+                'out of range: resume from another checkpoint'
+            )
 
     def _check_indices(self, indices: Tensor) -> Tensor:
         if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
@@ -296,13 +337,6 @@ class PredictionBank:
                 f'{indices.max().item()}'
             )
         return indices
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, complete when the accelerator has come to it."""
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _last_of_each(indices: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def exchange_rows(bank: PredictionBank, indices: Tensor, steps: Tensor) -> None:
         steps: the step each was written in, int64 ``[M]``.
 
     Raises:
-        ValueError: ``indices`` and ``steps`` differ in length.
+        ValueError: ``indices`` and ``steps`` differ in length, or two ranks saw a row with different labels.
     """
     if indices.shape != steps.shape:
         raise ValueError(f'steps: must be one for each of {len(indices)} indices, got {len(steps)}')
@@ -37,36 +37,48 @@ def exchange_rows(bank: PredictionBank, indices: Tensor, steps: Tensor) -> None:
     known = bank.seen(indices)
     indices, steps = indices.cpu().long()[known], steps.cpu().long()[known]
     keep = _last_of_each(indices)
-    written = _all_gather_ragged(torch.stack([indices[keep], steps[keep]], dim=1))
+    columns = [indices[keep], steps[keep]]
+    if bank.labels is not None:
+        bank.labels.land(wait=True)
+        columns.append(bank.labels.kept[columns[0]].long())
+    written = _all_gather_ragged(torch.stack(columns, dim=1), bank.device)
     owner = torch.cat([torch.full((len(rows),), rank) for rank, rows in enumerate(written)])
     everything = torch.cat(written)
+    if bank.labels is not None:
+        bank.labels.compare(everything[:, 0], everything[:, 2].int())
     order = everything[:, 1].sort(stable=True).indices  # by step; within one, by rank
     winners = order[_last_of_each(everything[order, 0])]
     indices_of = [everything[winners[owner[winners] == rank], 0].sort().values for rank in range(len(written))]
     rank = dist.get_rank()
     for start in range(0, max(len(rows) for rows in indices_of), CHUNK):
         chunks = [rows[start : start + CHUNK] for rows in indices_of]
-        gathered = [_all_gather_ragged(rows) for rows in bank.read_encoded(chunks[rank])]
+        gathered = [_all_gather_ragged(rows, bank.device) for rows in bank.read_encoded(chunks[rank])]
         for other, chunk in enumerate(chunks):
             if other != rank:
                 bank.write_encoded(chunk, tuple(rows[other].to(bank.device) for rows in gathered))
 
 
-def _all_gather_ragged(rows: Tensor) -> List[Tensor]:
+def _all_gather_ragged(rows: Tensor, device: torch.device) -> List[Tensor]:
     """Every rank's tensor ``[M, k]``, of the same k; on the CPU."""
-    lengths = [int(length) for length in _all_gather(torch.tensor([len(rows)]))]
+    lengths = [int(length) for length in _all_gather(torch.tensor([len(rows)]), device)]
     if not any(lengths):
         return [rows] * len(lengths)
     padded = rows.new_zeros(max(lengths), rows.shape[1])
     padded[: len(rows)] = rows
     # As bytes: neither gloo nor NCCL takes int16, the class ids of top-k rows.
-    gathered = _all_gather(padded.view(torch.uint8))
+    gathered = _all_gather(padded.view(torch.uint8), device)
     return [tensor.view(rows.dtype)[:length] for tensor, length in zip(gathered, lengths)]
 
 
-def _all_gather(tensor: Tensor) -> List[Tensor]:
-    """Every rank's tensor of one shape and dtype, on the CPU; on the way on the device that the group works on."""
-    tensor = tensor.to('cuda' if dist.get_backend() == 'nccl' else 'cpu')
+def _all_gather(tensor: Tensor, device: torch.device) -> List[Tensor]:
+    """Every rank's tensor of one shape and dtype, on the CPU; on the way on the device that the group works on.
+
+    NCCL's is the bank's ``device``. With the bank on the CPU it is the current one, which NCCL wants set anyway.
+    """
+    if dist.get_backend() == 'nccl':
+        tensor = tensor.to(device if device.type == 'cuda' else 'cuda')
+    else:
+        tensor = tensor.cpu()
     tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(tensors, tensor)
     return [t.cpu() for t in tensors]

@@ -5,6 +5,8 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from .row_labels import RowLabels
+
 __all__ = ['SameClassPairing', 'same_class_partners']
 
 
@@ -33,13 +35,28 @@ class SameClassPairing:
                 'labels: must be one class id (an integer of at least 0) per sample, [N] with N > 0, got '
                 f'{labels.dtype}, {tuple(labels.shape)}'
             )
-        self._labels = labels.long()
-        self._members = self._labels.argsort(stable=True)  # samples, class by class
-        self._count = self._labels.bincount()
+        self.labels = RowLabels(len(labels), labels)
+        # Numbered anew: a count per id would take gigabytes where ids have ten digits.
+        self._classes = torch.unique(labels, return_inverse=True)[1]
+        self._members = self._classes.argsort(stable=True)  # samples, class by class
+        self._count = self._classes.bincount()
         self._start = self._count.cumsum(0) - self._count
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._classes)
+
+    def check_labels(self, indices: Tensor, target: Tensor, *, way_out: str = '') -> None:
+        """Refuses samples (anchors or partners) whose classes are not those of their rows.
+
+        Args:
+            indices: ``[B]``.
+            target: class ids ``[B]`` that the batch brings.
+            way_out: end of the message, in the words of the caller.
+
+        Raises:
+            ValueError: see :class:`~selfkd.row_labels.RowLabels`.
+        """
+        self.labels.check(indices, target, way_out=way_out)
 
     def draw(self, indices: Union[Sequence[int], Tensor], generator: Optional[torch.Generator] = None) -> Tensor:
         """Partners of samples.
@@ -50,8 +67,16 @@ class SameClassPairing:
 
         Returns:
             sample indices ``[B]``, int64.
+
+        Raises:
+            IndexError: an index outside [0, N).
         """
-        label = self._labels[torch.as_tensor(indices, dtype=torch.long)]
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(
+                f'indices: must lie in [0, {len(self)}), got values from {indices.min()} to {indices.max()}'
+            )
+        label = self._classes[indices]
         share = torch.rand(len(label), dtype=torch.float64, generator=generator)
         return self._members[self._start[label] + (share * self._count[label]).long()]
 

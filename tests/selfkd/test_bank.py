@@ -1,6 +1,7 @@
 """PredictionBank: round trips, error bounds, what it refuses, what it saves."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -242,3 +243,28 @@ def test_drawing_where_there_is_nothing_to_draw():
     assert draw_top_k(logits.fill_(torch.nan), 3, half).values.isnan().all()  # which the bank will not keep
     overflowed = draw_top_k(torch.tensor([[torch.inf, 0.0, 1.0]]), 2, half)
     assert not overflowed.values.isfinite().any()
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_indices_of_any_integer_type_name_rows(dtype):
+    bank, rows = PredictionBank(4, 3), probs(2, 3)
+    bank.write(torch.tensor([1, 3], dtype=dtype), rows)
+    read, seen = bank.read(torch.tensor([3, 1, 0], dtype=dtype), return_seen=True)
+    assert torch.equal(read[:2], rows.flip(0))
+    assert seen.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ('name', 'damage'),
+    [
+        ('values', lambda values: values[:, :1]),
+        ('values', lambda values: values * math.nan),
+        ('classes', lambda classes: classes + 4),
+        ('seen', lambda seen: seen[:1]),
+    ],
+)
+def test_a_damaged_state_is_refused(name, damage):
+    bank = PredictionBank(3, 4, top_k=2)
+    state = bank.state_dict()
+    with pytest.raises(ValueError, match='the saved bank is damaged'):
+        bank.load_state_dict({**state, name: damage(state[name])})

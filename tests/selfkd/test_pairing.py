@@ -88,3 +88,11 @@ def test_pairs_follow_from_the_step_and_leave_torchs_random_state_alone():
     assert torch.equal(first, again)
     assert not torch.equal(first, next_step)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_ids_of_ten_digits_take_no_memory_and_indices_are_checked():
+    pairing = SameClassPairing([5_000_000_000, 7, 5_000_000_000])
+    assert set(pairing.draw([0] * 20).tolist()) <= {0, 2}
+    for wrong in ([-1], [3]):
+        with pytest.raises(IndexError, match=r'must lie in \[0, 3\)'):
+            pairing.draw(wrong)

@@ -1,0 +1,104 @@
+"""The label of each training sample, which tells when the samples of a batch are not the ones that its rows stand for."""
+
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .transfer import to_host
+
+__all__ = ['RowLabels']
+
+UNKNOWN = -(2**31)
+STEPS = 256  # a soft label's mean class id is kept in steps of 1 / 256
+
+
+class RowLabels:
+    """A label per row of a table; a sample that comes with another label than its row has is refused.
+
+    A data loader names rows by what its sampler drew. Whatever sorts, drops, retries or replaces samples after that
+    gives a row to another sample, and so does another data set in a resumed run. The labels show it.
+
+    Kept of a label: a class id, or the mean class id of a soft label, 4 bytes a row.
+
+    Args:
+        num_samples: number of rows, N.
+        labels: class ids ``[N]`` that are known beforehand; by default each row keeps the label it is first seen with.
+
+    Example:
+        >>> rows = RowLabels(4)
+        >>> rows.check(torch.tensor([2, 0]), torch.tensor([7, 5]))
+        >>> rows.check(torch.tensor([0, 2]), torch.tensor([5, 7]))
+        >>> rows.check(torch.tensor([0, 2]), torch.tensor([7, 5]))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: the sample of row 0 had the label 5 before, and has the label 7 now (2 of 2 rows differ): ...
+    """
+
+    def __init__(self, num_samples: int, labels: Optional[Tensor] = None):
+        self.kept = torch.full((num_samples,), UNKNOWN, dtype=torch.int32)
+        if labels is not None:
+            self.kept.copy_(_fingerprints(torch.as_tensor(labels)))
+        # On their way from an accelerator, oldest first: (rows, what is kept of their labels, event, way out).
+        self._pending: List[Tuple[Tensor, Tensor, Optional[torch.cuda.Event], str]] = []
+
+    def check(self, indices: Tensor, target: Tensor, *, way_out: str = '') -> None:
+        """Compares the labels of samples with those of their rows, and keeps those of rows that are new.
+
+        Labels on an accelerator are copied to the host without waiting for them, so that a difference is an error a
+        step or two later.
+
+        Args:
+            indices: rows, integers ``[B]``, on the CPU.
+            target: class ids ``[B]``, or soft labels ``[B, C]``.
+            way_out: the end of the message, as ``"use teacher='snapshot'"``.
+
+        Raises:
+            ValueError: a sample has another label than its row, or ``target`` has another length than ``indices``.
+        """
+        if target.dim() not in (1, 2) or len(target) != len(indices):
+            raise ValueError(f'target: needs a label for each of {len(indices)} samples, got {tuple(target.shape)}')
+        (labels,), event = to_host(_fingerprints(target.detach()))
+        self._pending.append((indices.long(), labels, event, way_out))
+        self.land()
+
+    def land(self, wait: bool = False) -> None:
+        """Compares what has arrived; with ``wait`` all that is on its way."""
+        while self._pending:
+            indices, labels, event, way_out = self._pending[0]
+            if event is not None:
+                if not (wait or event.query()):
+                    return
+                event.synchronize()
+            del self._pending[0]
+            self.compare(indices, labels, way_out)
+
+    def compare(self, indices: Tensor, labels: Tensor, way_out: str = '') -> None:
+        """As :meth:`check`, with what :attr:`kept` keeps of labels (of another process, say)."""
+        old = self.kept[indices]
+        differ = (old != UNKNOWN) & (labels != UNKNOWN) & ((old.long() - labels.long()).abs() > 1)  # 1: a soft label is rounded
+        if differ.any():
+            first = int(differ.nonzero()[0])
+            raise ValueError(
+                f'the sample of row {int(indices[first])} had the label {_named(old[first])} before, and has the label '
+                f'{_named(labels[first])} now ({int(differ.sum())} of {len(differ)} rows differ): the samples of a '
+                'batch are not those that the sampler chose, in its order, so each would be taught with another '
+                'sample. Does the collate function, the data set or the loop sort, drop or replace samples, or was '
+                f'training resumed with another data set? Leave the samples as they are{way_out and ", or " + way_out}'
+            )
+        self.kept[indices] = torch.where(labels == UNKNOWN, old, labels)
+
+    def load(self, kept: Tensor) -> None:
+        """Restores :attr:`kept` of a table of as many rows."""
+        self._pending.clear()
+        self.kept.copy_(kept)
+
+
+def _fingerprints(target: Tensor) -> Tensor:
+    if target.dim() == 2:
+        classes = torch.arange(target.shape[1], dtype=torch.float64, device=target.device)
+        return (target.double() @ classes * STEPS).round().to(torch.int32)
+    return (target.long() * STEPS).to(torch.int32)
+
+
+def _named(label: Tensor) -> str:
+    return f'{int(label) / STEPS:g}'
