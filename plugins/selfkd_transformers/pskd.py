@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, MutableMapping, Optional
+from typing import Callable, List, MutableMapping, Optional
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from selfkd.checks import one_of, several_epochs, share
 from selfkd.schedule import may_end_early
 from selfkd.teacher import MODES
 from selfkd_torch import Batches, TokenPSKD
-from selfkd_torch.batches import Numbered
 
 __all__ = ['PSKDArguments', 'PSKDMixin', 'PSKDTrainingArguments']
 
@@ -25,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 ROWS = 'selfkd_rows'  # the entry of a batch that says which samples it holds
 FILE = 'selfkd.pt'  # in a checkpoint's folder
+INSIDE = 'selfkd_inside'  # the attribute of a numbered data set that is the data set
 
 
 def _setting(default, text: str):
@@ -210,11 +210,37 @@ def _number(loader) -> Dataset:
             f'PSKD: the training data come from a {what}, whose samples have no index: use '
             "pskd_teacher='snapshot', or a DataLoader of a map-style data set"
         )
-    if isinstance(loader.dataset, Numbered):  # of a loader that is used again
-        return loader.dataset.dataset
     dataset = loader.dataset
-    vars(loader).update(dataset=Numbered(dataset), collate_fn=_Collate(loader.collate_fn, loader.batch_sampler))
+    if isinstance(dataset, _Numbered):  # of a loader that is used again
+        return vars(dataset)[INSIDE]
+    vars(loader).update(dataset=_Numbered(dataset), collate_fn=_Collate(loader.collate_fn, loader.batch_sampler))
     return dataset
+
+
+class _Numbered:
+    """A data set whose samples come with their indices; for all else, what is set on it included, it is the data set."""
+
+    def __init__(self, dataset):
+        vars(self)[INSIDE] = dataset
+
+    def __len__(self) -> int:
+        return len(vars(self)[INSIDE])
+
+    def __getitem__(self, index):
+        return index, vars(self)[INSIDE][index]
+
+    def __getitems__(self, indices: List) -> List:
+        dataset = vars(self)[INSIDE]
+        several = getattr(dataset, '__getitems__', None)
+        return list(zip(indices, several(indices) if several else [dataset[index] for index in indices]))
+
+    def __getattr__(self, name: str):
+        if INSIDE not in vars(self):  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(vars(self)[INSIDE], name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(vars(self)[INSIDE], name, value)
 
 
 class _Collate:
