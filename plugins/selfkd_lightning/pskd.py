@@ -16,10 +16,26 @@ import selfkd_torch
 from selfkd.checks import one_of, several_epochs, share
 from selfkd.schedule import may_end_early
 from selfkd_torch import Batches
+from selfkd_torch.words import in_words
 
 __all__ = ['PSKD']
 
 logger = logging.getLogger(__name__)
+
+WAY_IN = (
+    'training_step must compute it by F.cross_entropy (not F.nll_loss); a loss module that is written another way is '
+    "named, as PSKD(loss='criterion'), and the callback's loss(logits, target) says it outright"
+)
+WORDS = {  # what selfkd_torch calls it, and what it is here
+    r'\bset outputs=, or compute its loss outside': "compute its loss outside, or use teacher='bank'",
+    r'\bset outputs=': 'name the module that gives the logits, as model="net"',
+    r', by what outputs= gives of each': '',
+}
+
+
+class _Batches(Batches):
+    def check_epoch_ends(self, method: str, steps: Optional[int] = None) -> None:
+        """The Trainer says how long an epoch is."""
 
 
 class PSKD(pl.Callback):
@@ -70,7 +86,7 @@ class PSKD(pl.Callback):
         self._data: Optional[Batches] = None
         self._saved: Dict[str, Any] = {}
         self._state: Any = None  # the Trainer's
-        self._in_step = False  # whether training_step is under way
+        self._in_step = self._by_steps = False  # whether training_step is under way; whether max_steps ends training
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         """In place of ``F.cross_entropy``, for those who rather say it themselves. In validation and testing it is
@@ -123,7 +139,7 @@ class PSKD(pl.Callback):
         module = pl_module.get_submodule(self._loss) if self._loss else None
         self._in_step = True
         try:
-            with self.pskd.tap(module, check=False):
+            with in_words(WORDS), self.pskd.tap(module, check=False):
                 return step(*args, **kwargs)
         finally:
             self._in_step = False
@@ -133,7 +149,7 @@ class PSKD(pl.Callback):
         if trainer.state.stage != RunningStage.TRAINING:
             return loader
         if self.pskd is None:
-            self._data = Batches(loader)
+            self._data = _Batches(loader)
         elif self.teacher == 'bank' and loader.dataset is not self._data.loader.dataset:
             raise ValueError(
                 'PSKD: reload_dataloaders_every_n_epochs brought another data set, to which the rows of the bank do '
@@ -152,29 +168,33 @@ class PSKD(pl.Callback):
         if self.teacher == 'snapshot':
             options['model'] = self._network(pl_module)
         self.pskd = selfkd_torch.PSKD(self._data, **options)
+        self.pskd.call, self.pskd.way_in = 'a cross-entropy', WAY_IN
         if self._saved:
             self.pskd.load_state_dict(self._saved)
-        stops = ['EarlyStopping'] if trainer.early_stopping_callbacks else []
+        stops = ['max_steps'] if trainer.max_steps != -1 and trainer.num_training_batches == math.inf else []
+        stops += ['EarlyStopping'] if trainer.early_stopping_callbacks else []
         if any(isinstance(callback, Timer) and callback.time_remaining() is not None for callback in trainer.callbacks):
             stops.append('max_time')
         if stops and self.pskd.alpha and trainer.is_global_zero:
             logger.warning(may_end_early('PSKD', self.pskd.alpha, f'{self.pskd.max_epochs} epochs', stops))
 
-    @staticmethod
-    def _epochs(trainer: pl.Trainer) -> int:
+    def _epochs(self, trainer: pl.Trainer) -> int:
         """How many epochs the training will take."""
+        self._by_steps = False
         if trainer.fast_dev_run:  # a look whether it runs, with the tap; it learns from no past
             return 2
-        limits = [trainer.max_epochs] if trainer.max_epochs not in (None, -1) else []
-        if trainer.max_steps != -1:
-            batches = trainer.num_training_batches
-            if batches == math.inf:
-                raise ValueError('PSKD: how many epochs max_steps makes of data without length: set max_epochs as well')
-            limits.append(math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
-        if not limits:
-            raise ValueError('PSKD: alpha grows up to the last epoch: set max_epochs or max_steps of the Trainer')
-        several_epochs('PSKD', min(limits), max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
-        return min(limits)
+        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+        if trainer.max_steps != -1 and trainer.num_training_batches != math.inf:
+            steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            by_steps = math.ceil(trainer.max_steps / steps)
+            self._by_steps, epochs = by_steps < epochs, min(by_steps, epochs)
+        if epochs == math.inf:
+            how = 'set max_epochs or max_steps of the Trainer'
+            if trainer.max_steps != -1:
+                how = 'set max_epochs, or limit_train_batches to a number, which is an epoch then'
+            raise ValueError(f'PSKD: alpha grows up to the last epoch, which is not known: {how}')
+        several_epochs('PSKD', epochs, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
+        return epochs
 
     def _network(self, pl_module: nn.Module) -> nn.Module:
         if self._model is not None:
@@ -191,6 +211,8 @@ class PSKD(pl.Callback):
         data = self._data
         if not self.pskd._inside:  # Lightning leaves on_train_epoch_start out when it resumes within an epoch
             data.epoch = trainer.current_epoch
+            if self._by_steps:  # resumed with another batch size it is in another epoch
+                data.epoch = trainer.global_step * self.pskd.max_epochs // trainer.max_steps
             data.begin_epoch()
         if self.teacher == 'bank' and not data.noted:
             raise ValueError(

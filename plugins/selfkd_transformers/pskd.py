@@ -17,6 +17,7 @@ from selfkd.checks import one_of, several_epochs, share
 from selfkd.schedule import may_end_early
 from selfkd.teacher import MODES
 from selfkd_torch import Batches, TokenPSKD
+from selfkd_torch.words import in_words
 
 __all__ = ['PSKDArguments', 'PSKDMixin', 'PSKDTrainingArguments']
 
@@ -24,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 ROWS = 'selfkd_rows'  # the entry of a batch that says which samples it holds
 FILE = 'selfkd.pt'  # in a checkpoint's folder
+WORDS = {  # what selfkd_torch calls it, and what it is here
+    r'\bteacher=': 'pskd_teacher=',
+    r'\bor set outputs=': "or use pskd_teacher='bank'",
+    r'\bset outputs=, or compute its loss outside': 'compute the loss of the logits in compute_loss',
+}
 INSIDE = 'selfkd_inside'  # the attribute of a numbered data set that is the data set
 
 
@@ -125,10 +131,11 @@ class PSKDMixin:
             return super().training_step(model, inputs, *args, **kwargs)
         if self.pskd.teacher is None:
             self._data.noted.append((self._rows_of(inputs), None))
-        self._data.begin_step()
-        with self.pskd.tap(check=False):
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        self._data.end_step()
+        with in_words(WORDS):
+            self._data.begin_step()
+            with self.pskd.tap(check=False):
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            self._data.end_step()
         return loss
 
     def _rows_of(self, inputs) -> Tensor:
@@ -154,6 +161,14 @@ class PSKDMixin:
         self._resumed_from = checkpoint
 
 
+class _PSKD(TokenPSKD):
+    call = 'a cross-entropy'
+    way_in = (
+        'it must be torch.nn.functional.cross_entropy, of the model, in compute_loss or in compute_loss_func; or set '
+        'pskd_alpha=0'
+    )
+
+
 class _Epochs(TrainerCallback):
     """Tells the method where training is."""
 
@@ -162,16 +177,18 @@ class _Epochs(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         trainer, checkpoint = self.trainer, self.trainer._resumed_from
-        if state.num_train_epochs == sys.maxsize:
-            raise ValueError('PSKD: how many epochs max_steps makes of data without length is not known')
-        several_epochs('PSKD', state.num_train_epochs, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
-        how = dict(alpha=args.pskd_alpha, max_epochs=state.num_train_epochs, teacher=args.pskd_teacher)
-        trainer._data = Batches(train_dataloader)
-        if args.pskd_teacher == 'snapshot':
+        how, snapshot = dict(alpha=args.pskd_alpha, teacher=args.pskd_teacher), args.pskd_teacher == 'snapshot'
+        if snapshot:
             how.update(model=trainer.model, outputs=_logits, teacher_mode=args.pskd_teacher_mode)
-        else:
-            trainer._data = Batches(DataLoader(_number(train_dataloader)))  # knows the data; the Trainer has the loader
-        trainer.pskd = TokenPSKD(trainer._data, top_k=args.pskd_top_k, **how)
+        # The Trainer goes through its own loader; Batches knows the data, and what an epoch consists of.
+        trainer._data = Batches(() if snapshot else DataLoader(_number(train_dataloader)))
+        if state.num_train_epochs == sys.maxsize:
+            raise ValueError(
+                'PSKD: how many epochs max_steps comes to is not known of data without a length, and alpha grows with '
+                'them: give the data set a __len__'
+            )
+        several_epochs('PSKD', state.num_train_epochs, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+        trainer.pskd = _PSKD(trainer._data, max_epochs=state.num_train_epochs, top_k=args.pskd_top_k, **how)
         if checkpoint is not None:
             path, trainer._resumed_from = Path(checkpoint, FILE), None
             if path.exists():
@@ -193,6 +210,7 @@ class _Epochs(TrainerCallback):
             name = type(self.trainer).__name__
             raise RuntimeError(f'PSKD: training was plain: {name}.training_step must call super().training_step')
 
+    @in_words(WORDS)
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         self.trainer._data.end_epoch(True)
 
@@ -260,6 +278,11 @@ class _Collate:
 
 def _logits(output) -> Tensor:
     """``[N, C]``, of samples or of all tokens."""
+    if isinstance(output, dict) and 'logits' not in output:
+        raise ValueError(
+            f'PSKD: the model gives {", ".join(output)}, but no logits that a past prediction could be of (question '
+            'answering?): such a model is not served'
+        )
     return (output['logits'] if isinstance(output, dict) else output[0]).flatten(0, -2)
 
 
