@@ -72,7 +72,7 @@ class PSKD(pl.Callback):
         model: Optional[str] = None,
         teacher_mode: str = 'train',
         top_k: Optional[int] = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Optional[torch.dtype] = None,
         device='cpu',
     ):
         share('PSKD', alpha=alpha)
