@@ -89,7 +89,7 @@ class Driver:
         folder.mkdir()
         method = {**self.row.options, **(settings or {})} if on else None
         cfg = dict(method=method, loop=loop, batch=batch or self.batch, folder=folder, collate=self.collate)
-        return dict(cfg, accumulate=1, cast=False, passes=1, rate=RATE)
+        return dict(cfg, accumulate=1, cast=False, passes=1, rate=RATE, validates=False)
 
     def killable(self, cfg):
         return cfg
@@ -113,12 +113,33 @@ class Driver:
         results = in_processes(self.folder, work, processes, dies=kill_at is not None)
         return results if processes > 1 or kill_at is not None else results[0]
 
+    def validation_losses(self, cfg):
+        """The validation losses of a training whose weights stay as they are, on batches of another size than in
+        training."""
+        return self.train(dict(cfg, rate=0.0, validates=True))['validation']
+
     def network(self):
         torch.manual_seed(0)
         return tokens_network() if self.tokens else images_network()
 
+    def _network(self, cfg):
+        """The network to train; one whose weights are to stay keeps its batch norms' statistics as well."""
+        network = self.network()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d) and not cfg['rate']:
+                module.momentum = 0.0
+        return network
+
+    def _validated(self, model):
+        """Within the loop, between two steps."""
+        x, y = self.collate(self.data[: self.batch - 1])
+        with torch.no_grad():
+            loss = F.cross_entropy(model.eval()(x), y).item()
+        model.train()
+        return loss
+
     def _train(self, cfg, processes, kill_at, resume, rank):
-        saved, model = cfg['folder'] / 'last.pth', self.network()
+        saved, model = cfg['folder'] / 'last.pth', self._network(cfg)
         wrapped = model
         if processes > 1:
             torch.distributed.init_process_group('gloo')
@@ -130,7 +151,7 @@ class Driver:
         learnt = [*model.parameters(), *(method.parameters() if isinstance(method, FRSKD) else ())]
         optimizer = torch.optim.SGD(learnt, lr=cfg['rate'], momentum=0.9)
         parts = {name: part for name, part in dict(model=model, optimizer=optimizer, method=method).items() if part}
-        done, steps = 0, []
+        done, steps, validation = 0, [], []
         if resume:
             state = torch.load(saved, weights_only=False)
             done, _ = state['epochs'], torch.set_rng_state(state['random'])
@@ -146,10 +167,12 @@ class Driver:
                     optimizer.zero_grad()
                 steps.append(dict(loss=loss.item(), alpha=getattr(method, 'current_alpha', None)))
                 killed(len(steps), kill_at)
+                if cfg['validates']:
+                    validation.append(self._validated(model))
             if rank == 0:
                 states = {name: part.state_dict() for name, part in parts.items()}
                 torch.save(dict(states, epochs=epoch + 1, random=torch.get_rng_state()), saved)
-        return self._result(model, steps, method, str(saved))
+        return dict(self._result(model, steps, method, str(saved)), validation=validation)
 
     def _method(self, cfg, loader, model):
         options, name = cfg['method'], self.row.method.split('-')[0]
@@ -222,13 +245,17 @@ class LightningDriver(Driver):
         class Module(pl.LightningModule):
             def __init__(self):
                 super().__init__()
-                self.net, self.steps = driver.network(), []
+                self.net, self.steps, self.validation = driver._network(cfg), [], []
 
             def training_step(self, batch, batch_idx):
                 torch.manual_seed(self.trainer.fit_loop.total_batch_idx)  # checkpoints hold no random states
                 loss = driver._loss(dict(cfg, cast=False), self.net, None, *batch)
                 self.steps.append(dict(loss=loss.item()))
                 return loss
+
+            def validation_step(self, batch, batch_idx):
+                loss = driver._loss(dict(cfg, cast=False, passes=1), self.net, None, *batch)
+                self.validation.append(loss.item())
 
             def configure_optimizers(self):
                 return torch.optim.SGD(self.parameters(), lr=cfg['rate'], momentum=0.9)
@@ -264,8 +291,11 @@ class LightningDriver(Driver):
         )
         sampler = None if processes > 1 else DistributedSampler(self.data, 1, 0)
         loader = DataLoader(self.data, cfg['batch'], shuffle=sampler is None, sampler=sampler, collate_fn=cfg['collate'])
-        trainer.fit(module, loader, ckpt_path=self._last(cfg['folder']) if resume else None)
-        return self._result(module, module.steps, method and method.pskd, self._last(cfg['folder']))
+        batch = cfg['batch'] - 1
+        validation = DataLoader(self.data, batch, collate_fn=self.collate) if cfg['validates'] else None
+        trainer.fit(module, loader, validation, ckpt_path=self._last(cfg['folder']) if resume else None)
+        result = self._result(module, module.steps, method and method.pskd, self._last(cfg['folder']))
+        return dict(result, validation=module.validation)
 
     @staticmethod
     def _last(folder):
@@ -345,14 +375,19 @@ class TransformersDriver(Driver):
             report_to='none',
             logging_strategy='no',
             disable_tqdm=True,
+            eval_strategy='epoch' if cfg['validates'] else 'no',
+            per_device_eval_batch_size=cfg['batch'] - 1,
             use_cpu=True,
             **(dict(ddp_backend='gloo') if processes > 1 else {}),
         )
         args = PSKDTrainingArguments(**args, **cfg['method']) if on else TrainingArguments(**args)
-        trainer = Mine(model=self.network(), args=args, train_dataset=self.data, data_collator=cfg['collate'])
+        data = dict(train_dataset=self.data, eval_dataset=self.data, data_collator=cfg['collate'])
+        trainer = Mine(model=self.network(), args=args, **data)
         trainer.train(resume_from_checkpoint=True if resume else None)
         saved = max(cfg['folder'].glob('checkpoint-*'), key=lambda path: int(path.name.split('-')[1]))
-        return self._result(trainer.model, steps, trainer.pskd if on else None, str(saved))
+        result = self._result(trainer.model, steps, trainer.pskd if on else None, str(saved))
+        logged = [entry['eval_loss'] for entry in trainer.state.log_history if 'eval_loss' in entry]
+        return dict(result, validation=logged)
 
     def publish(self, trained, target):
         from safetensors.torch import load_file
