@@ -75,10 +75,8 @@ def _all_gather(tensor: Tensor, device: torch.device) -> List[Tensor]:
 
     NCCL's is the bank's ``device``. With the bank on the CPU it is the current one, which NCCL wants set anyway.
     """
-    if dist.get_backend() == 'nccl':
-        tensor = tensor.to(device if device.type == 'cuda' else 'cuda')
-    else:
-        tensor = tensor.cpu()
+    of_nccl = device if device.type == 'cuda' else 'cuda'
+    tensor = tensor.to(of_nccl if dist.get_backend() == 'nccl' else 'cpu')
     tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(tensors, tensor)
     return [t.cpu() for t in tensors]

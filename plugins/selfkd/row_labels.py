@@ -1,4 +1,4 @@
-"""The label of each training sample, which tells when the samples of a batch are not the ones that its rows stand for."""
+"""The label of each training sample: it tells when the samples of a batch are not those of its rows."""
 
 from typing import List, Optional, Tuple
 
@@ -75,7 +75,8 @@ class RowLabels:
     def compare(self, indices: Tensor, labels: Tensor, way_out: str = '') -> None:
         """As :meth:`check`, with what :attr:`kept` keeps of labels (of another process, say)."""
         old = self.kept[indices]
-        differ = (old != UNKNOWN) & (labels != UNKNOWN) & ((old.long() - labels.long()).abs() > 1)  # 1: a soft label is rounded
+        known = (old != UNKNOWN) & (labels != UNKNOWN)
+        differ = known & ((old.long() - labels.long()).abs() > 1)  # a soft label may be rounded another way
         if differ.any():
             first = int(differ.nonzero()[0])
             raise ValueError(

@@ -235,3 +235,8 @@ def test_attention_transfer_is_the_same_at_any_scale(scale):
     attention_transfer(whole, teacher).backward()
     torch.testing.assert_close(small.grad * scale, whole.grad)
     assert attention_transfer(student * 0, teacher * 0) == 0
+
+
+def test_a_small_temperature_does_not_overflow_half_precision():
+    student, teacher = torch.tensor([[6e4, 0.0]]).half(), torch.tensor([[0.0, 6e4]]).half()
+    assert distillation_kl(student, teacher, 0.25) == distillation_kl(student.float(), teacher.float(), 0.25)

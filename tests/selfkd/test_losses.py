@@ -13,6 +13,7 @@ from selfkd.losses import (
     cskd_loss,
     distillation_kl,
     progressive_targets,
+    pskd_cross_entropy,
     pskd_loss,
     soft_cross_entropy,
     tfkd_regularization,
@@ -356,3 +357,10 @@ Z, Y, P = draw_batch(12, 3, 4)
 def test_refusals_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_class_weights_in_the_logits_half_precision_work_with_a_past():
+    logits, past = torch.randn(4, 3).bfloat16(), torch.full((4, 3), 1 / 3)
+    target, weight = torch.tensor([0, 1, 2, 1]), torch.tensor([1.0, 2.0, 4.0])
+    half = pskd_cross_entropy(logits, target, past, 0.5, weight=weight.bfloat16())
+    torch.testing.assert_close(half, pskd_cross_entropy(logits.float(), target, past, 0.5, weight=weight))

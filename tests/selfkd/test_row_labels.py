@@ -11,7 +11,7 @@ from selfkd.row_labels import RowLabels
 def test_a_sample_with_another_label_is_refused_and_its_row_keeps_the_old_one():
     rows = RowLabels(6)
     rows.check(torch.tensor([4, 1, 3]), torch.tensor([0, 2, -100]))
-    with pytest.raises(ValueError, match=r"row 1 had the label 2 before, and has the label 0 .* or use the snapshot"):
+    with pytest.raises(ValueError, match=r'row 1 had the label 2 before, and has the label 0 .* or use the snapshot'):
         rows.check(torch.tensor([1, 4, 3]), torch.tensor([0, 2, -100]), way_out='use the snapshot')
     rows.check(torch.tensor([1, 4, 3, 0]), torch.tensor([2, 0, -100, 9]))
 

@@ -1,5 +1,4 @@
-"""Copies to the host. No accelerator is at hand in most test runs, so one is pretended: what matters is which stream the
-event is recorded on, and that the copy is not used before it."""
+"""Copies to the host. Most test runs have no accelerator, so one is pretended: what matters is the event's stream."""
 
 import torch
 

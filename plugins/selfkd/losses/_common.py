@@ -1,0 +1,60 @@
+"""What the losses share: log-softmax, products in which 0 times infinity is 0, reductions."""
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import tracing, wide
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, dim=1, dtype=wide(logits.dtype))
+
+
+def reduce(losses: Tensor, reduction: str, ignored: Optional[Tensor] = None) -> Tensor:
+    if reduction == 'none':
+        return losses
+    if reduction == 'sum':
+        return losses.sum()
+    if ignored is not None:
+        return losses.sum() / (~ignored).sum().clamp(min=1)
+    return losses.sum() / max(losses.numel(), 1)
+
+
+def times(weight, losses: Tensor) -> Tensor:
+    """weight * losses, in which 0 times infinity is 0."""
+    if isinstance(weight, Tensor):
+        return (weight * losses).masked_fill(weight == 0, 0)
+    return weight * losses if weight else torch.zeros_like(losses)
+
+
+def class_dot(probs: Tensor, log_probs: Tensor) -> Tensor:
+    """sum over dimension 1 of probs * log_probs, in which 0 times infinity is 0.
+
+    On the CPU a few samples at a time, in one buffer: fresh pages for N x C products cost three times the arithmetic.
+    """
+    samples = max(1, 2**22 * len(probs) // max(probs.numel(), 1))
+    if probs.device.type != 'cpu' or samples >= len(probs) or tracing():
+        out = (probs * log_probs).nansum(1)
+    else:
+        buffer = log_probs.new_empty((samples, *log_probs.shape[1:]))
+        out = log_probs.new_empty((len(log_probs), *log_probs.shape[2:]))
+        for i in range(0, len(probs), samples):
+            x, y = probs[i : i + samples], log_probs[i : i + samples]
+            torch.nansum(torch.mul(x, y, out=buffer[: len(x)]), 1, out=out[i : i + samples])
+    # A softmax of what is not finite is NaN for every class.
+    return out.masked_fill((probs.select(1, 0) + log_probs.select(1, 0)).isnan(), math.nan)
+
+
+def kl(log_target: Tensor, log_probs: Tensor) -> Tensor:
+    """sum over dimension 1 of q (log q - log p), in which a term with q = 0 is 0."""
+    distance = (log_target - log_probs).masked_fill_(log_target == -math.inf, 0)
+    return (log_target.exp() * distance).sum(1)
+
+
+def other_classes(logits: Tensor) -> int:
+    """The number of classes beside the label's, of a single class 1: nothing is spread over them."""
+    return max(logits.shape[1] - 1, 1)

@@ -1,0 +1,69 @@
+"""Distributions over many classes, of which a few are kept: the k likeliest, or drawn ones."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['TopK', 'draw_top_k']
+
+
+class TopK(NamedTuple):
+    """A distribution over C classes kept as its k largest probabilities; the rest of the mass is spread evenly.
+
+    Attributes:
+        values: probabilities of the kept classes, ``[N, k]``.
+        classes: their class ids, integers, ``[N, k]``, without repetition in a row.
+    """
+
+    values: Tensor
+    classes: Tensor
+
+    def rest(self, num_classes: int) -> Tensor:
+        """Probability of each class that was not kept, ``[N]``."""
+        others = num_classes - self.values.shape[1]
+        if others == 0:
+            return torch.zeros_like(self.values[:, 0])
+        return (1 - self.values.sum(1)).clamp_(min=0) / others
+
+    def dense(self, num_classes: int) -> Tensor:
+        """The same distribution as probs ``[N, C]``."""
+        probs = self.rest(num_classes)[:, None].repeat(1, num_classes)
+        return probs.scatter_(1, self.classes.long(), self.values)
+
+
+def draw_top_k(logits: Tensor, k: int, uniform: Tensor) -> TopK:
+    """k classes of each prediction, drawn such that on average they are the prediction: for large vocabularies.
+
+    The k largest and an even rest would be another distribution, a flatter one, and where a network learns from it and
+    its predictions are kept again, this adds up. So the likeliest classes keep their probability p, the slots left go
+    to classes drawn in proportion to p, and these share the rest of the mass evenly: each class is drawn with
+    probability p / share, which is the drawing of the least variance (Fearnhead and Clifford, "On-line inference for
+    hidden Markov models via particle filters", 2003). That the k largest are a biased teacher, and drawn ones are not:
+    Anshumann et al., "Sparse Logit Sampling", ACL 2025, https://arxiv.org/abs/2503.16870
+
+    Args:
+        logits: ``[N, C]``, or log-probabilities; taken as a constant.
+        k: classes to keep of each row, at most C.
+        uniform: random numbers in [0, 1), ``[N]`` (:func:`selfkd.seeds.row_uniform`).
+
+    Example:
+        >>> probs = torch.tensor([0.7, 0.1, 0.1, 0.1]).expand(3000, 4)
+        >>> drawn = draw_top_k(probs.log(), 2, torch.arange(3000) / 3000)
+        >>> drawn.values[0], (drawn.dense(4).mean(0) - probs[0]).abs().max() < 0.02
+        (tensor([0.7000, 0.3000]), tensor(True))
+    """
+    tail = logits.detach().softmax(1, dtype=torch.float32)
+    top = tail.topk(k, dim=1)
+    tail.scatter_(1, top.indices, 0)
+    remaining = tail.sum(1, keepdim=True) + top.values.flip(1).cumsum(1).flip(1)  # mass of a class and all smaller ones
+    slots = torch.arange(k, device=tail.device)
+    # Kept: what is above the share that it would have. Nearly above as well, lest rounding draws a class twice.
+    kept = top.values * (k - slots) >= remaining * (1 - 1e-4)
+    tail.scatter_(1, top.indices, top.values.masked_fill(kept, 0))
+    steps = tail.cumsum_(1)
+    first, total = kept.sum(1, keepdim=True), steps[:, -1:]
+    share = total / (k - first).clamp(min=1)
+    drawn = torch.searchsorted(steps, (slots - first + uniform.to(tail.device)[:, None]) * share, right=True)
+    drawn.clamp_(max=tail.shape[1] - 1)  # where rounding takes the last point to the end
+    return TopK(torch.where(kept, top.values, share), torch.where(kept, top.indices, drawn))
