@@ -351,7 +351,8 @@ class _Steps:
         except StopIteration:
             raise
         except Exception:
-            self.drawn.popleft()
+            if self.drawn:
+                self.drawn.popleft()
             raise
         return self.drawn.popleft(), batch
 

@@ -82,7 +82,7 @@ class FRSKD:
             )
         self._modules = [modules[name] for name in self.layers]
         self._hooks: List = []
-        self._maps: List[Tuple[str, Tensor]] = []  # what the layers gave since the last loss, oldest first
+        self._feats: List[Tuple[str, Tensor]] = []  # what the layers gave since the last loss, oldest first
         self._settled = False  # whether there was a loss since the last pass
         self.add_hooks()
         device = next(inner.parameters()).device
@@ -103,8 +103,8 @@ class FRSKD:
                 f'FRSKD: {type(model).__name__} does not take {tuple(example.shape)}: give a batch of its inputs as '
                 f'example= ({problem})'
             ) from problem
-        feats = dict(self._maps)
-        self._maps.clear()
+        feats = dict(self._feats)
+        self._feats.clear()
         shapes = [tuple(feats[name].shape) if name in feats else () for name in self.layers]
         sides = [shape[-1] for shape in shapes if len(shape) == 4]
         if len(sides) < len(shapes) or any(coarse > fine for fine, coarse in zip(sides, sides[1:])):
@@ -127,19 +127,19 @@ class FRSKD:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._maps.clear()
+        self._feats.clear()
 
     def _keep(self, name: str, module: nn.Module, args, output) -> None:
         if torch.is_grad_enabled() and isinstance(output, Tensor):
-            if self._settled or len(self._maps) >= PASSES * len(self.layers):
-                self._maps.clear()
+            if self._settled or len(self._feats) >= PASSES * len(self.layers):
+                self._feats.clear()
                 self._settled = False
-            self._maps.append((name, output))
+            self._feats.append((name, output))
 
     def _take_maps(self, logits: Tensor) -> List[Tensor]:
         """The maps of the pass that logits come from. RuntimeError: there is none, or it is not known which."""
         passes: List[Dict[str, Tensor]] = [{}]
-        for name, output in self._maps:
+        for name, output in self._feats:
             if name in passes[-1]:
                 passes.append({})
             passes[-1][name] = output
@@ -165,7 +165,7 @@ class FRSKD:
                 )
             whole = fitting
         taken = {id(feat) for feat in whole[0].values()}
-        self._maps = [(name, feat) for name, feat in self._maps if id(feat) not in taken]
+        self._feats = [(name, feat) for name, feat in self._feats if id(feat) not in taken]
         self._settled = True
         return [whole[0][name] for name in self.layers]
 

@@ -11,7 +11,7 @@ from selfkd.losses import TopK
 from selfkd.seeds import row_uniform
 from selfkd.teacher import random_state
 
-from .pskd import WAY_OUT, PSKD
+from .pskd import PSKD
 
 __all__ = ['TokenPSKD']
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 TOP_K = 8
 LABELS = ('labels', 'label', 'label_ids', 'input_ids')  # of a sample, the first that it has
+LABELS_DIFFER = "where labels differ each time (masked language modelling, random crops), use teacher='snapshot'"
 JOINED = ": joined into one (padding-free) it is not known which token is whose: use teacher='snapshot'"
 
 
@@ -59,8 +60,7 @@ class TokenPSKD(PSKD):
         rows = end - real.flip(1).cumsum(1).flip(1)
         if (rows < first)[real].any():
             raise ValueError("PSKD: a sample has more labels than when the bank was made: use teacher='snapshot'")
-        # Masked language modelling and random crops have other labels each time.
-        self.bank.check_labels(rows[real], labels[real], way_out=WAY_OUT)
+        self.bank.check_labels(rows[real], labels[real], way_out=LABELS_DIFFER)
         rows, real = torch.where(real, rows, first).flatten(), real.flatten()  # without label: any row, it is ignored
         past, seen = self.bank.read_top_k(rows, return_seen=True)
         seen = seen & real
