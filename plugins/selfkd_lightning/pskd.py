@@ -165,10 +165,13 @@ class PSKD(pl.Callback):
         if self._data is None or trainer.train_dataloader is not self._data.lend():
             raise ValueError('PSKD: the training data must come from one DataLoader (of a ConcatDataset)')
         options = {**self._options, 'max_epochs': self._epochs(trainer)}
+        call = 'a cross-entropy'
         if self.teacher == 'snapshot':
-            options['model'] = self._network(pl_module)
+            name = self._network(pl_module)
+            options['model'] = pl_module.get_submodule(name)
+            call += f' of the logits that {type(pl_module).__name__}.{name} gives (another module: model="name")'
         self.pskd = selfkd_torch.PSKD(self._data, **options)
-        self.pskd.call, self.pskd.way_in = 'a cross-entropy', WAY_IN
+        self.pskd.call, self.pskd.way_in = call, WAY_IN
         if self._saved:
             self.pskd.load_state_dict(self._saved)
         stops = ['max_steps'] if trainer.max_steps != -1 and trainer.num_training_batches == math.inf else []
@@ -196,16 +199,17 @@ class PSKD(pl.Callback):
         several_epochs('PSKD', epochs, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
         return epochs
 
-    def _network(self, pl_module: nn.Module) -> nn.Module:
+    def _network(self, pl_module: nn.Module) -> str:
+        """The name of the sub-module that computes the logits."""
         if self._model is not None:
-            return pl_module.get_submodule(self._model)
+            return self._model
         found = [name for name, child in pl_module.named_children() if next(child.parameters(), None) is not None]
         if len(found) != 1:
             raise ValueError(
                 f"PSKD: teacher='snapshot' copies the one module that computes the logits, but there are {found}: name "
                 'it, as model="net" (several can be put into an nn.Sequential)'
             )
-        return pl_module.get_submodule(found[0])
+        return found[0]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
         data = self._data

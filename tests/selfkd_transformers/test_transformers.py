@@ -302,9 +302,9 @@ def backwards(features):
 
 def test_samples_that_are_moved_within_a_batch_are_refused(tmp_path):
     """As a collator does that sorts by length: what was predicted would be another sample's, or another token's."""
-    with pytest.raises(ValueError, match='the samples of the batch are not those of their rows'):
+    with pytest.raises(ValueError, match='the samples of a batch are not those that the sampler chose'):
         fit('pskd', 'text', tmp_path, collator=backwards)
-    with pytest.raises(ValueError, match='not those of their rows|more labels than'):
+    with pytest.raises(ValueError, match='not those that the sampler chose|more labels than'):
         fit('pskd', 'tokens', tmp_path, collator=backwards)
 
 
@@ -505,7 +505,7 @@ def test_what_cannot_work_is_refused(tmp_path):
          dict(data=Stream(), max_steps=6)),
         (ValueError, 'max_steps comes to is not known of data without a length.*give the data set a __len__', 'text',
          dict(data=Stream(), max_steps=6, pskd_teacher='snapshot')),
-        (ValueError, "are not those of their rows.*pskd_teacher='snapshot'", 'language', dict(data=Masked('language'))),
+        (ValueError, "are not those that the sampler chose.*pskd_teacher='snapshot'", 'language', dict(data=Masked('language'))),
         (ValueError, 'the labels are of 1 samples, but the batch has 6', 'language', dict(trainer=Joining)),
         (RuntimeError, 'a batch was trained on without', 'text', dict(trainer=Silent)),
         (RuntimeError, 'Forgets.training_step must call super', 'text', dict(trainer=Forgets)),
