@@ -18,6 +18,7 @@ class Toolkit(NamedTuple):
         loops: kinds of training loop that it has.
         accumulates: whether it accumulates gradients over batches.
         casts: whether it trains in mixed precision on a CPU.
+        validates: whether its driver computes a validation loss (``validation_losses``).
         passes: whether it is the user's code that calls the network.
     """
 
@@ -26,6 +27,7 @@ class Toolkit(NamedTuple):
     loops: Tuple[str, ...] = ('epoch', 'iteration')
     accumulates: bool = True
     casts: bool = True
+    validates: bool = True
     passes: bool = False
 
 
@@ -41,6 +43,8 @@ class Row(NamedTuple):
         model: options of the toy model.
         pairs: whether batches are pairs, which an iteration-based loop's config must ask for.
         acts_at_once: whether the first step's loss already differs from the plain one.
+        knows_samples: whether it keeps or pairs predictions by sample, so that samples which are moved between the
+            sampler and the loss must be noticed (``shuffle_within_batches``).
     """
 
     method: str
@@ -51,6 +55,7 @@ class Row(NamedTuple):
     model: Dict[str, object] = {}
     pairs: bool = False
     acts_at_once: bool = True
+    knows_samples: bool = False
 
     def __str__(self) -> str:
         return f'{self.toolkit.name}-{self.method}'
@@ -92,20 +97,28 @@ def _transformers(row, request, folder):
     return TransformersDriver(row, request, folder)
 
 
-FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False)
-DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False)
+FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False, validates=False)
+DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False, validates=False)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
 TORCH = Toolkit('torch', _torch, ('epoch',), passes=True)
 LIGHTNING, TRANSFORMERS = (
     Toolkit(name, driver, passes=True) for name, driver in (('lightning', _lightning), ('transformers', _transformers))
 )
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
+BANK = dict(knows_samples=True, **PAST)
 
 ROWS = [
-    Row('PSKD-bank', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8),), **PAST),
-    Row('PSKD-bank-top_k', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, top_k=3),), **PAST),
+    Row('PSKD-bank', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8),), **BANK),
+    Row('PSKD-bank-top_k', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, top_k=3),), **BANK),
     Row('PSKD-snapshot', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, teacher='snapshot'),), **PAST),
-    Row('CSKD', MMPRETRAIN, (dict(type='selfkd_mmpretrain.CSKDHook'),), zero=dict(weight=0.0), pairs=True),
+    Row(
+        'CSKD',
+        MMPRETRAIN,
+        (dict(type='selfkd_mmpretrain.CSKDHook'),),
+        zero=dict(weight=0.0),
+        pairs=True,
+        knows_samples=True,
+    ),
     Row('FRSKD', MMPRETRAIN, options={'model.type': 'selfkd_mmpretrain.FRSKDImageClassifier'}),
     Row('PSKD', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), **PAST),
     Row(
@@ -149,12 +162,12 @@ ROWS = [
         zero=dict(args='SELFKD.CSKD.ENABLED True SELFKD.CSKD.WEIGHT 0'),
     ),
     Row('FRSKD', DETECTRON2, options=dict(args='SELFKD.FRSKD.ENABLED True')),
-    Row('PSKD-bank', TORCH, options=dict(alpha=0.8), **PAST),
+    Row('PSKD-bank', TORCH, options=dict(alpha=0.8), **BANK),
     Row('PSKD-snapshot', TORCH, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
-    Row('TokenPSKD', TORCH, options=dict(alpha=0.8), **PAST),
-    Row('CSKD', TORCH, zero=dict(weight=0.0)),
+    Row('TokenPSKD', TORCH, options=dict(alpha=0.8), **BANK),
+    Row('CSKD', TORCH, zero=dict(weight=0.0), knows_samples=True),
     Row('FRSKD', TORCH),
-    Row('PSKD-bank', LIGHTNING, options=dict(alpha=0.8), **PAST),
+    Row('PSKD-bank', LIGHTNING, options=dict(alpha=0.8), **BANK),
     Row('PSKD-snapshot', LIGHTNING, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
     *(
         Row(
@@ -163,6 +176,7 @@ ROWS = [
             options=dict(pskd_alpha=0.8, pskd_teacher=teacher),
             zero=dict(pskd_alpha=0.0),
             acts_at_once=False,
+            knows_samples=teacher == 'bank',
         )
         for teacher in ('bank', 'snapshot')
     ),

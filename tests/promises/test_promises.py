@@ -114,6 +114,20 @@ def test_a_tap_that_does_not_fire_is_an_error(row, runs):
         runs.train(runs.config(), hooks=[runs.bypass()])
 
 
+@rows(where=lambda row: row.toolkit.validates)
+def test_a_validation_loss_is_plain(row, runs):
+    """With the method on and frozen weights, a validation loss computed in the toolkit's usual way is the plain one."""
+    plain, on = (runs.validation_losses(runs.config(on=on)) for on in (False, True))
+    assert len(plain) > 1
+    assert on == pytest.approx(plain, rel=1e-5)
+
+
+@rows(where=lambda row: row.knows_samples)
+def test_a_moved_sample_is_refused(row, runs):
+    with pytest.raises(AssertionError, match=r'(Value|Runtime)Error: [\s\S]*\bsamples?\b'):
+        runs.train(runs.shuffle_within_batches(runs.config()))
+
+
 @rows(where=lambda row: row.toolkit.passes)
 def test_a_loss_belongs_to_its_forward_pass(row, runs):
     """The network is called on other inputs as well before the loss, as for two views of a sample."""
