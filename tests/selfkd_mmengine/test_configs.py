@@ -162,3 +162,11 @@ def test_mmengine_itself_knows_a_fixed_list_of_packages(tmp_path, monkeypatch):
     (tmp_path / 'mine.py').write_text("_base_ = ['selfkd_mmpretrain::_base_/pskd.py']")
     with pytest.raises(AssertionError, match='does not support to load selfkd_mmpretrain config'):
         Config.fromfile(tmp_path / 'mine.py')
+
+
+def test_a_save_that_fails_leaves_a_checkpoint():
+    """mmengine deletes the old one before it writes the new one."""
+    for path in (ROOT / 'configs').rglob('_base_/**/*.py'):
+        hooks = Config.fromfile(path).get('default_hooks', {})
+        if 'checkpoint' in hooks:
+            assert hooks['checkpoint'].get('max_keep_ckpts', -1) != 1, path
