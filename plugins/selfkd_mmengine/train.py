@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     runner = Runner.from_cfg(cfg)
     refuse_ignored(cfg, runner.model)
     runner.train()
+    del runner
     leave_group()
 
 

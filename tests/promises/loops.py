@@ -200,7 +200,7 @@ class Driver:
             weights=copy.deepcopy(model.state_dict()),
             steps=steps,
             bank=bank and bank.state_dict(),
-            teacher=teacher and {name: value.clone() for name, value in teacher.state_dict().items()},
+            teacher=teacher and {name: value.clone() for name, value in teacher.model.named_parameters()},
             checkpoint=checkpoint,
         )
 
@@ -248,7 +248,7 @@ class LightningDriver(Driver):
                 self.net, self.steps, self.validation = driver._network(cfg), [], []
 
             def training_step(self, batch, batch_idx):
-                torch.manual_seed(self.trainer.fit_loop.total_batch_idx)  # checkpoints hold no random states
+                torch.manual_seed(self.global_step)  # checkpoints hold no random states
                 loss = driver._loss(dict(cfg, cast=False), self.net, None, *batch)
                 self.steps.append(dict(loss=loss.item()))
                 return loss
@@ -289,8 +289,9 @@ class LightningDriver(Driver):
             enable_model_summary=False,
             **(dict(max_epochs=self.epochs) if cfg['loop'] == 'epoch' else dict(max_steps=steps)),
         )
-        sampler = None if processes > 1 else DistributedSampler(self.data, 1, 0)
-        loader = DataLoader(self.data, cfg['batch'], shuffle=sampler is None, sampler=sampler, collate_fn=cfg['collate'])
+        # In order, unless samples move (and then into other batches): resumed, Lightning has not the order it had.
+        moved = isinstance(cfg['collate'], Moved)
+        loader = DataLoader(self.data, cfg['batch'], shuffle=moved, collate_fn=cfg['collate'])
         batch = cfg['batch'] - 1
         validation = DataLoader(self.data, batch, collate_fn=self.collate) if cfg['validates'] else None
         trainer.fit(module, loader, validation, ckpt_path=self._last(cfg['folder']) if resume else None)
@@ -316,7 +317,7 @@ class LightningDriver(Driver):
 
 
 class TransformersDriver(Driver):
-    """Trains a vision transformer in Hugging Face's Trainer."""
+    """Trains a BERT, which reads the pixels of a digit as tokens, in Hugging Face's Trainer."""
 
     classes = tuple(f'LABEL_{number}' for number in range(CLASSES))
 
@@ -326,16 +327,16 @@ class TransformersDriver(Driver):
         import selfkd_transformers  # noqa: F401  (before processes are forked)
         from transformers import default_data_collator
 
-        self.data = [dict(pixel_values=image, labels=label) for image, label in self.data]
+        self.data = [dict(input_ids=(16 * image).long().flatten(), labels=label) for image, label in self.data]
         self.collate = default_data_collator
 
     def network(self):
-        from transformers import ViTConfig, ViTForImageClassification
+        from transformers import BertConfig, BertForSequenceClassification
 
         torch.manual_seed(0)
-        sizes = dict(image_size=8, patch_size=4, num_channels=1, hidden_size=16, intermediate_size=16)
-        layers = dict(num_hidden_layers=1, num_attention_heads=2, hidden_dropout_prob=0.1)
-        return ViTForImageClassification(ViTConfig(**sizes, **layers, num_labels=CLASSES))
+        sizes = dict(vocab_size=17, hidden_size=16, intermediate_size=16, max_position_embeddings=64)
+        layers = dict(num_hidden_layers=1, num_attention_heads=2)
+        return BertForSequenceClassification(BertConfig(**sizes, **layers, num_labels=CLASSES))
 
     def _train(self, cfg, processes, kill_at, resume, rank):
         from transformers import Trainer, TrainingArguments
@@ -355,9 +356,9 @@ class TransformersDriver(Driver):
             def compute_loss(self, model, inputs, *args, **kwargs):
                 if cfg['passes'] == 1:
                     return super().compute_loss(model, inputs, *args, **kwargs)
-                logits = model(inputs['pixel_values']).logits
+                logits = model(inputs['input_ids']).logits
                 with torch.random.fork_rng():
-                    model(inputs['pixel_values'].flip(-1))
+                    model(inputs['input_ids'].flip(-1))
                 return F.cross_entropy(logits, inputs['labels'])
 
         args = dict(
@@ -398,9 +399,9 @@ class TransformersDriver(Driver):
         return load_file(Path(target, 'model.safetensors')), 0
 
     def predictions(self, cfg, checkpoint):
-        from transformers import AutoModelForImageClassification
+        from transformers import AutoModelForSequenceClassification
 
-        model = AutoModelForImageClassification.from_pretrained(checkpoint).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
         with torch.no_grad():
-            found = model(torch.stack([sample['pixel_values'] for sample in self.data[:4]])).logits
+            found = model(torch.stack([sample['input_ids'] for sample in self.data[:4]])).logits
         return found, tuple(model.config.id2label.values())

@@ -101,9 +101,8 @@ FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False, validates=False)
 DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False, validates=False)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
 TORCH = Toolkit('torch', _torch, ('epoch',), passes=True)
-LIGHTNING, TRANSFORMERS = (
-    Toolkit(name, driver, passes=True) for name, driver in (('lightning', _lightning), ('transformers', _transformers))
-)
+LIGHTNING = Toolkit('lightning', _lightning, ('epoch',), passes=True)  # with max_steps its own resuming is not exact
+TRANSFORMERS = Toolkit('transformers', _transformers, passes=True)
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
 BANK = dict(knows_samples=True, **PAST)
 
