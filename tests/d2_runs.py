@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,18 @@ pytest.importorskip('detectron2', reason='Detectron2 is not installed (docs/dete
 
 import torch
 import torch.nn.functional as F
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.datasets.pascal_voc import load_voc_instances
-from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.meta_arch import FCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
 from detectron2.solver import build_optimizer
 from detectron2.structures import PolygonMasks
+from detectron2.utils import comm
 
 from selfkd_detectron2 import PSKDHook, selfkd_hooks, with_self_teacher
 from selfkd_detectron2 import train as script
@@ -117,11 +120,50 @@ class Reseed(HookBase):
         torch.manual_seed(self.trainer.iter)
 
 
+class ValidationLoss(HookBase):
+    """The usual way to log a validation loss: after a step, the detector's losses of other images, in training mode."""
+
+    def __init__(self, gradients):
+        self.losses, self.gradients = [], gradients
+
+    def after_step(self):
+        model = self.trainer.model
+        torch.manual_seed(0)  # the detector draws regions
+        normalizer, model.loss_normalizer = getattr(model, 'loss_normalizer', None), 100  # RetinaNet's is a running one
+        with torch.set_grad_enabled(self.gradients):
+            losses = model(batches(self.trainer.cfg)[1][:1])
+        model.loss_normalizer = normalizer
+        self.losses.append({name: float(loss) for name, loss in losses.items()})
+
+
+class ValidatingTrainer(Trainer):
+    """Has the validation loss among its own hooks, ahead of those of ``cfg.SELFKD``."""
+
+    def build_hooks(self):
+        self.validation = ValidationLoss(gradients=True)
+        return [*super().build_hooks(), self.validation]
+
+
+class OwnTrainer(Trainer):
+    """With an ``__init__`` of its own in place of DefaultTrainer's, as projects have that make an average of the model,
+    say."""
+
+    def __init__(self, cfg):
+        TrainerBase.__init__(self)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = SimpleTrainer(model, self.build_train_loader(cfg), optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
+
 class AutocastTrainer(Trainer):
     """Losses in mixed precision, without learning: on a CPU Detectron2 gets NaN in vanilla training, too."""
 
     def run_step(self):
-        with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+        with torch.autocast('cpu', torch.bfloat16):
             losses = self.model(next(self._trainer._data_loader_iter))
         self._trainer.iter = self.iter
         self._trainer._write_metrics(losses, 0.0)
@@ -159,9 +201,10 @@ def scalars(out):
     return logs
 
 
-def two_processes(voc, out, methods):
+def two_processes(voc, out, methods, rank):
     """What each of two processes trains, on another batch; what it ends with is saved."""
-    rank = torch.distributed.get_rank()
+    torch.distributed.init_process_group('gloo')
+    comm.create_local_process_group(comm.get_world_size())
     for name, options in methods.items():
         cfg = config(voc, out, options=options)
         torch.manual_seed(0)

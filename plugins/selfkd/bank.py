@@ -83,7 +83,7 @@ class PredictionBank:
         # table on the accelerator there are no rows.
         self._pending: List[Tuple[Tensor, Tuple[Tensor, ...], Tensor, Optional[torch.cuda.Event]]] = []
         self._skipped = 0
-        self.labels: Optional[RowLabels] = None  # made by the first check_labels
+        self.labels = RowLabels(num_samples)
 
     def _refuse_if_too_large(self, nbytes: int, dtype: torch.dtype) -> None:
         free = _free_memory(self.device)
@@ -109,8 +109,6 @@ class PredictionBank:
             ValueError: a sample has another label than it had when its row was first written
                 (:class:`~selfkd.row_labels.RowLabels`); labels on an accelerator are compared a step or two later.
         """
-        if self.labels is None:
-            self.labels = RowLabels(self.num_samples)
         self.labels.check(self._check_indices(indices), target, way_out=way_out)
 
     def read(self, indices: Tensor, *, return_seen: bool = False):
@@ -273,7 +271,7 @@ class PredictionBank:
     @property
     def nbytes(self) -> int:
         """Bytes that the table takes, its flags included."""
-        tables = [*self._tables, self._seen, *([self.labels.kept] if self.labels else [])]
+        tables = [*self._tables, self._seen, *([] if self.labels.kept is None else [self.labels.kept])]
         return sum(t.numel() * t.element_size() for t in tables)
 
     def state_dict(self) -> Dict[str, Any]:
@@ -281,10 +279,8 @@ class PredictionBank:
         self._land()
         tables = {name: table.cpu().clone() for name, table in zip(('values', 'classes'), self._tables)}
         state = {'num_classes': self.num_classes, 'seen': self._seen.clone(), **tables}
-        if self.labels is not None:
-            self.labels.land(wait=True)
-            state['labels'] = self.labels.kept.clone()
-        return state
+        labels = self.labels.state()
+        return state if labels is None else {**state, 'labels': labels}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restores :meth:`state_dict` of a bank with the same settings.
@@ -306,19 +302,17 @@ class PredictionBank:
         for table, rows in zip(self._tables, (values, classes)):
             table.copy_(rows)
         self._seen.copy_(state['seen'])
-        self.labels = None
-        if 'labels' in state:  # not in banks that were saved before labels were kept
-            self.labels = RowLabels(self.num_samples)
-            self.labels.load(state['labels'])
+        self.labels.load(state.get('labels'))  # banks that were saved before labels were kept have none
 
     def _refuse_if_damaged(self, state: Dict[str, Any]) -> None:
         """copy_() would spread a column over the table, and what is not finite would be taught."""
         saved = [state['values'], *([state['classes']] if self.top_k else []), state['seen']]
-        for rows, own in zip(saved, (*self._tables, self._seen)):
-            if rows.shape != own.shape:
+        own_shapes = [table.shape for table in (*self._tables, self._seen, self._seen)]
+        for rows, shape in zip([*saved, state.get('labels', self._seen)], own_shapes):
+            if rows.shape != shape:
                 raise ValueError(
                     f'PredictionBank: the saved bank is damaged: it has a table {tuple(rows.shape)}, and needs '
-                    f'{tuple(own.shape)}: resume from another checkpoint'
+                    f'{tuple(shape)}: resume from another checkpoint'
                 )
         ids = state['classes'] if self.top_k else torch.zeros(1)
         if not state['values'].isfinite().all() or ids.min() < 0 or ids.max() >= self.num_classes:

@@ -37,15 +37,12 @@ def exchange_rows(bank: PredictionBank, indices: Tensor, steps: Tensor) -> None:
     known = bank.seen(indices)
     indices, steps = indices.cpu().long()[known], steps.cpu().long()[known]
     keep = _last_of_each(indices)
-    columns = [indices[keep], steps[keep]]
-    if bank.labels is not None:
-        bank.labels.land(wait=True)
-        columns.append(bank.labels.kept[columns[0]].long())
+    bank.labels.land(wait=True)
+    columns = (indices[keep], steps[keep], bank.labels.of(indices[keep]).long())
     written = _all_gather_ragged(torch.stack(columns, dim=1), bank.device)
     owner = torch.cat([torch.full((len(rows),), rank) for rank, rows in enumerate(written)])
     everything = torch.cat(written)
-    if bank.labels is not None:
-        bank.labels.compare(everything[:, 0], everything[:, 2].int())
+    bank.labels.compare(everything[:, 0], everything[:, 2].int())  # and keeps those of the other ranks
     order = everything[:, 1].sort(stable=True).indices  # by step; within one, by rank
     winners = order[_last_of_each(everything[order, 0])]
     indices_of = [everything[winners[owner[winners] == rank], 0].sort().values for rank in range(len(written))]

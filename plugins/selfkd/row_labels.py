@@ -35,9 +35,9 @@ class RowLabels:
     """
 
     def __init__(self, num_samples: int, labels: Optional[Tensor] = None):
-        self.kept = torch.full((num_samples,), UNKNOWN, dtype=torch.int32)
-        if labels is not None:
-            self.kept.copy_(_fingerprints(torch.as_tensor(labels)))
+        self.num_samples = num_samples
+        # What is kept of each row's label, int32 [N]; None as long as none is known.
+        self.kept: Optional[Tensor] = None if labels is None else _fingerprints(torch.as_tensor(labels))
         # On their way from an accelerator, oldest first: (rows, what is kept of their labels, event, way out).
         self._pending: List[Tuple[Tensor, Tensor, Optional[torch.cuda.Event], str]] = []
 
@@ -72,9 +72,13 @@ class RowLabels:
             del self._pending[0]
             self.compare(indices, labels, way_out)
 
+    def of(self, indices: Tensor) -> Tensor:
+        """What is kept of the labels of rows, int32 ``[B]``, for :meth:`compare` of another process."""
+        return torch.full((len(indices),), UNKNOWN, dtype=torch.int32) if self.kept is None else self.kept[indices]
+
     def compare(self, indices: Tensor, labels: Tensor, way_out: str = '') -> None:
-        """As :meth:`check`, with what :attr:`kept` keeps of labels (of another process, say)."""
-        old = self.kept[indices]
+        """As :meth:`check`, with what is kept of labels (of another process, say)."""
+        old = self.of(indices)
         known = (old != UNKNOWN) & (labels != UNKNOWN)
         differ = known & ((old.long() - labels.long()).abs() > 1)  # a soft label may be rounded another way
         if differ.any():
@@ -86,12 +90,19 @@ class RowLabels:
                 'sample. Does the collate function, the data set or the loop sort, drop or replace samples, or was '
                 f'training resumed with another data set? Leave the samples as they are{way_out and ", or " + way_out}'
             )
+        if self.kept is None:
+            self.kept = torch.full((self.num_samples,), UNKNOWN, dtype=torch.int32)
         self.kept[indices] = torch.where(labels == UNKNOWN, old, labels)
 
-    def load(self, kept: Tensor) -> None:
-        """Restores :attr:`kept` of a table of as many rows."""
+    def state(self) -> Optional[Tensor]:
+        """All there is to save: what is kept, or None."""
+        self.land(wait=True)
+        return None if self.kept is None else self.kept.clone()
+
+    def load(self, state: Optional[Tensor]) -> None:
+        """Restores :meth:`state` of a table of as many rows."""
         self._pending.clear()
-        self.kept.copy_(kept)
+        self.kept = None if state is None else state.clone()
 
 
 def _fingerprints(target: Tensor) -> Tensor:

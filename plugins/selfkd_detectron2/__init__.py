@@ -3,12 +3,13 @@
 from .config import SelfKDTrainer, add_selfkd_config, check_classes, selfkd_hooks, with_self_teacher
 from .evaluation import DetectionCalibration
 from .frskd import FRSKDCascadeROIHeads, FRSKDROIHeads
-from .hooks import CSKDHook, PSKDHook
+from .hooks import CSKDHook, FRSKDHook, PSKDHook
 
 __all__ = [
     'CSKDHook',
     'DetectionCalibration',
     'FRSKDCascadeROIHeads',
+    'FRSKDHook',
     'FRSKDROIHeads',
     'PSKDHook',
     'SelfKDTrainer',

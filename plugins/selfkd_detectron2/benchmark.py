@@ -82,7 +82,7 @@ def make_step(cfg: CfgNode, shape: Shape) -> Callable[[], None]:
     model = build_model(with_self_teacher(cfg)).train()
     trainer = SimpleTrainer(model, _Batches(shape), build_optimizer(cfg, model))
     trainer.register_hooks(selfkd_hooks(cfg))
-    trainer.iter, trainer.max_iter, trainer.storage = 0, 10**4, EventStorage(0)
+    trainer.cfg, trainer.iter, trainer.max_iter, trainer.storage = cfg, 0, 10**4, EventStorage(0)
     trainer.before_train()
 
     def step():

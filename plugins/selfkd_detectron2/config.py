@@ -1,17 +1,20 @@
 """The settings of self-distillation in Detectron2's (yacs) configs, and what they ask for."""
 
+import functools
+import logging
 from typing import Iterable, List
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 
-from .frskd import options
-from .hooks import CSKDHook, FRSKDCheck, PSKDHook
+from .frskd import SelfTaught, options
+from .hooks import CSKDHook, FRSKDHook, PSKDHook, StepHook
 
 __all__ = ['SelfKDTrainer', 'add_selfkd_config', 'check_classes', 'selfkd_hooks', 'with_self_teacher']
 
 ARCHITECTURES = ('GeneralizedRCNN', 'PanopticFPN')
+METHODS = {'PSKD': PSKDHook, 'CSKD': CSKDHook, 'FRSKD': FRSKDHook}
 SELF_TAUGHT = {'StandardROIHeads': 'FRSKDROIHeads', 'CascadeROIHeads': 'FRSKDCascadeROIHeads'}
 
 
@@ -48,17 +51,20 @@ def selfkd_hooks(cfg: CfgNode) -> List[HookBase]:
     Raises:
         ValueError: a setting out of range, or another number of classes than that of the training set.
     """
-    selfkd, hooks = cfg.SELFKD, []
-    if selfkd.PSKD.ENABLED:
-        hooks.append(PSKDHook(**options(selfkd.PSKD)))
-    if selfkd.CSKD.ENABLED:
-        hooks.append(CSKDHook(**options(selfkd.CSKD)))
-    if selfkd.FRSKD.ENABLED:
-        hooks.append(FRSKDCheck())
-    if hooks:
-        node = 'RETINANET' if cfg.MODEL.META_ARCHITECTURE == 'RetinaNet' else 'ROI_HEADS'
+    methods = _asked_for(cfg)
+    # FRSKD's settings are its ROI heads'.
+    hooks = [METHODS[name](**({} if name == 'FRSKD' else options(cfg.SELFKD[name]))) for name in methods]
+    # Other architectures have their number elsewhere; PSKDHook and CSKDHook refuse them by name.
+    node = 'RETINANET' if cfg.MODEL.META_ARCHITECTURE == 'RetinaNet' else 'ROI_HEADS'
+    if methods and (node == 'RETINANET' or cfg.MODEL.META_ARCHITECTURE in ARCHITECTURES):
         check_classes(f'MODEL.{node}.NUM_CLASSES', cfg.MODEL[node].NUM_CLASSES, cfg.DATASETS.TRAIN)
     return hooks
+
+
+def _asked_for(cfg: object) -> List[str]:
+    """Names of the methods that a config switches on."""
+    selfkd = cfg.get('SELFKD') if isinstance(cfg, CfgNode) else None
+    return [name for name in METHODS if selfkd and selfkd[name].ENABLED]
 
 
 def check_classes(setting: str, num_classes: int, datasets: Iterable[str]) -> None:
@@ -107,12 +113,57 @@ def with_self_teacher(cfg: CfgNode) -> CfgNode:
 
 
 class SelfKDTrainer(DefaultTrainer):
-    """Detectron2's ``DefaultTrainer`` with what ``cfg.SELFKD`` asks for; derive your own from it as from that one."""
+    """Detectron2's ``DefaultTrainer`` with what ``cfg.SELFKD`` asks for; derive your own from it as from that one.
 
-    def __init__(self, cfg: CfgNode):
-        super().__init__(cfg)
-        self.register_hooks(selfkd_hooks(self.cfg))  # not in build_hooks, which others override without calling super()
+    A subclass may have an ``__init__`` of its own that calls ``TrainerBase.__init__`` instead of this one's.
+    """
+
+    def register_hooks(self, hooks: List[HookBase]) -> None:
+        """As ``TrainerBase``'s. Those of ``cfg.SELFKD`` come with the first, which are ``build_hooks()``'s.
+
+        So neither that method nor ``__init__`` need be ours.
+        """
+        first = not self._hooks and hasattr(self, 'cfg')
+        super().register_hooks([*hooks, *(selfkd_hooks(self.cfg) if first else ())])
 
     @classmethod
     def build_model(cls, cfg: CfgNode):
         return super().build_model(with_self_teacher(cfg))
+
+
+def check_trainer(trainer: TrainerBase) -> None:
+    """Refuses a trainer whose config asks for methods that it has no hooks of, as it would train plainly.
+
+    Where a trainer has no config to look at, a warning says that nothing of ours is at work.
+
+    Raises:
+        ValueError: names the setting and the trainer.
+    """
+    cfg, hooks = getattr(trainer, 'cfg', None), trainer._hooks
+    missing = [name for name in _asked_for(cfg) if not any(isinstance(hook, METHODS[name]) for hook in hooks)]
+    if missing:
+        settings = ', '.join(f'SELFKD.{name}.ENABLED' for name in missing)
+        raise ValueError(
+            f'{settings} is True, but {type(trainer).__name__} has not registered {METHODS[missing[0]].__name__}: it '
+            'would train plainly. Derive it from selfkd_detectron2.SelfKDTrainer instead of DefaultTrainer, or build '
+            'the model from with_self_teacher(cfg) and register selfkd_hooks(cfg) before a checkpoint is resumed'
+        )
+    modules = trainer.model.modules() if hasattr(trainer, 'model') else ()
+    if cfg is None and not any(isinstance(part, (StepHook, SelfTaught)) for part in (*hooks, *modules)):
+        logging.getLogger('detectron2.selfkd').warning(
+            "selfkd_detectron2 was imported, but this trainer has none of its hooks: it trains plainly. (Detectron2's "
+            'tools/lazyconfig_train_net.py does not read train.selfkd; selfkd train-detectron2 does)'
+        )
+
+
+def _checked(before_train):
+    @functools.wraps(before_train)
+    def checked(trainer: TrainerBase) -> None:
+        check_trainer(trainer)
+        before_train(trainer)
+
+    return checked
+
+
+# Detectron2's own trainers and scripts read none of our settings, and say nothing: this is the one place that all pass.
+TrainerBase.before_train = _checked(TrainerBase.before_train)

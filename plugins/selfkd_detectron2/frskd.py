@@ -31,6 +31,9 @@ def options(node: CfgNode) -> Dict[str, object]:
 class SelfTaught:
     """What ROI heads become with a self-teacher: one pyramid, and a classifier for each stage."""
 
+    teaches = True  # False where a loss is no training loss: see FRSKDHook
+    _regions = None  # of each stage, while the self-teacher is to see them
+
     @configurable
     def __init__(
         self,
@@ -92,7 +95,7 @@ class SelfTaught:
         self._regions.append((boxes, torch.cat([p.gt_classes for p in proposals])))
 
     def _forward_box(self, features: Dict[str, Tensor], proposals: List[Instances], *targets):
-        if not self.training:
+        if not (self.training and self.teaches and torch.is_grad_enabled()):
             return super()._forward_box(features, proposals, *targets)
         self._regions, logits, predictors = [], [], _stages(self.box_predictor)
         self._see_regions(proposals)
@@ -100,7 +103,7 @@ class SelfTaught:
             for predictor in predictors:
                 hooks.enter_context(predictor.register_forward_hook(lambda _, args, output: logits.append(output[0])))
             losses = super()._forward_box(features, proposals, *targets)
-        regions, self._regions = self._regions, []
+        regions, self._regions = self._regions, None
         maps = [features[name] for name in self.box_in_features]
         refined = self.self_teacher['pyramid'](maps)
         for stage, (boxes, labels) in enumerate(regions):
@@ -182,5 +185,6 @@ class FRSKDCascadeROIHeads(SelfTaught, CascadeROIHeads):
 
     def _match_and_label_boxes(self, proposals: List[Instances], stage: int, targets: List[Instances]):
         proposals = super()._match_and_label_boxes(proposals, stage, targets)
-        self._see_regions(proposals)
+        if self._regions is not None:
+            self._see_regions(proposals)
         return proposals

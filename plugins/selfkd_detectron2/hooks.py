@@ -1,8 +1,9 @@
-"""PS-KD and CS-KD as hooks of Detectron2's trainers, and the look whether FRSKD is there."""
+"""PS-KD and CS-KD as hooks of Detectron2's trainers, and one that tells FRSKD's self-teacher when training is on."""
 
 import logging
 from typing import Dict, List, Optional
 
+import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -20,10 +21,35 @@ from selfkd.teacher import MODES, SnapshotTeacher
 from .detectors import Classified, make_tap
 from .frskd import SelfTaught
 
-__all__ = ['CSKDHook', 'FRSKDCheck', 'PSKDHook']
+__all__ = ['CSKDHook', 'FRSKDHook', 'PSKDHook', 'StepHook']
 
 
-class SelfKDHook(HookBase):
+class StepHook(HookBase):
+    """Knows when a training iteration is under way.
+
+    Projects compute validation losses in hooks of their own, in ``after_step`` as a rule, with the detector in training
+    mode: those stay the plain ones.
+    """
+
+    in_step = False
+
+    def before_train(self) -> None:
+        # To the front, so that the iteration has ended for us before other hooks do what they do after it.
+        hooks = self.trainer._hooks
+        hooks.remove(self)
+        hooks.insert(0, self)
+
+    def before_step(self) -> None:
+        self.in_step = True
+
+    def after_step(self) -> None:
+        self.in_step = False
+
+    def after_train(self) -> None:
+        self.in_step = False
+
+
+class SelfKDHook(StepHook):
     """Taps the detector's classification while it trains.
 
     A subclass has ``rewrite(images, calls, losses)``, which changes the detector's losses in place.
@@ -39,6 +65,7 @@ class SelfKDHook(HookBase):
         """Makes what the hook needs, before the tap is set: copies of the model would copy torch hooks, too."""
 
     def before_train(self) -> None:
+        super().before_train()
         name = type(self).__name__
         if sum(type(hook) is type(self) for hook in self.trainer._hooks) > 1:
             raise ValueError(
@@ -51,10 +78,12 @@ class SelfKDHook(HookBase):
         self._handles = self.tap.attach(self._rewrite)
 
     def _rewrite(self, images, calls, losses) -> None:
-        self._fired = True
-        self.rewrite(images, calls, losses)
+        if self.in_step and torch.is_grad_enabled():  # without gradients it is no loss to train on
+            self._fired = True
+            self.rewrite(images, calls, losses)
 
     def after_step(self) -> None:
+        super().after_step()
         if not self._fired:
             raise RuntimeError(
                 f'{type(self).__name__}: the detector computed no classification loss that could be tapped, so the '
@@ -63,6 +92,7 @@ class SelfKDHook(HookBase):
             )
 
     def after_train(self) -> None:
+        super().after_train()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -163,6 +193,7 @@ class PSKDHook(SelfKDHook):
             )
 
     def before_step(self) -> None:
+        super().before_step()
         trainer = self.trainer
         start = trainer.iter // self.period * self.period
         self.current_alpha = linear_growth(self.alpha, start / trainer.max_iter)
@@ -236,15 +267,42 @@ class CSKDHook(SelfKDHook):
             losses[call.name.replace('loss_cls', 'loss_cskd')] = self.weight * call.weight * kl
 
 
-class FRSKDCheck(HookBase):
-    """Sees to it that the model has the self-teacher that ``SELFKD.FRSKD.ENABLED`` asks for."""
+class FRSKDHook(StepHook):
+    """Sees to it that the model has the self-teacher that is asked for, and that it teaches in training alone.
+
+    Without this hook the self-teacher adds its losses wherever the detector computes losses with gradients.
+
+    Raises:
+        ValueError: at the start of training, for a model without a self-teacher.
+    """
+
+    heads: List[nn.Module] = []
 
     def before_train(self) -> None:
-        if not any(isinstance(module, SelfTaught) for module in self.trainer.model.modules()):
+        super().before_train()
+        self.heads = [module for module in self.trainer.model.modules() if isinstance(module, SelfTaught)]
+        if not self.heads:
             raise ValueError(
                 'SELFKD.FRSKD.ENABLED is True, but the model was built without a self-teacher: derive the trainer from '
                 'SelfKDTrainer, or build the model from with_self_teacher(cfg)'
             )
+        self._teach(False)
+
+    def before_step(self) -> None:
+        super().before_step()
+        self._teach(True)
+
+    def after_step(self) -> None:
+        super().after_step()
+        self._teach(False)
+
+    def after_train(self) -> None:
+        super().after_train()
+        self._teach(True)
+
+    def _teach(self, teaches: bool) -> None:
+        for heads in self.heads:
+            heads.teaches = teaches
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

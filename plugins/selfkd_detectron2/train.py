@@ -36,6 +36,8 @@ from detectron2.utils import comm
 
 from .config import SelfKDTrainer, add_selfkd_config, check_classes
 from .evaluation import DetectionCalibration
+from .frskd import SelfTaught
+from .hooks import FRSKDHook
 
 __all__ = ['Trainer', 'base_config', 'main', 'register_voc']
 
@@ -129,7 +131,9 @@ def train_lazy(args):
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     self_kd = [instantiate(hook) for hook in cfg.train.get('selfkd', [])]
-    if self_kd or any('self_teacher' in name for name, _ in model.named_modules()):
+    if any(isinstance(module, SelfTaught) for module in model.modules()):
+        self_kd.append(FRSKDHook())
+    if self_kd:
         check_lazy_classes(cfg, model)
 
     def evaluate():
@@ -149,6 +153,7 @@ def train_lazy(args):
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(
         model, instantiate(cfg.dataloader.train), optimizer
     )
+    trainer.cfg = cfg
     checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     trainer.register_hooks(
         [

@@ -19,6 +19,8 @@ from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
 
+from .training import check_model
+
 
 @dataclass
 class CSKDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
@@ -42,6 +44,7 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
         self.weight, self.temperature = cfg.cskd_weight, cfg.cskd_temperature
 
     def forward(self, model, sample, reduce=True):
+        check_model(model)
         self.extra_log = {}
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         logging_output.update(self.extra_log)

@@ -19,6 +19,8 @@ from selfkd.teacher import SnapshotTeacher
 
 logger = logging.getLogger(__name__)
 
+OTHER_PASTS = 'use --pskd-past snapshot or ema'
+
 
 class Past:
     """What the three have in common: by default they do nothing at each of these moments."""
@@ -201,7 +203,7 @@ class TokenBank(Past):
         if task.has_sharded_data('train'):
             raise ValueError(
                 "--pskd-past bank: sentence ids start again in each shard of data split by ':', so a row would belong "
-                'to several sentences; join the shards, or use --pskd-past snapshot or ema'
+                f'to several sentences; join the shards, or {OTHER_PASTS}'
             )
         if isinstance(dataset, LanguagePairDataset) and dataset.tgt_sizes is not None:
             lengths = dataset.tgt_sizes
@@ -210,7 +212,7 @@ class TokenBank(Past):
         else:
             raise ValueError(
                 f'--pskd-past bank: in a {type(dataset).__name__} (several corpora, noise, ...) a sentence id need not '
-                'always stand for the same tokens; use --pskd-past snapshot or ema'
+                f'always stand for the same tokens; {OTHER_PASTS}'
             )
         self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
         self.bank = PredictionBank(int(self.offsets[-1]), self.vocabulary, top_k=self.top_k, dtype=torch.float16)
@@ -227,17 +229,26 @@ class TokenBank(Past):
 
     def rows(self, sample, prefix):
         """The bank's row for each target position, and which positions are not padding: both [B * (T - prefix)]."""
-        ids, real = sample['id'].cpu(), sample['target'].cpu().ne(self.padding_idx)
+        ids, target = sample['id'].cpu(), sample['target'].cpu()
+        real = target.ne(self.padding_idx)
         first, end = self.offsets[ids].unsqueeze(1), self.offsets[ids + 1].unsqueeze(1)
         rows = torch.where(real, first + real.cumsum(1) - 1, first)  # padding: any row, its loss is ignored
         if (rows >= end).any():
             raise ValueError(
-                '--pskd-past bank: a sentence has more tokens than the data set says; use --pskd-past snapshot or ema'
+                '--pskd-past bank: a sample has more target tokens than the sentence of its id in the data set. Do the '
+                f'data set or the collate function move or change sentences? Leave them as they are, or {OTHER_PASTS}'
             )
+        try:
+            self.bank.check_labels(rows[real], target[real], way_out=OTHER_PASTS)
+        except ValueError as error:
+            raise ValueError(
+                '--pskd-past bank: a target token is not the one that its row was kept for (rows are the places of '
+                f'tokens in the data set, labels their ids in the dictionary): {error}'
+            ) from None
         return rows[:, prefix:].flatten(), real[:, prefix:].flatten()
 
     def predict(self, sample, prefix):
-        rows, _ = self.rows(sample, prefix)
+        self.of_batch = rows, _ = self.rows(sample, prefix)
         past, known = self.bank.read_top_k(rows, return_seen=True)
         if not known.any():
             return None
@@ -246,7 +257,7 @@ class TokenBank(Past):
         return past, known
 
     def observe(self, sample, prefix, lprobs):
-        rows, real = self.rows(sample, prefix)
+        rows, real = self.of_batch  # of the same batch: predict is asked first
         where = real.to(lprobs.device)
         drawn = draw_top_k(lprobs, self.top_k, row_uniform(rows, self.step))
         self.bank.write(rows[real], TopK(*(part[where] for part in drawn)))

@@ -10,6 +10,8 @@ import functools
 import logging
 import math
 
+from fairseq.models.nat import FairseqNATModel
+
 from selfkd.schedule import linear_growth
 
 logger = logging.getLogger(__name__)
@@ -162,7 +164,15 @@ def as_options(totals) -> str:
 
 
 def check_model(model) -> None:
-    """Refuses models whose output is not a distribution over the vocabulary at every position."""
+    """Refuses models whose output is not a distribution over the vocabulary at every position; wrapped or not."""
+    while hasattr(model, 'module'):
+        model = model.module
+    if isinstance(model, FairseqNATModel):
+        raise ValueError(
+            f'{type(model).__name__} is not autoregressive: it has losses of its own (--criterion nat_loss), and '
+            'predicts other things than the next token, so the criteria of selfkd_fairseq do not work with it: take '
+            'an autoregressive --arch, as transformer, or train it without them'
+        )
     if getattr(getattr(model, 'decoder', model), 'adaptive_softmax', None) is not None:
         raise ValueError(
             '--adaptive-softmax-cutoff: an adaptive softmax has no full distribution to distil (and fairseq trains it '

@@ -1,12 +1,12 @@
 """CS-KD for the regions of MMDetection's two-stage detectors."""
 
-from typing import Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence
 
 import torch
 from mmdet.models.losses.utils import weight_reduce_loss
+from mmdet.models.task_modules import BboxOverlaps2D
 from mmdet.registry import HOOKS
 from mmdet.structures import DetDataSample
-from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ class CSKDHook(SelfKDHook):
     normalised as the head's own classification loss: with MMDetection's heads that is by the number of all sampled
     regions::
 
-        custom_hooks = [dict(type='selfkd_mmdet.CSKDHook', weight=1.0, temperature=4.0)]
+        default_hooks = dict(cskd=dict(type='selfkd_mmdet.CSKDHook', weight=1.0, temperature=4.0))
 
     Args:
         weight: lambda, at least 0.
@@ -73,6 +73,7 @@ class CSKDHook(SelfKDHook):
             self._handles.append(extractor.register_forward_pre_hook(self._see_regions))
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        super().before_train_iter(runner, batch_idx, data_batch)
         self.generator = step_generator(runner.iter)  # a resumed run draws the same pairs
 
     def _see_samples(self, model: nn.Module, args, kwargs) -> None:
@@ -89,9 +90,11 @@ class CSKDHook(SelfKDHook):
             return loss
         stage, prefix = stage_of(self.student, self.tapped)
         logits, label = arguments['cls_score'], arguments['label']
+        assigner = per_stage(self.student.roi_head.bbox_assigner)[stage]
+        overlaps = getattr(assigner, 'iou_calculator', BboxOverlaps2D())
         regions, partners = same_class_partners(
             label,
-            objects_shown(self._rois, label, self._samples),
+            objects_shown(self._rois, label, self._samples, overlaps),
             self._rois[:, 0],
             ignore=region_heads(self.student)[stage].num_classes,
             generator=self.generator,
@@ -105,24 +108,24 @@ class CSKDHook(SelfKDHook):
         return loss
 
 
-def objects_shown(rois: Tensor, labels: Tensor, samples: Sequence[DetDataSample]) -> Tensor:
+def objects_shown(rois: Tensor, labels: Tensor, samples: Sequence[DetDataSample], iou_calculator: Callable) -> Tensor:
     """The object that each region was matched to: of those of its class in its image the one that it overlaps most.
 
     MMDetection's sampling results, which know it, are out of a hook's reach.
 
     Args:
-        rois: image and box of each region, ``[N, 5]``.
+        rois: image and box of each region, ``[N, 1 + D]``; D is 4, or 5 for rotated boxes.
         labels: ``[N]``.
         samples: of the images, with ``gt_instances``.
+        iou_calculator: the assigner's; of objects and regions, whose boxes may be of two kinds.
 
     Returns:
-        numbers ``[N]`` that tell the batch's objects apart; of background regions, any.
+        numbers ``[N]`` that tell the objects of an image apart; of background regions, any.
     """
-    truths = [sample.gt_instances for sample in samples]
-    image = torch.cat([truth.labels.new_full((len(truth),), i) for i, truth in enumerate(truths)])
-    if not len(image):
-        return torch.zeros_like(labels)
-    overlaps = bbox_overlaps(rois[:, 1:], torch.cat([get_box_tensor(truth.bboxes) for truth in truths]).to(rois))
-    label = torch.cat([truth.labels for truth in truths])
-    its_own = (rois[:, :1] == image) & (labels[:, None] == label)
-    return overlaps.masked_fill(~its_own, -1).argmax(1)
+    shown = torch.zeros_like(labels)
+    for image, truth in enumerate(sample.gt_instances for sample in samples):
+        if len(truth):
+            overlaps = iou_calculator(truth.bboxes.to(rois), rois[:, 1:])
+            best = overlaps.masked_fill(truth.labels[:, None] != labels, -1).argmax(0)
+            shown = torch.where(rois[:, 0] == image, best, shown)
+    return shown

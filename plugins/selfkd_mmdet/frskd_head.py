@@ -1,6 +1,10 @@
 """FRSKD for MMDetection's two-stage detectors with a feature pyramid."""
 
+from functools import lru_cache
+from typing import Union
+
 import torch
+from mmcv import ops
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.base_roi_head import BaseRoIHead
 from mmdet.registry import MODELS
@@ -10,8 +14,9 @@ from mmengine.model import ModuleDict, ModuleList
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN
+from selfkd_mmengine.base_type import find_base_type
 
-from .heads import check_region_loss, check_replaced_head, per_stage
+from .heads import check_box_heads, check_region_loss, check_replaced_head, per_stage, registered
 
 __all__ = ['FRSKDRoIHead']
 
@@ -35,17 +40,24 @@ class FRSKDRoIHead(BaseRoIHead):
     self-teacher). In Cascade R-CNN the maps are refined once a step, and each stage has a classifier of its own in the
     self-teacher.
 
-    Other RoI heads would be exchanged for one of these two without a word, as the option takes the place of their type:
-    a config that has options, box or mask heads of another one is refused.
+    The option takes the place of the RoI head's type. Where that was another one, a class of your own derived from
+    these, name it, and everything else is that class's::
+
+        model = dict(roi_head=dict(type='selfkd_mmdet.FRSKDRoIHead', base_type='MyRoIHead'))
+
+    Without ``base_type`` a config that has options, box or mask heads of another RoI head is refused, and so is any
+    while a RoI head is registered that is derived from these and not MMDetection's.
 
     Args:
+        base_type: the RoI head's type before, by name or as a class; by default ``StandardRoIHead`` or
+            ``CascadeRoIHead``.
         alpha: weight of the KL from the self-teacher's prediction. Those of the paper's classifiers (2, 100, T 4) are
             too large for a detector from scratch.
         beta: weight of the attention transfer; 0 for soft labels only.
         temperature: T.
         depth: separable convolutions per fusion in the self-teacher.
         repeats: passes of the self-teacher.
-        kwargs: options of ``StandardRoIHead`` or ``CascadeRoIHead``.
+        kwargs: options of that RoI head.
 
     Losses beside the head's own: ``loss_teacher`` (the self-teacher on the labels, with the head's ``loss_cls``),
     ``loss_kd`` (averaged over the sampled regions), ``loss_feature``. In Cascade R-CNN ``s0.loss_teacher``,
@@ -53,18 +65,25 @@ class FRSKDRoIHead(BaseRoIHead):
     stage's and has none.
 
     Raises:
-        ValueError: options out of range; a config of another RoI head; a RoI extractor with less than two levels;
-            regions that are not classified by a softmax.
+        ValueError: options out of range; a config of another RoI head, or of what may be one; a RoI extractor with less
+            than two levels; regions that are not classified by a softmax.
+        RuntimeError: in training, a RoI head that classifies its regions without ``bbox_loss``.
     """
 
-    def __new__(cls, *args, **kwargs):
+    plain_type: type  # what it is besides
+    _classified = None  # logits and sampling results of each stage, while the self-teacher is to see them
+
+    def __new__(cls, *args, base_type: Union[str, type, None] = None, **kwargs):
         if cls is FRSKDRoIHead:
-            cls = FRSKDCascadeRoIHead if 'num_stages' in kwargs else FRSKDStandardRoIHead
+            plain = CascadeRoIHead if 'num_stages' in kwargs else StandardRoIHead
+            given = base_type and (registered(base_type) or base_type)
+            cls = _with_self_teacher(find_base_type(cls, given, plain, MODELS, 'model.roi_head.base_type'))
         return super().__new__(cls)
 
     def __init__(
         self,
         *,
+        base_type: Union[str, type, None] = None,
         alpha: float = 0.5,
         beta: float = 1.0,
         temperature: float = 1.0,
@@ -74,42 +93,62 @@ class FRSKDRoIHead(BaseRoIHead):
     ):
         at_least_zero('FRSKDRoIHead', alpha=alpha, beta=beta)
         positive('FRSKDRoIHead', temperature=temperature)
-        check_replaced_head('FRSKDRoIHead', self.plain_type, kwargs)
+        if base_type is None:
+            check_replaced_head('FRSKDRoIHead', self.plain_type, kwargs)
+        check_box_heads('FRSKDRoIHead', kwargs)
         super().__init__(**kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        extractor = per_stage(getattr(self, 'bbox_roi_extractor', None))[0]
-        self.levels = getattr(extractor, 'num_inputs', 0)
-        if self.levels < 2 or self.with_shared_head:
+        extractors = per_stage(getattr(self, 'bbox_roi_extractor', None))
+        levels = [getattr(extractor, 'num_inputs', 0) for extractor in extractors]
+        if min(levels) < 2 or self.with_shared_head:
             raise ValueError(
-                f'FRSKDRoIHead: regions are read from {self.levels} level(s), but the self-teacher refines a pyramid '
+                f'FRSKDRoIHead: regions are read from {min(levels)} level(s), but the self-teacher refines a pyramid '
                 'of two or more: use a detector with a neck (FPN), or PSKDHook or CSKDHook'
             )
         for head in per_stage(self.bbox_head):
             check_region_loss('FRSKDRoIHead', head)
-        channels = [extractor.out_channels] * self.levels
-        region, heads = per_stage(kwargs['bbox_roi_extractor'])[0], per_stage(kwargs['bbox_head'])
-        if len(heads) == 1:  # given once for all stages
-            heads *= len(per_stage(self.bbox_head))
+        self.levels = max(levels)
+        channels = [extractors[0].out_channels] * self.levels
+        readers, heads = (
+            # Where the config has one for all stages, each stage has one of its own like it, as in the toolkit.
+            per_stage(kwargs[name]) * (len(extractors) if len(per_stage(kwargs[name])) == 1 else 1)
+            for name in ('bbox_roi_extractor', 'bbox_head')
+        )
         # All that is for training only is in here: what selfkd publish drops.
         with _own_random_state(self):
             self.self_teacher = SelfTeacher(
                 {
                     'pyramid': BiFPN(channels, channels, depth=depth, repeats=repeats),
-                    'roi_extractor': MODELS.build({**region, 'roi_layer': _one_sample(region['roi_layer'])}),
+                    'roi_extractor': ModuleList(
+                        MODELS.build({**reader, 'roi_layer': _one_sample(reader['roi_layer'])}) for reader in readers
+                    ),
                     'bbox_head': ModuleList(MODELS.build(_classifier(head)) for head in heads),
                 }
             )
 
-    def bbox_loss(self, *args) -> dict:
-        results = super().bbox_loss(*args)
-        self._classified.append((results['cls_score'], args[-1]))
+    def __reduce__(self):
+        """To copy and pickle: the class is made when it is needed."""
+        return _empty, (self.plain_type,), self.__dict__
+
+    def bbox_loss(self, *args, **kwargs) -> dict:
+        results = super().bbox_loss(*args, **kwargs)
+        if self._classified is not None:
+            self._classified.append((results['cls_score'], kwargs.get('sampling_results', args and args[-1])))
         return results
 
     def loss(self, x, rpn_results_list, batch_data_samples) -> dict:
-        """As the toolkit's, with the self-teacher's losses beside."""
+        """As the toolkit's, with the self-teacher's losses beside; a validation loss, in evaluation mode or without
+        gradients, is the toolkit's."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().loss(x, rpn_results_list, batch_data_samples)
         self._classified = []
         losses = super().loss(x, rpn_results_list, batch_data_samples)
-        stages, self._classified = self._classified, []  # lets go of the graph
+        stages, self._classified = self._classified, None  # lets go of the graph
+        if not stages:
+            raise RuntimeError(
+                f'FRSKDRoIHead: {self.plain_type.__name__} computed its losses without a call of bbox_loss, so the '
+                'self-teacher cannot teach it: leave model.roi_head.type as it is, and train it without FRSKDRoIHead'
+            )
         feats, refined = x[: self.levels], None
         for stage, (logits, sampling_results) in enumerate(stages):
             rois = bbox2roi([result.priors for result in sampling_results])
@@ -119,7 +158,8 @@ class FRSKDRoIHead(BaseRoIHead):
             if first:
                 refined = self.self_teacher['pyramid'](feats)
             teacher = self.self_teacher['bbox_head'][stage]
-            teacher_logits, _ = teacher(self.self_teacher['roi_extractor'](refined, rois))
+            extractor = self.self_teacher['roi_extractor'][stage]
+            teacher_logits, _ = teacher(extractor(refined[: extractor.num_inputs], rois))
             train_cfg = per_stage(self.train_cfg)[stage]
             own = teacher.loss_and_target(teacher_logits, None, rois, sampling_results, train_cfg)
             terms = frskd_loss(
@@ -135,22 +175,20 @@ class FRSKDRoIHead(BaseRoIHead):
             if 'loss_feature' in terms:  # it is the maps', and no stage's
                 losses['loss_feature'] = terms.pop('loss_feature')
             terms['loss_teacher'] = own['loss_bbox']['loss_cls']
-            cascade = self.plain_type is CascadeRoIHead
+            cascade = isinstance(self, CascadeRoIHead)
             prefix, weight = (f's{stage}.', self.stage_loss_weights[stage]) if cascade else ('', 1)
             losses.update({f'{prefix}{name}': weight * term for name, term in terms.items()})
         return losses
 
 
-class FRSKDStandardRoIHead(FRSKDRoIHead, StandardRoIHead):
-    """What :class:`FRSKDRoIHead` makes in Faster and Mask R-CNN."""
+@lru_cache(maxsize=None)
+def _with_self_teacher(base: type) -> type:
+    return type(f'FRSKD{base.__name__}', (FRSKDRoIHead, base), {'plain_type': base, '__module__': __name__})
 
-    plain_type = StandardRoIHead
 
-
-class FRSKDCascadeRoIHead(FRSKDRoIHead, CascadeRoIHead):
-    """What :class:`FRSKDRoIHead` makes in Cascade R-CNN, with or without masks."""
-
-    plain_type = CascadeRoIHead
+def _empty(base: type) -> FRSKDRoIHead:
+    kind = _with_self_teacher(base)
+    return kind.__new__(kind)
 
 
 class SelfTeacher(ModuleDict):
@@ -169,7 +207,7 @@ def _own_random_state(module):
 
 def _one_sample(roi_layer: dict) -> dict:
     """One sample for each point: adaptive numbers of them cost several times as much."""
-    return {**roi_layer, 'sampling_ratio': 1} if roi_layer['type'] == 'RoIAlign' else roi_layer
+    return {**roi_layer, 'sampling_ratio': 1} if roi_layer['type'] in ('RoIAlign', ops.RoIAlign) else roi_layer
 
 
 def _classifier(bbox_head: dict) -> dict:

@@ -1,6 +1,6 @@
 """Which of MMDetection's heads the methods support, and where the hooks tap them."""
 
-from typing import List, Tuple
+from typing import List, Optional, Sequence, Tuple, Union
 
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, RetinaHead
 from mmdet.models.losses import CrossEntropyLoss, FocalLoss
@@ -20,12 +20,14 @@ from mmdet.registry import MODELS
 from torch import nn
 
 __all__ = [
+    'check_box_heads',
     'check_dense_head',
     'check_region_heads',
     'check_region_loss',
     'check_replaced_head',
     'per_stage',
     'region_heads',
+    'registered',
     'stage_of',
 ]
 
@@ -39,10 +41,8 @@ ROI_HEADS = (StandardRoIHead, CascadeRoIHead, DynamicRoIHead, MaskScoringRoIHead
 OPTIONS = ('bbox_roi_extractor', 'bbox_head', 'mask_roi_extractor', 'mask_head', 'shared_head')
 OPTIONS += ('train_cfg', 'test_cfg', 'init_cfg', 'num_stages', 'stage_loss_weights')
 TRAIN_OPTIONS = ('assigner', 'sampler', 'pos_weight', 'debug', 'mask_size', 'mask_thr_binary')
-HEADS = {
-    'bbox_head': (BBoxHead, ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead),
-    'mask_head': (FCNMaskHead,),
-}
+BOX_HEADS = (BBoxHead, ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead)
+MASK_HEADS = (FCNMaskHead,)
 # Whose the others are, where a message can say it.
 OWNERS = {
     'reg_roi_scale_factor': 'DoubleHeadRoIHead',
@@ -94,6 +94,19 @@ def check_region_heads(hook: str, model: nn.Module) -> None:
         check_region_loss(hook, head)
 
 
+def registered(kind: Union[str, type]) -> Optional[type]:
+    """The class that a config means by a type, where MMDetection's registry or that of the default scope has it."""
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return kind if isinstance(kind, type) else registry.get(kind)
+
+
+def _foreign(options: dict, part: str, known: Sequence[type]) -> List[Tuple[str, str]]:
+    """Heads in a RoI head's options that are not of a known type: the setting and the type's name."""
+    types = [head['type'] for head in per_stage(options.get(part)) if head]
+    names = [getattr(registered(kind), '__name__', kind) for kind in types if registered(kind) not in known]
+    return [(f'model.roi_head.{part}.type={name}', name) for name in names]
+
+
 def check_replaced_head(user: str, kind: type, options: dict) -> None:
     """Refuses a RoI head's options that are not those of the plain kind that ``user`` would put in its place.
 
@@ -105,11 +118,7 @@ def check_replaced_head(user: str, kind: type, options: dict) -> None:
         options: the RoI head's, as MMDetection hands them over, ``train_cfg`` (``model.train_cfg.rcnn``) among them.
     """
     found = [(f'model.roi_head.{key}', key) for key in options if key not in OPTIONS]
-    for part, known in HEADS.items():
-        heads = [head for head in per_stage(options.get(part)) if head]
-        kinds = [head['type'] if isinstance(head['type'], type) else MODELS.get(head['type']) for head in heads]
-        names = [kind.__name__ for kind in kinds if kind not in known]
-        found += [(f'model.roi_head.{part}.type={name}', name) for name in names]
+    found += [*_foreign(options, 'bbox_head', BOX_HEADS), *_foreign(options, 'mask_head', MASK_HEADS)]
     for train_cfg in per_stage(options.get('train_cfg') or {}):
         found += [(f'model.train_cfg.rcnn.{key}', key) for key in train_cfg if key not in TRAIN_OPTIONS]
         sampler = train_cfg.get('sampler', {}).get('type')
@@ -120,7 +129,18 @@ def check_replaced_head(user: str, kind: type, options: dict) -> None:
         raise ValueError(
             f'{user}: takes the place of a StandardRoIHead or CascadeRoIHead as MMDetection configures them, but this '
             f'config has {", ".join(dict.fromkeys(setting for setting, _ in found))}{owner}, which would be lost in '
-            f'{kind.__name__}: leave model.roi_head.type as it is, and train this detector without {user}'
+            f'{kind.__name__}: where the config had a RoI head of your own, name it in model.roi_head.base_type; '
+            f'otherwise leave model.roi_head.type as it is, and train this detector without {user}'
+        )
+
+
+def check_box_heads(user: str, options: dict) -> None:
+    """Refuses box heads that the self-teacher may have no classifier like."""
+    for setting, _ in _foreign(options, 'bbox_head', BOX_HEADS):
+        names = ', '.join(kind.__name__ for kind in BOX_HEADS)
+        raise ValueError(
+            f"{user}: the self-teacher has a box head like the detector's, which can be one of {names}, got {setting}: "
+            f'leave model.roi_head.type as it is, and train this detector without {user}'
         )
 
 

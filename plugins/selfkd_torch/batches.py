@@ -79,8 +79,8 @@ class Batches:
         loader = self._inner
         if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
             raise ValueError(
-                f'{method}: loader must be a torch DataLoader, got {type(loader).__name__}, whose batches come '
-                f'from an __iter__ of its own, so the samples in them are not known: {way_out}'
+                f'{method}: loader must be a torch DataLoader, got {type(loader).__name__}, whose batches come from an '
+                f'__iter__ of its own, so the samples in them are not known: {way_out}'
             )
         if isinstance(loader.dataset, IterableDataset):
             raise ValueError(f'{method}: the data set is an IterableDataset, whose samples have no index: {way_out}')
@@ -387,7 +387,9 @@ class _Sampler(Sampler):
 def _rows(indices, way_out: Optional[str]) -> Tensor:
     try:
         indices = indices.reshape(-1) if isinstance(indices, Tensor) else indices
-        return torch.tensor([operator.index(index) for index in (indices if hasattr(indices, '__iter__') else [indices])])
+        return torch.tensor(
+            [operator.index(index) for index in (indices if hasattr(indices, '__iter__') else [indices])]
+        )
     except TypeError:
         raise ValueError(
             f'the sampler draws {indices!r:.100} for a batch, which are not the numbers of samples (a size beside each '

@@ -31,7 +31,7 @@ def origin(tensor: Tensor) -> Node:
 
 
 def origins(start: Node, wanted) -> set:
-    """Which of the wanted nodes come first on the ways that lead to a node (with or without the number of the output)."""
+    """Which of the wanted nodes (with or without the number of the output) come first on the ways to a node."""
     found, passed, ways = set(), set(), [start]
     while ways:
         way = ways.pop()
@@ -123,9 +123,9 @@ class Calls:
             return found[0]
         if not self._calls:
             raise RuntimeError(
-                f'PSKD: the {self.model_name} given as model= was not called before the loss (with gradients, so not in '
-                'checkpoint(..., use_reentrant=True)), so its past copy was not either: give the module that the loop '
-                'calls'
+                f'PSKD: the {self.model_name} given as model= was not called before the loss, with gradients (in '
+                'checkpoint(..., use_reentrant=True) there are none), so its past copy was not either: give the module '
+                'that the loop calls'
             )
         raise RuntimeError(
             f'PSKD: the logits of the loss come from {len(found) or "none"} of the {len(self._calls)} calls of the '
@@ -179,7 +179,7 @@ class Calls:
 def copied(value):
     """A tensor's copy, and a user's own batch type with copies of its tensors; for ``tree_map``."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return value.detach().clone()
     fields = {} if isinstance(value, nn.Module) else getattr(value, '__dict__', {})
     if any(isinstance(field, Tensor) for field in fields.values()):  # a batch type of the user's own
         value = copy.copy(value)

@@ -140,11 +140,12 @@ class CSKD(Method):
             self._check = _SameInputs(self.model, self._inputs, batch)
 
     def _compare_labels(self, batch) -> None:
-        """The labels of samples and partners, where the batch holds them: on the CPU still."""
+        """The labels of samples and partners, where the batch holds them."""
         drawn = self._labels[self._rows]
         if self._labels_at is None and len(drawn.unique()) > 1:
             for name, entry in _entries(batch):
-                if entry.shape == drawn.shape and torch.equal(entry.sort().values.long(), drawn.sort().values.long()):
+                found = entry.cpu().long().sort().values  # in whatever order
+                if entry.shape == drawn.shape and torch.equal(found, drawn.long().sort().values):
                     self._labels_at = name
         for rows, entries in ((self._rows, _entries(batch)), (self._partner_rows, _entries(self._partners))):
             found = dict(entries).get(self._labels_at)
@@ -225,7 +226,9 @@ def _described(inputs) -> str:
 
 def _entries(batch) -> List[Tuple[object, Tensor]]:
     """The entries of a batch that may be class ids."""
-    named = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
+    named = (
+        batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
+    )
     return [
         (name, entry)
         for name, entry in named

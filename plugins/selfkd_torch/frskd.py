@@ -33,9 +33,9 @@ class FRSKD:
         ...
         loss = frskd.loss(model(images), labels)
 
-    The layers have forward hooks, which copies of the model (``copy.deepcopy``, ``torch.save(model)``) have no more. Where
-    the model itself must have none (``torch.jit.script``), :meth:`remove_hooks` takes them off, and :meth:`add_hooks`
-    puts them back.
+    The layers have forward hooks, which do nothing in copies of the model (``copy.deepcopy``, ``torch.save(model)``).
+    Where the model itself must have none (``torch.jit.script``), :meth:`remove_hooks` takes them off, and
+    :meth:`add_hooks` puts them back.
 
     With several processes make it after the process group: gradients of the self-teacher are averaged over them.
 

@@ -22,6 +22,7 @@ __all__ = ['PSKD']
 
 WAY_OUT = "use teacher='snapshot', which needs no rows"
 
+
 class PSKD(Method):
     """Progressive self-knowledge distillation: three lines in a loop that stays as it is.
 
@@ -169,8 +170,7 @@ class PSKD(Method):
         if not self._inside:
             raise RuntimeError(
                 'PSKD: the loss is for training, in a loop over pskd.batches(); for validation use the plain one. (A '
-                'prefetcher that takes batches ahead goes inside: PSKD(prefetcher, ...), with '
-                "teacher='snapshot')"
+                "prefetcher that takes batches ahead goes inside: PSKD(prefetcher, teacher='snapshot', ...))"
             )
         self.used += 1
         self.count += 1
@@ -244,7 +244,7 @@ class PSKD(Method):
         return self._inside and not self._computing and torch.is_grad_enabled()
 
     def is_of_model(self, logits: Tensor) -> bool:
-        """Whether logits can be those of the loss: not where they come from elsewhere than from the snapshot's model."""
+        """Whether logits can be those of the loss: with a snapshot those that come from its model."""
         return self.teacher is None or self.alpha == 0 or self._calls.knows(logits)
 
     # What Batches calls.

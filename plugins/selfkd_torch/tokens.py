@@ -112,8 +112,10 @@ class TokenPSKD(PSKD):
 
 
 def _length(sample) -> Optional[int]:
-    """How many labels a sample can have: its own, or those that the collator makes of its tokens. None: a single one, or
-    where they are is not known."""
+    """How many labels a sample can have: its own, or those that the collator makes of its tokens.
+
+    None: it has a single one, or where they are is not known.
+    """
     labels = sample  # the tokens themselves
     if isinstance(sample, Mapping):
         labels = next((sample[name] for name in LABELS if name in sample), None)

@@ -236,7 +236,7 @@ def _number(loader) -> Dataset:
 
 
 class _Numbered:
-    """A data set whose samples come with their indices; for all else, what is set on it included, it is the data set."""
+    """A data set whose samples come with their indices. What is set on it is set on the data set."""
 
     def __init__(self, dataset):
         vars(self)[INSIDE] = dataset

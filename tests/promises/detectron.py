@@ -78,6 +78,16 @@ class Driver:
         trainer.train(0, cfg.SOLVER.MAX_ITER)
         return self._result(model.module, steps, hooks, None)
 
+    def validation_losses(self, cfg):
+        """The validation loss after each step of a training whose weights stay as they are, computed as users do."""
+        cfg = cfg.clone()
+        cfg.SOLVER.BASE_LR = 0.0
+        return in_processes(self.folder, functools.partial(self._validation_losses, cfg))[0]
+
+    def _validation_losses(self, cfg, rank):
+        trainer = d2_runs.train(cfg, d2_runs.Reseed(), kind=d2_runs.ValidatingTrainer)
+        return [sum(losses.values()) for losses in trainer.validation.losses]
+
     def _result(self, model, steps, hooks, checkpoint):
         teacher = next((hook.teacher for hook in hooks if getattr(hook, 'teacher', None)), None)
         return {

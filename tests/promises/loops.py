@@ -278,7 +278,11 @@ class LightningDriver(Driver):
 
         steps = self.epochs * SAMPLES // self.batch
         trainer = pl.Trainer(
-            callbacks=[Notes(), pl.callbacks.ModelCheckpoint(cfg['folder'], save_top_k=-1), *([method] if method else ())],
+            callbacks=[
+                Notes(),
+                pl.callbacks.ModelCheckpoint(cfg['folder'], save_top_k=-1),
+                *([method] if method else ()),
+            ],
             accumulate_grad_batches=cfg['accumulate'],
             precision='bf16-mixed' if cfg['cast'] else '32-true',
             devices=processes,
@@ -324,8 +328,9 @@ class TransformersDriver(Driver):
     def __init__(self, row, request, folder):
         os.environ.setdefault('HF_HUB_OFFLINE', '1')
         super().__init__(row, request, folder)
-        import selfkd_transformers  # noqa: F401  (before processes are forked)
         from transformers import default_data_collator
+
+        import selfkd_transformers  # noqa: F401  (before processes are forked)
 
         self.data = [dict(input_ids=(16 * image).long().flatten(), labels=label) for image, label in self.data]
         self.collate = default_data_collator

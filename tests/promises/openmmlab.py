@@ -4,11 +4,13 @@ import copy
 import functools
 import os
 import signal
+import zlib
 from pathlib import Path
 
 import torch
 from forks import in_processes
 from mmengine.config import ConfigDict
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -38,6 +40,55 @@ class Bypass(Hook):
     def before_train(self, runner):
         parameter = next(runner.model.parameters())
         runner.model.loss = lambda *args, **kwargs: {'loss_own': parameter.square().sum()}
+
+
+class Frozen(Hook):
+    """The same weights with and without a method, and no step changes them, nor the statistics of batch norms."""
+
+    priority = 'VERY_HIGH'  # before a method takes a copy
+
+    @torch.no_grad()
+    def before_train(self, runner):
+        for name, parameter in runner.model.named_parameters():
+            if parameter.dim() > 1:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.fill_(float(name.endswith('weight')))
+        for group in runner.optim_wrapper.param_groups:
+            group['lr'] = group['initial_lr'] = 0.0
+        for module in runner.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.momentum = 0.0
+
+
+class ValidationLoss(Hook):
+    """The usual way to log a validation loss: the model's loss of each validation batch, summed over its parts."""
+
+    def __init__(self):
+        self.losses = []
+
+    def before_val_epoch(self, runner):
+        self.losses.append(0.0)
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        model = getattr(runner.model, 'module', runner.model)
+        torch.manual_seed(batch_idx)  # detectors draw regions
+        with torch.no_grad():
+            losses = model(**model.data_preprocessor(data_batch, False), mode='loss')
+        self.losses[-1] += float(model.parse_losses(losses)[0])
+
+
+def shuffled(batch):
+    """A batch whose images and labels changed places, each place keeping its index."""
+    batch = pseudo_collate(batch)
+    samples = batch['data_samples']
+    indices = [sample.sample_idx for sample in samples]
+    order = torch.randperm(len(samples)).tolist()
+    batch = {key: [values[i] for i in order] for key, values in batch.items()}
+    for sample, index in zip(batch['data_samples'], indices):
+        sample.set_metainfo(dict(sample_idx=index))
+    return batch
 
 
 class Driver:
@@ -122,6 +173,31 @@ class Driver:
             'teacher': teacher and {k: v.clone() for k, v in teacher.state_dict().items()},
             'checkpoint': str(Path(cfg.work_dir, 'last_checkpoint').read_text().strip()) if rank == 0 else None,
         }
+
+    def validation_losses(self, cfg):
+        """The validation loss after each epoch of a training whose weights stay as they are: a list of numbers.
+
+        It is computed as users of the toolkit do, while the method is on, on batches of another size than in training.
+        """
+        loader = copy.deepcopy(cfg.train_dataloader)
+        loader.batch_size -= 1
+        loader.sampler = ConfigDict(type='DefaultSampler', shuffle=False)
+        cfg.val_dataloader, cfg.val_cfg = loader, ConfigDict()
+        cfg.val_evaluator = ConfigDict(type='mmengine.evaluator.DumpResults', out_file_path=f'{cfg.work_dir}.pkl')
+        cfg.train_cfg.val_interval = 1
+        return in_processes(self.folder, functools.partial(self._validation_losses, cfg))[0]
+
+    def _validation_losses(self, cfg, rank):
+        runner, validation = Runner.from_cfg(cfg), ValidationLoss()
+        runner.register_hook(Frozen())
+        runner.register_hook(validation)
+        runner.train()
+        return validation.losses
+
+    def shuffle_within_batches(self, cfg):
+        """The config, with samples that are moved between the sampler and the loss."""
+        cfg.train_dataloader.collate_fn = dict(type=shuffled)
+        return cfg
 
     @property
     def batch(self):

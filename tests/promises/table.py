@@ -98,7 +98,7 @@ def _transformers(row, request, folder):
 
 
 FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False, validates=False)
-DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False, validates=False)
+DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
 TORCH = Toolkit('torch', _torch, ('epoch',), passes=True)
 LIGHTNING = Toolkit('lightning', _lightning, ('epoch',), passes=True)  # with max_steps its own resuming is not exact
@@ -138,6 +138,7 @@ ROWS = [
             options=dict(args=f'--criterion pskd_label_smoothed_cross_entropy --pskd-past {past} --pskd-alpha 0.8'),
             zero=dict(args=f'--criterion pskd_label_smoothed_cross_entropy --pskd-past {past} --pskd-alpha 0'),
             acts_at_once=False,
+            knows_samples=past == 'bank',
         )
         for past in ('snapshot', 'bank')
     ),

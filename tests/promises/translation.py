@@ -12,6 +12,20 @@ import torch
 PLAIN = '--criterion label_smoothed_cross_entropy'
 SMOOTHING = '--label-smoothing 0.1 --dropout 0.1'
 TOKENS = 1000
+MOVES = """
+import selfkd_fairseq
+from fairseq.data import LanguagePairDataset
+
+collater = LanguagePairDataset.collater
+
+
+def moved(self, samples, pad_to_length=None):
+    batch = collater(self, samples, pad_to_length)
+    return batch and {**batch, 'id': batch['id'].roll(1)}
+
+
+LanguagePairDataset.collater = moved
+"""
 count = itertools.count()
 
 
@@ -37,6 +51,13 @@ class Driver:
 
     def accumulate(self, cfg):
         return {**cfg, 'args': cfg['args'] + ' --update-freq 2'}
+
+    def shuffle_within_batches(self, cfg):
+        """A --user-dir with a collate function that gives each sentence the next one's id."""
+        folder = self.fairseq.folder / 'moves_sentences'
+        folder.mkdir(exist_ok=True)
+        (folder / '__init__.py').write_text(MOVES)
+        return {**cfg, 'args': f'{cfg["args"]} --user-dir {folder}'}
 
     def train(self, cfg, *, processes=1, kill_at=None, resume=False):
         args, save = cfg['args'] + ' --save-interval-updates 2', cfg['save']

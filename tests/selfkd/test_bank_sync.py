@@ -41,7 +41,14 @@ def exchanged(world_size, rank):
             indices.append(torch.tensor(rows))
             steps += [step] * len(rows)
         exchange_rows(bank, torch.cat(indices), torch.tensor(steps))
-    return [bank.state_dict() for bank in banks]
+    states = [bank.state_dict() for bank in banks]
+    if rank == 0:  # this rank alone saw samples; all know their labels afterwards
+        banks[0].check_labels(torch.tensor([6, 7]), torch.tensor([3, 4]))
+        banks[0].write(torch.tensor([6, 7]), torch.full((2, 6), 1 / 6))
+    exchange_rows(banks[0], *(torch.tensor([6, 7] if rank == 0 else [], dtype=torch.long),) * 2)
+    with pytest.raises(ValueError, match='row 7 had the label 4 before, and has the label 3 now'):
+        banks[0].check_labels(torch.tensor([7]), torch.tensor([3]))
+    return states
 
 
 @pytest.mark.parametrize('world_size', [2, 4])

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from d2_runs import CSKD, DROPOUT, FRSKD, PSKD, Reseed, batches, config, load, scalars, train
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import DefaultPredictor, HookBase, launch
+from detectron2.engine import DefaultPredictor, HookBase
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
+from forks import in_processes
 
 from selfkd.pairing import same_class_partners
 from selfkd.seeds import step_generator
@@ -256,21 +257,27 @@ def test_past_copy_costs_the_vanilla_weights_alone(voc, tmp_path, frskd):
     assert len(trainer.optimizer.state) == len(list(vanilla.parameters()))
 
 
-@pytest.mark.parametrize('model', ['faster', 'cascade, FRSKD'])
+@pytest.fixture(scope='module', params=['faster', 'cascade, FRSKD'])
+def straight(request, voc, tmp_path_factory):
+    """A run with checkpoints: the name of the detector, the options, and the folder."""
+    case, folder = request.param, tmp_path_factory.mktemp('straight')
+    options = f'{PSKD} {CSKD} {DROPOUT} {BESIDE.get(case, "")} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD 2'
+    model = case.split(',')[0]
+    train(config(voc, folder, model, options), Reseed())
+    return model, options, folder
+
+
 @pytest.mark.parametrize('start', [2, 4, 6])  # before the first period ends, between two refreshes, and at one
-def test_resume_is_exact(voc, tmp_path, start, model):
+def test_resume_is_exact(voc, tmp_path, start, straight):
     """Given the same batches and seeds: Detectron2 itself restores neither. The past copy's noise is its own."""
-    options = f'{PSKD} {CSKD} {DROPOUT} {BESIDE.get(model, "")} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD {start}'
-    model = model.split(',')[0]
-    train(config(voc, tmp_path / 'straight', model, options), Reseed())
-    cfg = config(voc, tmp_path / 'resumed', model, options)
+    model, options, folder = straight
+    cfg = config(voc, tmp_path, model, options)
     saved = f'model_{start - 1:07d}.pth'
-    (tmp_path / 'resumed').mkdir()
-    shutil.copy(tmp_path / 'straight' / saved, tmp_path / 'resumed')
-    (tmp_path / 'resumed/last_checkpoint').write_text(saved)
-    assert ('PSKDHook' in torch.load(tmp_path / 'straight' / saved)['trainer']['hooks']) == (start == 4)
+    shutil.copy(folder / saved, tmp_path)
+    (tmp_path / 'last_checkpoint').write_text(saved)
+    assert ('PSKDHook' in torch.load(folder / saved)['trainer']['hooks']) == (start == 4)
     train(cfg, Reseed(), resume=True)
-    straight, resumed = (torch.load(tmp_path / run / 'model_final.pth') for run in ('straight', 'resumed'))
+    straight, resumed = (torch.load(run / 'model_final.pth') for run in (folder, tmp_path))
     for key in ('model', 'iteration'):
         assert_same_state(resumed[key], straight[key])
     assert_same_state(resumed['trainer']['_trainer']['optimizer'], straight['trainer']['_trainer']['optimizer'])
@@ -300,7 +307,7 @@ def test_two_processes_train_one_detector(voc, tmp_path):
         'frskd': FRSKD,
         'cascade': f'{d2_runs.MODELS["cascade"]} {FRSKD} {PSKD} {CSKD}',
     }
-    launch(d2_runs.two_processes, 2, dist_url='auto', args=(voc, tmp_path, methods))
+    in_processes(tmp_path, functools.partial(d2_runs.two_processes, voc, tmp_path, methods), 2)
     for name in methods:
         first, second = (torch.load(tmp_path / f'{name}{rank}.pth') for rank in range(2))
         assert_same_state(first['teacher'], second['teacher'])  # both have rank 0's batch-norm statistics
@@ -357,7 +364,11 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
         ('retinanet', PSKD + 'SELFKD.PSKD.KEEP_HARD False', 'keep_hard=False .* and RetinaNet has none'),
         ('retinanet', PSKD + 'MODEL.RETINANET.FOCAL_LOSS_GAMMA 0.5', 'focal_loss_gamma must be 0 or at least 1'),
         ('faster', PSKD + 'MODEL.META_ARCHITECTURE ProposalNetwork', 'ProposalNetwork is not supported'),
-        ('faster', PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor', 'SemanticSegmentor is not supported'),
+        (
+            'faster',  # DeepLab's; it has another number of classes than ROI heads, which it has not
+            PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor MODEL.ROI_HEADS.NUM_CLASSES 80',
+            'SemanticSegmentor is not supported',
+        ),
         ('faster', PSKD + 'MODEL.ROI_HEADS.NAME OwnROIHeads', 'with the ROI heads OwnROIHeads is not supported'),
     ],
 )

@@ -123,9 +123,24 @@ def test_bank_holds_what_the_model_predicted():
         assert error < (1e-3 if top_k == 50 else 0.012)  # float16; of draws six deviations; of the 12 likeliest: 0.019
 
 
+def test_bank_refuses_sentences_that_change():
+    """Noise in the targets, drawn anew each time: a row was kept for another token."""
+    trainer, batches = make_trainer(['--pskd-past', 'bank'], **SMALL)
+    model, criterion, batch = trainer.get_model().train(), trainer.criterion.train(), batches[0]
+    criterion(model, batch)
+    noisy = batch['target'].clone()
+    noisy[0, 0] = noisy[0, 0] - 1 if noisy[0, 0] > Dictionary().nspecial else noisy[0, 0] + 1
+    with pytest.raises(
+        ValueError, match=r'--pskd-past bank: a target token .* \(1 of \d+ rows differ\).*use --pskd-past'
+    ):
+        criterion(model, {**batch, 'target': noisy})
+    criterion(model, batch)
+
+
 def test_bank_of_160k_sentences_fits():
     """Of 28 tokens each, as IWSLT14 after byte-pair encoding or longer: at most 300 MB."""
     bank = PredictionBank(1, 10000, top_k=8, dtype=torch.float16)
+    bank.check_labels(torch.tensor([0]), torch.tensor([7]))
     assert bank.nbytes * 160_000 * 28 < 300e6
 
 

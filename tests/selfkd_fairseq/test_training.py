@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -402,11 +403,42 @@ class TestSeveralProcesses:
         ('--max-epoch 3 --pskd-snapshot-interval 100', 'the first one is due after 100 updates'),
         ('--max-epoch 1 --pskd-past bank', 'a sentence when it comes again, in the second epoch'),
         ('--max-epoch 2 --adaptive-softmax-cutoff 10', '--adaptive-softmax-cutoff: an adaptive softmax has no'),
+        (
+            '--max-epoch 2 --task translation_lev --arch nonautoregressive_transformer',
+            'NATransformerModel is not autoregressive',
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(fairseq, options, message):
     log = fairseq.train('refused', '--criterion pskd_label_smoothed_cross_entropy', options, fails=True)
     assert message in log
+
+
+def test_cskd_refuses_models_that_are_not_autoregressive(fairseq):
+    options = '--max-epoch 2 --task translation_lev --arch levenshtein_transformer'
+    log = fairseq.train('refused', '--criterion cskd_label_smoothed_cross_entropy', options, fails=True)
+    assert 'LevenshteinTransformerModel is not autoregressive' in log
+
+
+def test_the_bank_refuses_data_that_was_shuffled_between_two_runs(fairseq):
+    """Each row would be another token's. The snapshot keeps nothing of single sentences."""
+    folder = fairseq.folder
+    pairs = list(zip(*((folder / f'train.{language}').read_text().splitlines() for language in ('de', 'en'))))
+    random.Random(1).shuffle(pairs)
+    for language, lines in zip(('de', 'en'), zip(*pairs)):
+        (folder / f'shuffled.{language}').write_text(''.join(f'{line}\n' for line in lines))
+    fairseq.run(
+        'fairseq-preprocess -s de -t en --trainpref shuffled --validpref valid --destdir shuffled '
+        '--srcdict bin/dict.de.txt --tgtdict bin/dict.en.txt'
+    )
+    for past in ('bank', 'snapshot'):
+        options = (PSKD, PASTS[past], '--disable-validation')
+        fairseq.train(f'unshuffled-{past}', *options, '--max-epoch 2')
+        resume = f'--max-epoch 3 --restore-file {folder}/unshuffled-{past}/checkpoint2.pt'
+        log = fairseq.train(f'shuffled-{past}', *options, resume, data='shuffled', fails=past == 'bank')
+        says = '--pskd-past bank: a target token is not the one that its row was kept for'
+        assert (says in log) == (past == 'bank')
+        assert past != 'bank' or 'or use --pskd-past snapshot or ema' in log
 
 
 def test_sharded_data_is_refused_for_the_bank(fairseq):

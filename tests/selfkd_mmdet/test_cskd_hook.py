@@ -5,10 +5,16 @@ import torch
 import torch.nn.functional as F
 from det_runs import CSKD, FRSKD, MODIFY, PSKD, Regions, config
 from mm_runs import assert_same_state, train
+from mmcv.ops import box_iou_rotated
+from mmdet.registry import TASK_UTILS
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import get_box_tensor
+from mmengine.structures import InstanceData
 
 from selfkd.pairing import same_class_partners
 from selfkd.seeds import step_generator
 from selfkd_mmdet import CSKDHook
+from selfkd_mmdet.cskd_hook import objects_shown
 
 
 def restated(logits, weight, avg_factor, pairs):
@@ -20,6 +26,16 @@ def restated(logits, weight, avg_factor, pairs):
     return 0.5 * total / avg_factor
 
 
+@TASK_UTILS.register_module(force=True)  # pytest also imports this file by its path, looking for doctests
+class Nearness:
+    """Takes the place of the IoU: how near the centres of objects and regions are."""
+
+    def __call__(self, bboxes1, bboxes2, mode='iou', is_aligned=False):
+        assert mode == 'iou'
+        centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in map(get_box_tensor, (bboxes1, bboxes2))]
+        return 1 / (1 + torch.cdist(*centres) / 64)
+
+
 OTHERS = ['dynamic', 'mask scoring', 'point rend', 'sabl']
 
 
@@ -28,6 +44,7 @@ OTHERS = ['dynamic', 'mask scoring', 'point rend', 'sabl']
     [
         'faster-rcnn',
         'one class, one image',
+        'one class, own overlaps',
         'positives count double',
         'cascade',
         'cascade, FRSKD',
@@ -44,7 +61,10 @@ def test_loss_and_gradient_recomputed(voc, tmp_path, case):
     case, *frskd = case.split(', ')
     options = {'model.train_cfg.rcnn.pos_weight': 2.0} if 'double' in case else {}
     if case == 'one class':  # pairs of objects in an image
-        frskd, options = [], {'train_dataloader.batch_size': 1}
+        options = {'train_dataloader.batch_size': 1}
+        if frskd == ['own overlaps']:
+            options['model.train_cfg.rcnn.assigner.iou_calculator'] = dict(type='Nearness')
+        frskd = []
     if frskd:
         options = {**FRSKD, 'model.roi_head.alpha': 0.0}
     model = case if case in MODIFY else 'faster-rcnn'
@@ -72,6 +92,20 @@ def test_loss_and_gradient_recomputed(voc, tmp_path, case):
         losses = [v for k, v in step['outputs'].items() if 'loss' in k and k != 'loss']
         assert step['outputs']['loss'] == pytest.approx(sum(losses))
     assert found
+
+
+def test_objects_of_rotated_boxes():
+    """Two thin ones that cross have the same horizontal hull; regions of 5 columns tell them apart."""
+    objects = torch.tensor([[50.0, 50, 40, 4, 0.8], [50.0, 50, 40, 4, -0.8], [20.0, 20, 10, 5, 0.1]])
+    samples = [
+        DetDataSample(gt_instances=InstanceData(bboxes=b, labels=torch.zeros(len(b)).long()))
+        for b in (objects, objects[:0], objects[1:])
+    ]
+    near = torch.tensor([2.0, -1.0, 3.0, 1.0, 0.05])
+    images, shown = torch.tensor([0.0, 0, 0, 2, 2]), torch.tensor([1, 0, 2, 1, 0])
+    boxes = torch.stack([samples[int(i)].gt_instances.bboxes[j] for i, j in zip(images, shown)]) + near
+    rois = torch.cat([images[:, None], boxes], dim=1)
+    assert torch.equal(objects_shown(rois, torch.zeros(5).long(), samples, box_iou_rotated), shown)
 
 
 def test_order_beside_pskd_does_not_matter(voc, tmp_path):

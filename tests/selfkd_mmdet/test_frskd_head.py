@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from det_runs import CSKD, FRSKD, PSKD, bbox_heads, bfloat16, config
 from mm_runs import assert_same_state, train
+from mmcv.ops import RoIAlign
+from mmdet.models.roi_heads import CascadeRoIHead, Shared2FCBBoxHead, StandardRoIHead
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import load_checkpoint
 from mmengine.structures import InstanceData
 from mmengine.utils import get_installed_path
@@ -19,6 +22,7 @@ from survey import shrink
 from selfkd.losses import attention_transfer
 from selfkd.publish import publish_checkpoint, strip_self_teacher
 from selfkd_mmdet import FRSKDRoIHead
+from selfkd_mmdet.heads import per_stage
 from selfkd_mmengine.train import main
 
 
@@ -58,7 +62,17 @@ class Watch(Hook):
         self.steps[-1]['outputs'] = {k: v.item() for k, v in outputs.items()}
 
 
-@pytest.mark.parametrize('case', ['faster-rcnn', 'mask', 'beta 0', 'cascade', 'cascade mask'])
+def one_sample(extractor):
+    """The detector's RoI extractor, but with one sample for each point."""
+    extractor = copy.deepcopy(extractor)
+    for layer in extractor.roi_layers:
+        layer.sampling_ratio = 1
+    return extractor
+
+
+@pytest.mark.parametrize(
+    'case', ['faster-rcnn', 'mask', 'beta 0', 'cascade', 'cascade, own extractors', 'cascade mask']
+)
 def test_losses_recomputed(voc, tmp_path, case):
     """Every term of every step in the paper's words, in every stage; the self-teacher learns from the labels alone."""
     options = {
@@ -71,8 +85,12 @@ def test_losses_recomputed(voc, tmp_path, case):
     if cascade:
         weights = {'s0.': 0.5, 's1.': 0.25}
         options['model.roi_head.stage_loss_weights'] = list(weights.values())
-    model = 'faster-rcnn' if case == 'beta 0' else case
-    train(config(voc, tmp_path, model=model, **FRSKD, **options), watch := Watch())
+    model = 'faster-rcnn' if case == 'beta 0' else case.split(',')[0]
+    cfg = config(voc, tmp_path, model=model, **FRSKD, **options)
+    if 'own extractors' in case:  # the second stage reads its regions from finer maps
+        reader = cfg.model.roi_head.bbox_roi_extractor
+        cfg.model.roi_head.bbox_roi_extractor = [reader, {**reader, 'finest_scale': 10**4}]
+    train(cfg, watch := Watch())
     assert len(watch.steps) == 2
     for step in watch.steps:
         head, feats = step['head'], step['regions']
@@ -81,7 +99,7 @@ def test_losses_recomputed(voc, tmp_path, case):
         for stage, (prefix, weight) in enumerate(weights.items()):
             z, y = step['calls'][stage]
             teacher = head.self_teacher['bbox_head'][stage]
-            read = head.self_teacher['roi_extractor'](maps, step['rois'][stage])
+            read = one_sample(per_stage(head.bbox_roi_extractor)[stage])(maps, step['rois'][stage])
             for layer in teacher.shared_convs:
                 read = layer(read)
             read = read.flatten(1)
@@ -255,6 +273,106 @@ def test_the_head_is_a_copyable_one_of_the_replaced_kind(voc, tmp_path):
         for same in (head, copy.deepcopy(head)):
             assert isinstance(same, FRSKDRoIHead)
             assert isinstance(same, MODELS.get(name))
+
+
+@pytest.mark.parametrize('kind', ['RoIAlign', RoIAlign])
+def test_the_self_teacher_takes_one_sample_for_each_point(voc, tmp_path, kind):
+    """However the config names the layer: new-style configs give the class."""
+    cfg = config(voc, tmp_path, model='cascade', **FRSKD)
+    cfg.model.roi_head.bbox_roi_extractor.roi_layer = dict(type=kind, output_size=7, sampling_ratio=0)
+    head = MODELS.build(cfg.model).roi_head
+    ratios = [[layer.sampling_ratio for layer in reader.roi_layers] for reader in head.self_teacher['roi_extractor']]
+    assert ratios == [[1, 1]] * 2  # of each level, in each stage
+    assert head.bbox_roi_extractor[0].roi_layers[0].sampling_ratio == 0
+
+
+def test_a_validation_loss_is_the_toolkits(voc, tmp_path):
+    """In evaluation mode, or without gradients."""
+    head = MODELS.build(config(voc, tmp_path, **FRSKD).model).roi_head
+    feats = [torch.rand(1, 32, size, size) for size in (16, 8, 4, 2)]
+    sample = DetDataSample(gt_instances=InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0).long()))
+
+    def losses():
+        return taught_losses(head.loss(feats, [InstanceData(bboxes=torch.tensor([[4.0, 4, 20, 20]]))], [sample]))
+
+    assert len(losses()) == 3
+    with torch.no_grad():
+        assert not losses()
+    head.eval()
+    assert not losses()
+
+
+class OwnHead:
+    """What a project's RoI head adds."""
+
+    def loss(self, *args):
+        return {**super().loss(*args), 'loss_own': next(self.parameters()).square().sum()}
+
+
+class OwnRoIHead(OwnHead, StandardRoIHead):
+    pass
+
+
+class OwnCascadeRoIHead(OwnHead, CascadeRoIHead):
+    pass
+
+
+class OtherwiseRoIHead(StandardRoIHead):
+    """Computes its losses in a way of its own."""
+
+    def loss(self, *args):
+        return {'loss_own': next(self.parameters()).square().sum()}
+
+
+class OwnBBoxHead(Shared2FCBBoxHead):
+    pass
+
+
+@pytest.fixture
+def own():
+    """A project's own registry, which is the default scope: a child of MMDetection's, as mmrotate has one."""
+    registry = Registry('model', parent=MODELS, scope='own')
+    yield registry
+    del MODELS._children['own']
+
+
+@pytest.mark.parametrize(('model', 'kind'), [('faster-rcnn', OwnRoIHead), ('cascade', OwnCascadeRoIHead)])
+def test_a_roi_head_of_ones_own_keeps_its_loss(voc, tmp_path, own, model, kind):
+    """The option took the place of its name: it is asked for, and the self-teacher comes beside what the class does."""
+    own.register_module(module=kind)
+    cfg = config(voc, tmp_path, model=model, **FRSKD, **{'train_cfg.max_epochs': 1})
+    with pytest.raises(ValueError, match=f'FRSKDRoIHead: .*set model.roi_head.base_type to .*{kind.__name__}'):
+        MODELS.build(cfg.model)
+    for base_type in (f'own.{kind.__name__}', kind):
+        cfg.model.roi_head.base_type = base_type
+        head = MODELS.build(cfg.model).roi_head
+        assert isinstance(head, FRSKDRoIHead)
+        assert isinstance(head, kind)
+    cfg.model.roi_head.base_type = f'own.{kind.__name__}'
+    train(cfg, watch := Watch())
+    assert all(step['outputs']['loss_own'] > 0 for step in watch.steps)
+    assert len(taught_losses(watch.steps[0]['outputs'])) == (5 if model == 'cascade' else 3)
+    torch.save(head, tmp_path / 'head.pth')
+    for same in (copy.deepcopy(head), torch.load(tmp_path / 'head.pth')):
+        assert type(same) is type(head)
+        assert_same_state(same.state_dict(), head.state_dict())
+
+
+def test_own_heads_that_cannot_be_taught_are_refused(voc, tmp_path, own):
+    own.register_module(module=OtherwiseRoIHead)
+    own.register_module(module=OwnBBoxHead)
+    cfg = config(voc, tmp_path, **FRSKD, **{'model.roi_head.base_type': 'own.OtherwiseRoIHead'})
+    with pytest.raises(RuntimeError, match='OtherwiseRoIHead computed its losses without a call of bbox_loss'):
+        train(cfg)
+    cfg.model.roi_head.base_type = 'StandardRoIHead'
+    cfg.model.roi_head.bbox_head.type = 'OwnBBoxHead'
+    with DefaultScope.overwrite_default_scope('own'), pytest.raises(
+        ValueError, match='got .*bbox_head.type=OwnBBoxHead'
+    ):
+        MODELS.build(cfg.model)
+    cfg.model.roi_head.base_type = 'RPNHead'
+    with pytest.raises(ValueError, match='model.roi_head.base_type must name StandardRoIHead'):
+        MODELS.build(cfg.model)
 
 
 def test_a_model_that_ignores_the_option_is_refused_by_selfkd_train(tmp_path):

@@ -56,6 +56,18 @@ def epoch_of(method, model=None, change=lambda x, y: (x, y), steps=None):
             break
 
 
+def several_epochs(method, epochs=2, **options):
+    for _ in range(epochs):
+        epoch_of(method, **options)
+
+
+def pass_over(batches, steps=None):
+    """A loop that trains on nothing."""
+    for step, _ in enumerate(batches):
+        if step + 1 == steps:
+            break
+
+
 def by_length(samples):
     """As for pack_padded_sequence: the longest first."""
     return default_collate(sorted(samples, key=lambda sample: -sample[0][0]))
@@ -99,12 +111,9 @@ def test_samples_in_other_places_than_their_rows_are_refused(data, options, chan
     if not isinstance(data, Retrying):  # a bank sees a retry only where its neighbours have other labels
         pskd = bank_of(loader)
         with pytest.raises(ValueError, match=NOT_THEIRS):
-            for _ in range(2):
-                epoch_of(pskd, change=change)
+            several_epochs(pskd, change=change)
     with pytest.raises(ValueError, match=NOT_THEIRS):
-        for x, y in cskd.batches():
-            x, y = change(x, y)
-            cskd.loss(cskd.model(x), y)
+        epoch_of(cskd, cskd.model, change=change)
 
 
 def test_partners_in_other_places_are_refused():
@@ -139,8 +148,7 @@ def test_a_subset_that_is_redrawn_and_a_shuffled_data_set_are_refused():
 def test_one_iterator_at_a_time():
     pskd = bank_of(loader_of())
     with pytest.raises(RuntimeError, match='an iterator over them is not finished yet'):
-        for _ in zip(pskd.batches(), pskd.batches()):
-            pass
+        list(zip(pskd.batches(), pskd.batches()))
     held = iter(pskd.batches())
     next(held)
     with pytest.raises(RuntimeError, match='an iterator over them is not finished yet'):
@@ -253,14 +261,12 @@ def test_plain_batches_are_counted_and_reported(caplog):
                     method.loss(model(x), y)
         assert f'{method.name}: 2 of 4 batches of epoch 1 were trained on without {method.call}' in caplog.text
         with pytest.raises(RuntimeError, match='and so were all 4 of the epoch'):
-            for _ in method.batches():
-                pass
+            pass_over(method.batches())
     pskd = bank_of(loader_of())
-    with pytest.raises(RuntimeError, match='a batch was trained on without'):  # an epoch that never ends
-        for _ in range(9):
-            for step, _ in enumerate(pskd.batches()):
-                if step:
-                    break
+    for _ in range(4):  # an epoch that never ends: of each loop one batch was gone past
+        pass_over(pskd.batches(), steps=2)
+    with pytest.raises(RuntimeError, match='a batch was trained on without'):
+        pass_over(pskd.batches(), steps=2)
 
 
 class Endless(IterableDataset):
@@ -350,7 +356,7 @@ def accelerated(prepare_first):
     batches = accelerator.prepare(pskd.batches())
     rows, losses = [], []
     try:
-        for epoch in range(2):
+        for _ in range(2):
             for x, y in batches:
                 assert torch.equal(x[:, 0].long(), pskd._rows)
                 losses.append(pskd.loss(model(x), y).item() - F.cross_entropy(model(x), y).item())

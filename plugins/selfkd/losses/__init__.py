@@ -13,6 +13,7 @@ from ..topk import TopK
 from .comparators import byot_loss, ddgsd_loss, sla_loss, tfkd_loss, tfkd_regularization
 from .cskd import cskd_loss
 from .frskd import FEATURE_LOSSES, attention_transfer, frskd_loss, hint_loss, overhaul_loss
+from .linear import linear_pskd_loss
 from .pskd import PSKDParts, mix, progressive_targets, pskd_cross_entropy, pskd_loss
 from .soft import distillation_kl, quality_focal_loss, soft_cross_entropy
 
@@ -27,6 +28,7 @@ __all__ = [
     'distillation_kl',
     'frskd_loss',
     'hint_loss',
+    'linear_pskd_loss',
     'mix',
     'overhaul_loss',
     'progressive_targets',

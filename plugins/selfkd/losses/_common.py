@@ -1,7 +1,7 @@
 """What the losses share: log-softmax, products in which 0 times infinity is 0, reductions."""
 
 import math
-from typing import Optional
+from typing import Iterator, Optional
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,27 @@ from torch import Tensor
 
 from ..checks import tracing, wide
 
+NUMBERS_AT_ONCE = {'cpu': 2**20}  # so many fit the cache; an accelerator wants more, to be kept busy
+
 
 def log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=1, dtype=wide(logits.dtype))
+
+
+def row_slices(logits: Tensor) -> Iterator[slice]:
+    """Slices of the samples, a few at a time."""
+    numbers = NUMBERS_AT_ONCE.get(logits.device.type, 2**25)
+    samples = max(1, numbers * len(logits) // max(logits.numel(), 1))
+    for start in range(0, len(logits), samples):
+        yield slice(start, start + samples)
+
+
+def of_rows(value, rows: slice, dtype: Optional[torch.dtype] = None):
+    """The samples' part of what has a value for each of them; probs come in ``dtype``."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    value = value[rows]
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def reduce(losses: Tensor, reduction: str, ignored: Optional[Tensor] = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_alpha, check_labels, check_logits, check_probs, check_top_k, wide
 from ..topk import TopK
-from ._common import log_softmax, reduce, times
+from ._common import reduce, times
 from ._mixed_nll import mixed_nll
 from .soft import soft_cross_entropy
 
@@ -169,12 +169,7 @@ def pskd_loss(
     elif past is not None:
         check_probs('past_probs', past, logits.shape, ignored)
 
-    log_probs = logits if normalized else log_softmax(logits)
-    if labels.is_floating_point():
-        target = labels if past_probs is None else progressive_targets(labels, past_probs, alpha)
-        terms = mixed_nll(log_probs, None, target, None, 1.0, 0.0, None)
-    else:
-        terms = mixed_nll(log_probs, labels, past, classes, alpha, label_smoothing, ignored)
+    terms = mixed_nll(logits, labels, past, classes, alpha, label_smoothing, ignored, normalized)
     loss = reduce(terms[0], reduction, ignored)
     if not return_parts:
         return loss

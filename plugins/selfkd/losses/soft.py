@@ -15,8 +15,9 @@ from ..checks import (
     check_temperature,
     wide,
 )
-from ._common import kl, log_softmax, reduce
+from ._common import reduce
 from ._mixed_nll import mixed_nll
+from ._tempered_kl import tempered_kl
 
 __all__ = ['distillation_kl', 'quality_focal_loss', 'soft_cross_entropy']
 
@@ -47,7 +48,7 @@ def soft_cross_entropy(logits: Tensor, target_probs: Tensor, *, class_weight=Non
     if class_weight is not None:
         factors = torch.as_tensor(class_weight, dtype=target_probs.dtype, device=target_probs.device)
         target_probs = target_probs * factors.view(-1, *[1] * (logits.dim() - 2))
-    losses, *_ = mixed_nll(log_softmax(logits), None, target_probs, None, 1.0, 0.0, None)
+    losses, *_ = mixed_nll(logits, None, target_probs, None, 1.0)
     return reduce(losses, reduction)
 
 
@@ -104,11 +105,7 @@ def distillation_kl(
     check_logits(student_logits, reduction, (*REDUCTIONS, 'batchmean'))
     check_same_shape('teacher_logits', teacher_logits, 'student_logits', student_logits)
     check_temperature(temperature)
-    student = student_logits.to(wide(student_logits.dtype))  # first: a half divided by a small T overflows
-    teacher = teacher_logits.detach().to(wide(teacher_logits.dtype))
-    if temperature != 1:  # on large maps the division itself takes time
-        student, teacher = student / temperature, teacher / temperature
-    losses = temperature**2 * kl(log_softmax(teacher), log_softmax(student))
+    losses = tempered_kl(student_logits, teacher_logits, temperature)
     if reduction == 'batchmean':
         return losses.sum() / max(len(losses), 1)
     return reduce(losses, reduction)

@@ -1,0 +1,142 @@
+"""PS-KD straight from hidden states and the output layer's weight: logits of all tokens never exist."""
+
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_alpha, check_labels, check_reduction, check_top_k, tracing, wide
+from ..topk import TopK, draw_top_k
+from ._common import log_softmax, of_rows
+from ._mixed_nll import gradient_of_terms, terms_of
+from .pskd import pskd_loss
+
+__all__ = ['linear_pskd_loss']
+
+LOGITS_AT_ONCE = {'cpu': 2**22}  # small enough for the cache; elsewhere large enough to keep the device busy
+
+
+def linear_pskd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    past: Optional[TopK],
+    alpha: Union[float, Tensor],
+    *,
+    bias: Optional[Tensor] = None,
+    ignore_index: int = -100,
+    reduction: str = 'mean',
+    draw: Optional[Tuple[int, Tensor]] = None,
+):
+    r""":func:`pskd_loss` of ``hidden @ weight.T + bias``, for vocabularies whose logits would fill the memory.
+
+    The logits of a few tokens at a time are made, their loss and gradients taken, and the memory used again, as
+    Liger-Kernel's fused linear cross-entropy does (https://arxiv.org/abs/2410.10989). It takes as many matrix products
+    as with logits: three.
+
+    Args:
+        hidden: ``[N, D]``, any floating dtype.
+        weight: of the output layer, ``[V, D]``, in the dtype of ``hidden``.
+        labels: class ids ``[N]``.
+        past: past predictions of the tokens, or None with ``alpha=0``; a constant.
+        alpha: in [0, 1], a number, or a tensor ``[N]`` with one per token: 0 for tokens that have no past yet.
+        bias: of the output layer, ``[V]``.
+        ignore_index: class ids of this value contribute nothing, and are not counted by ``'mean'``.
+        reduction: ``'mean'`` or ``'sum'``.
+        draw: (k, uniform): also draw k classes of each new prediction with the random numbers ``uniform`` ``[N]``, as
+            :func:`~selfkd.topk.draw_top_k` does. Nobody has the logits to do so afterwards.
+
+    Returns:
+        the loss; with ``draw`` the pair (loss, :class:`~selfkd.topk.TopK` of the new predictions).
+
+    Raises:
+        ValueError: as :func:`pskd_loss`, and shapes that do not fit the output layer.
+        RuntimeError: a second derivative is asked for.
+
+    Example:
+        >>> hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
+        >>> labels, past = torch.arange(6), TopK(torch.full((6, 1), 0.7), torch.arange(6)[:, None])
+        >>> loss = linear_pskd_loss(hidden, weight, labels, past, 0.3)
+        >>> torch.allclose(loss, pskd_loss(hidden @ weight.T, labels, past, 0.3, ignore_index=-100))
+        True
+    """
+    check_reduction(reduction, ('mean', 'sum'))
+    shapes = (hidden.dim(), weight.dim(), hidden.shape[-1:], bias is None or bias.shape == weight.shape[:1])
+    if shapes != (2, 2, weight.shape[-1:], True):
+        raise ValueError(
+            f'hidden, weight, bias: must be [N, D], [V, D] and [V], got {tuple(hidden.shape)}, {tuple(weight.shape)} '
+            f'and {bias if bias is None else tuple(bias.shape)}'
+        )
+    of_logits = hidden.new_empty(()).expand(len(hidden), len(weight))  # their shape, dtype and device, and no memory
+    alpha = check_alpha(alpha, of_logits)
+    ignored = labels == ignore_index
+    labels = check_labels(labels.masked_fill(ignored, 0), of_logits)
+    if past is not None:
+        check_top_k('past', *past, of_logits)
+    elif isinstance(alpha, Tensor) or alpha != 0:
+        raise ValueError(f'past: None is allowed with alpha=0 only, got alpha={alpha}')
+    if tracing():
+        logits = F.linear(hidden, weight, bias)
+        labels = labels.masked_fill(ignored, ignore_index)
+        loss = pskd_loss(logits, labels, past, alpha, ignore_index=ignore_index, reduction=reduction)
+        return (loss, draw_top_k(logits, *draw)) if draw else loss
+    k, uniform = draw or (0, None)
+    values, classes = past or (None, None)
+    loss, *drawn = _LinearPSKD.apply(
+        hidden, weight, bias, labels, values, classes, alpha, ignored, reduction == 'mean', k, uniform
+    )
+    return (loss, TopK(*drawn)) if draw else loss
+
+
+class _LinearPSKD(torch.autograd.Function):
+    """The gradients are taken in the forward pass, where a chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, values, classes, alpha, ignored, mean, k, uniform):
+        dtype = wide(hidden.dtype)
+        counted = (~ignored).to(dtype)
+        scale = counted / counted.sum().clamp(min=1) if mean else counted
+        gradients = [
+            torch.zeros(x.shape, dtype=dtype if x is not hidden else x.dtype, device=x.device) if needed else None
+            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
+        ]
+        loss, drawn = hidden.new_zeros((), dtype=dtype), []
+        tokens = max(16, LOGITS_AT_ONCE.get(hidden.device.type, 2**25) // len(weight))
+        for start in range(0, len(hidden), tokens):
+            rows = slice(start, start + tokens)
+            logits = F.linear(hidden[rows], weight, bias)
+            past = (of_rows(values, rows, dtype), of_rows(classes, rows))
+            log_probs = log_softmax(logits)
+            losses, _, _, _, rest = terms_of(log_probs, labels[rows], *past, of_rows(alpha, rows), 0.0, ignored[rows])
+            loss += (losses * scale[rows]).sum()
+            if k:
+                drawn.append(draw_top_k(log_probs, k, uniform[rows]))
+            if any(ctx.needs_input_grad):
+                share = of_rows(alpha, rows)
+                hard, soft = ((-weight_of * scale[rows]).unsqueeze(1) for weight_of in (1 - share, share))
+                part = gradient_of_terms(log_probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
+                _add_gradients(gradients, part, hidden, weight, rows)
+        ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) for g in gradients))
+        kept = [torch.cat(parts) for parts in zip(*drawn)] if k else [loss.new_empty(0), labels.new_empty(0)]
+        ctx.mark_non_differentiable(*kept)
+        return (loss, *kept)
+
+    @staticmethod
+    def backward(ctx, grad, *unused):
+        if torch.is_grad_enabled():
+            raise RuntimeError('linear_pskd_loss: has no second derivative: use pskd_loss, which has one')
+        return (*(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), *[None] * 8)
+
+
+def _add_gradients(gradients, of_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:
+    of_hidden, of_weight, of_bias = gradients
+    if of_bias is not None:
+        of_bias += of_logits.sum(0)
+    of_logits = of_logits.to(hidden.dtype)
+    if of_hidden is not None:
+        torch.matmul(of_logits, weight, out=of_hidden[rows])
+    if of_weight is not None and of_weight.dtype == hidden.dtype:
+        of_weight.addmm_(of_logits.t(), hidden[rows])
+    elif of_weight is not None:
+        of_weight += of_logits.t() @ hidden[rows]
