@@ -321,7 +321,7 @@ class LightningDriver(Driver):
 
 
 class TransformersDriver(Driver):
-    """Trains a vision transformer in Hugging Face's Trainer."""
+    """Trains a BERT, which reads the pixels of a digit as tokens, in Hugging Face's Trainer."""
 
     classes = tuple(f'LABEL_{number}' for number in range(CLASSES))
 
@@ -332,16 +332,16 @@ class TransformersDriver(Driver):
 
         import selfkd_transformers  # noqa: F401  (before processes are forked)
 
-        self.data = [dict(pixel_values=image, labels=label) for image, label in self.data]
+        self.data = [dict(input_ids=(16 * image).long().flatten(), labels=label) for image, label in self.data]
         self.collate = default_data_collator
 
     def network(self):
-        from transformers import ViTConfig, ViTForImageClassification
+        from transformers import BertConfig, BertForSequenceClassification
 
         torch.manual_seed(0)
-        sizes = dict(image_size=8, patch_size=4, num_channels=1, hidden_size=16, intermediate_size=16)
-        layers = dict(num_hidden_layers=1, num_attention_heads=2, hidden_dropout_prob=0.1)
-        return ViTForImageClassification(ViTConfig(**sizes, **layers, num_labels=CLASSES))
+        sizes = dict(vocab_size=17, hidden_size=16, intermediate_size=16, max_position_embeddings=64)
+        layers = dict(num_hidden_layers=1, num_attention_heads=2)
+        return BertForSequenceClassification(BertConfig(**sizes, **layers, num_labels=CLASSES))
 
     def _train(self, cfg, processes, kill_at, resume, rank):
         from transformers import Trainer, TrainingArguments
@@ -361,9 +361,9 @@ class TransformersDriver(Driver):
             def compute_loss(self, model, inputs, *args, **kwargs):
                 if cfg['passes'] == 1:
                     return super().compute_loss(model, inputs, *args, **kwargs)
-                logits = model(inputs['pixel_values']).logits
+                logits = model(inputs['input_ids']).logits
                 with torch.random.fork_rng():
-                    model(inputs['pixel_values'].flip(-1))
+                    model(inputs['input_ids'].flip(-1))
                 return F.cross_entropy(logits, inputs['labels'])
 
         args = dict(
@@ -404,9 +404,9 @@ class TransformersDriver(Driver):
         return load_file(Path(target, 'model.safetensors')), 0
 
     def predictions(self, cfg, checkpoint):
-        from transformers import AutoModelForImageClassification
+        from transformers import AutoModelForSequenceClassification
 
-        model = AutoModelForImageClassification.from_pretrained(checkpoint).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
         with torch.no_grad():
-            found = model(torch.stack([sample['pixel_values'] for sample in self.data[:4]])).logits
+            found = model(torch.stack([sample['input_ids'] for sample in self.data[:4]])).logits
         return found, tuple(model.config.id2label.values())

@@ -400,6 +400,73 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(digits):
     assert torch._C._len_torch_function_stack() == 0
 
 
+def test_data_without_a_length(digits, caplog):
+    """Their epochs are known by max_epochs, or by limit_train_batches."""
+    stream, snapshot = DataLoader(Stream(digits), batch_size=20), lambda: PSKD(teacher='snapshot')
+    with pytest.raises(ValueError, match='is not known: set max_epochs, or limit_train_batches to a number'):
+        fit(Classifier(), stream, snapshot(), max_epochs=-1, max_steps=6)
+    limited = snapshot()
+    module = fit(Classifier(), stream, limited, max_epochs=-1, max_steps=6, limit_train_batches=2)
+    assert len(module.losses) == 6
+    assert limited.pskd.max_epochs == 3
+    assert limited.current_alpha == pytest.approx(0.8)
+    fit(Classifier(), stream, snapshot(), max_epochs=4, max_steps=9)
+    assert 'where max_steps ends training earlier, it does not get there' in caplog.text
+
+
+def test_an_endless_loader_has_epochs_by_limit_train_batches(digits):
+    sampler = torch.utils.data.RandomSampler(digits, replacement=True, num_samples=10**9)
+    endless, callback = loader_of(digits, shuffle=False, sampler=sampler), PSKD()
+    fit(Classifier(), endless, callback, limit_train_batches=3)
+    assert callback.current_alpha == pytest.approx(0.8)
+    with pytest.raises(ValueError, match='ends within its first epoch'):
+        fit(Classifier(), endless, PSKD(), max_epochs=-1, max_steps=9)
+
+
+def test_resumed_with_another_batch_size_alpha_still_grows_up(digits, tmp_path):
+    """Under max_steps an epoch of the resumed run is another share of the training."""
+    checkpoint, steps = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1), dict(max_epochs=-1, max_steps=12)
+    fit(Classifier(), loader_of(digits), checkpoint, PSKD(alpha=0.5), folder=tmp_path, **steps)
+    (saved,) = tmp_path.glob('*step=6.ckpt')
+    resumed = PSKD(alpha=0.5)
+    fit(Classifier(), loader_of(digits, batch_size=30), resumed, ckpt_path=saved, folder=tmp_path, **steps)
+    assert resumed.pskd.max_epochs == 6
+    assert resumed.current_alpha == pytest.approx(0.5)
+
+
+def under_fabric(data, rank):
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy as FabricDDP
+
+    fabric = Fabric(accelerator='cpu', devices=2, strategy=FabricDDP(process_group_backend='gloo'))
+    fabric.launch()
+    model = Classifier().net
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    torch.manual_seed(1)
+    loader = loader_of(data, batch_size=10)
+    with pytest.raises(TypeError, match='DataLoader'):
+        fabric.setup_dataloaders(selfkd_torch.PSKD(loader, max_epochs=2).batches())
+    pskd = selfkd_torch.PSKD(fabric.setup_dataloaders(loader), alpha=0.8, max_epochs=2)
+    rows = []
+    for _ in range(2):
+        for x, y in pskd.batches():
+            assert torch.equal(x, torch.stack([data[row][0] for row in pskd._rows]))
+            rows.append(pskd._rows)
+            fabric.backward(pskd.loss(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    return dict(rows=torch.cat(rows), bank=pskd.bank.state_dict())
+
+
+def test_two_processes_under_fabric(digits, tmp_path):
+    """Each trains on its half, and they hold one bank."""
+    one, two = in_processes(tmp_path, lambda rank: under_fabric(digits, rank), 2)
+    assert sorted([*one['rows'][:30].tolist(), *two['rows'][:30].tolist()]) == list(range(60))
+    assert len(one['rows']) == 60
+    assert torch.equal(one['bank']['values'], two['bank']['values'])
+    assert bool(one['bank']['seen'].all())
+
+
 def test_what_cannot_work_is_refused(digits):
     loader, stream = loader_of(digits), DataLoader(Stream(digits), batch_size=20)
     snapshot = PSKD(teacher='snapshot')
