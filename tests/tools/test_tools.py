@@ -141,7 +141,7 @@ def test_report_of_finished_runs(digits, tmp_path):
     assert [run['seed'] for run in runs] == [0, 1]
     predictions = predict(str(tmp_path / 'run0'))
     held_out, labels = predictions.held_out
-    assert (len(held_out), len(predictions.probs)) == (40, 1757)
+    assert (len(held_out), len(predictions.probs)) == (40, 150)
     assert runs[0]['temperature'] == pytest.approx(fit_temperature(held_out.log(), labels))
     scaled = apply_temperature(predictions.probs, runs[0]['temperature'])
     assert runs[0]['nll_scaled'] == pytest.approx(nll(scaled, predictions.labels))
