@@ -1,15 +1,22 @@
 """Writes the tables of docs/evidence.md anew, from the measures of every run in docs/evidence/*.csv.
 
     python tools/evidence.py
+    python tools/evidence.py run NAME [--data FOLDER] [--processes N]
 
-The files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py).
+The second trains what is missing of an experiment of experiments.py, as long as it is let run, and keeps a line for
+each run in docs/evidence/raw/NAME.jsonl; the first makes its page, docs/evidence/NAME.md, from them as well.
+
+The csv files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py).
 SECTION.csv makes the section of that name; several SECTION.PANEL.csv make one with a table for each. The section
 "summary" says of all of them what came out better and worse than plain training.
 """
 
+import argparse
+import os
 import re
+import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 from selfkd.benchmark import write_section
 from selfkd.comparison import NOTE, Run, comparison_table, differences, read_runs, verdict
@@ -103,11 +110,25 @@ def summary() -> str:
     return '\n'.join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
+    import experiments
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = parser.add_subparsers(dest='command', metavar='run').add_parser('run', help='train what is missing')
+    run.add_argument('name', choices=list(experiments.EXPERIMENTS))
+    run.add_argument('--data', default='work_dirs/evidence-data', help='folder of the images (default: %(default)s)')
+    run.add_argument('--processes', type=int, default=os.cpu_count(), help='a thread each (default: one per core)')
+    args = parser.parse_args(arguments)
+    if args.command == 'run':
+        import experiment_runner
+
+        raw = DOCS / f'evidence/raw/{args.name}.jsonl'
+        experiment_runner.train_missing(raw, experiments.EXPERIMENTS[args.name], args.data, args.processes)
+        return
     for name, text in sections().items():
         write_section(str(DOCS / 'evidence.md'), name, text)
         print(f'{name}: written')
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])
