@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Dict, List, Sequence
 
 from selfkd.benchmark import write_section
@@ -67,6 +68,8 @@ COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
     },
 }
 
+CIFAR = {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')}  # of the experiments
+WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
 
 Panels = Dict[str, Dict[str, List[Run]]]
 
@@ -110,6 +113,63 @@ def summary() -> str:
     return '\n'.join(lines)
 
 
+def experiment_page(name: str) -> str:
+    """Of an experiment, from its raw results: picture, tables and how it was done; writes the picture."""
+    import experiment_runner
+    import experiments
+    import forest
+
+    experiment = experiments.EXPERIMENTS[name]
+    runs = experiment_runner.finished(DOCS / f'evidence/raw/{name}.jsonl', experiment)
+    of_method = {method: [run for run in runs if run['method'] == method] for method in experiment.methods}
+    of_method = {method: done for method, done in of_method.items() if done}
+    panels = {
+        title: {
+            method: [dict(run['measures'][when], seed=run['seed']) for run in done]
+            for method, done in of_method.items()
+        }
+        for when, title in WHEN.items()
+    }
+    forest.draw(str(DOCS / f'evidence/{name}.svg'), panels, CIFAR)
+    tables = [f'## {title.capitalize()}\n\n{comparison_table(groups, CIFAR)}' for title, groups in panels.items()]
+    settings = ', '.join(f'`{key}={value}`' for key, value in experiment.settings.items())
+    made = {key: sorted({str(run[key]) for run in runs}) for key in ('commit', 'versions')}
+    return '\n\n'.join(
+        [
+            f'# {experiment.title}',
+            f'{len(runs)} of {experiment.seeds * len(experiment.methods)} runs are done. Written by '
+            f'`python tools/evidence.py` from [raw/{name}.jsonl](raw/{name}.jsonl).',
+            f'![difference to {next(iter(of_method))}]({name}.svg)',
+            *tables,
+            NOTE,
+            f'## While training\n\n{training_table(of_method)}',
+            f'## How\n\n{experiments.CIFAR_HOW}',
+            f'Settings: {settings}.',
+            f'Commits: {", ".join(made["commit"])}. Seconds are of a core.',
+        ]
+    )
+
+
+def training_table(of_method: Dict[str, List[dict]]) -> str:
+    """Means over the runs of what was seen on the held-out data: whether training overfits."""
+    rows = ['| | runs | epoch of lowest NLL | NLL then | NLL at the end | error % then | error % at the end | seconds |']
+    rows.append('| --- ' * 8 + '|')
+    for method, runs in of_method.items():
+        epochs = [run['epochs'] for run in runs]
+        best = [min(range(len(log)), key=lambda i, log=log: log[i][1]) for log in epochs]
+        columns = {
+            'epoch': [i + 1 for i in best],
+            'nll': [log[i][1] for log, i in zip(epochs, best)],
+            'end': [log[-1][1] for log in epochs],
+            'error': [100 * log[i][2] for log, i in zip(epochs, best)],
+            'last': [100 * log[-1][2] for log in epochs],
+            'seconds': [run['seconds'] for run in runs],
+        }
+        means = [f'{fmean(values):.{digits}f}' for values, digits in zip(columns.values(), (1, 3, 3, 1, 1, 0))]
+        rows.append(f'| {method} | {len(runs)} | {" | ".join(means)} |')
+    return '\n'.join(rows)
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     import experiments
 
@@ -118,16 +178,21 @@ def main(arguments: Sequence[str] = ()) -> None:
     run.add_argument('name', choices=list(experiments.EXPERIMENTS))
     run.add_argument('--data', default='work_dirs/evidence-data', help='folder of the images (default: %(default)s)')
     run.add_argument('--processes', type=int, default=os.cpu_count(), help='a thread each (default: one per core)')
+    run.add_argument('--methods', nargs='+', metavar='METHOD', help='only these, so that their seeds come first')
     args = parser.parse_args(arguments)
     if args.command == 'run':
         import experiment_runner
 
         raw = DOCS / f'evidence/raw/{args.name}.jsonl'
-        experiment_runner.train_missing(raw, experiments.EXPERIMENTS[args.name], args.data, args.processes)
+        experiment = experiments.EXPERIMENTS[args.name].only(args.methods)
+        experiment_runner.train_missing(raw, experiment, args.data, args.processes)
         return
     for name, text in sections().items():
         write_section(str(DOCS / 'evidence.md'), name, text)
         print(f'{name}: written')
+    for raw in sorted((DOCS / 'evidence/raw').glob('*.jsonl')):
+        (DOCS / f'evidence/{raw.stem}.md').write_text(experiment_page(raw.stem) + '\n')
+        print(f'{raw.stem}.md: written')
 
 
 if __name__ == '__main__':
