@@ -213,10 +213,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     for name, text in sections().items():
         write_section(str(DOCS / 'evidence.md'), name, text)
         print(f'{name}: written')
-    for raw in sorted((DOCS / 'evidence/raw').glob('*.jsonl')):
-        forest.draw(str(raw.parent.with_name(f'{raw.stem}.svg')), panels_of(trained(raw.stem)), CIFAR)
-        raw.parent.with_name(f'{raw.stem}.md').write_text(experiment_page(raw.stem))
-        print(f'{raw.stem}.md: written')
+    for name in filter(trained, experiments.EXPERIMENTS):
+        forest.draw(str(DOCS / f'evidence/{name}.svg'), panels_of(trained(name)), CIFAR)
+        (DOCS / f'evidence/{name}.md').write_text(experiment_page(name))
+        print(f'{name}.md: written')
 
 
 if __name__ == '__main__':

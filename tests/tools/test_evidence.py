@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -73,9 +72,7 @@ def test_a_killed_runner_goes_on_and_the_page_says_what_it_found(toy, tmp_path):
     while not (raw.exists() and raw.read_text().count('\n')):
         assert killed.poll() is None, killed.communicate()[0]
         time.sleep(0.05)
-    refused = toy(*run, '--processes', '1')
-    assert 'another runner is at work' in refused.communicate()[0]
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.wait()
     first = raw.read_text()
     with open(raw, 'a') as file:
@@ -106,6 +103,17 @@ def test_data_and_methods_that_are_not_there_are_named(monkeypatch, tmp_path):
         evidence.main(['run', 'cifar10-4000', '--data', str(tmp_path / 'nowhere')])
     with pytest.raises(ValueError, match='of the experiment are .*CS-KD.*nonsense'):
         evidence.main(['run', 'cifar10-4000', '--methods', 'nonsense'])
+
+
+def test_two_runners_of_one_experiment_are_refused(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import experiment_runner
+
+    raw = tmp_path / 'toy.jsonl'
+    with experiment_runner._opened(raw), pytest.raises(RuntimeError, match='another runner'):
+        experiment_runner._opened(raw).__enter__()
+    with experiment_runner._opened(raw):
+        pass
 
 
 def test_a_run_is_the_same_every_time(monkeypatch, tmp_path, toy):
