@@ -506,7 +506,9 @@ class Answers(Texts):
 def pad_answers(features):
     batch = pad([dict(feature, labels=0) for feature in features])
     del batch['labels']
-    return dict(batch, **{name: torch.tensor([f[name] for f in features]) for name in ('start_positions', 'end_positions')})
+    return dict(
+        batch, **{name: torch.tensor([f[name] for f in features]) for name in ('start_positions', 'end_positions')}
+    )
 
 
 class Masked(Texts):
