@@ -19,6 +19,7 @@ LATEST_TESTS = plugins/selfkd plugins/selfkd_torch plugins/selfkd_lightning plug
 test-latest:
 	@VENV=.venv-latest bash tools/setup.sh latest
 	@.venv-latest/bin/python -m pytest -n 2 --dist loadfile $(wildcard $(LATEST_TESTS)) $(ARGS)
+	@.venv-latest/bin/python -m pytest -n 2 tests/promises/test_promises.py -k 'torch- or lightning- or transformers-'
 
 lint:
 	@bash tools/setup.sh test
