@@ -1,13 +1,20 @@
-"""Runs functions in processes forked from this one, which has imported the toolkits already."""
+"""Runs functions and scripts in processes forked from this one, which has imported the toolkits already.
+
+To import them takes 15 seconds of a processor, more than most of the tests' runs.
+"""
 
 import contextlib
 import os
+import runpy
 import secrets
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -81,3 +88,44 @@ def _child(folder, function, rank):
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def run_script(*arguments, folder=None):
+    """``python ARGUMENTS`` in ``folder``, as subprocess.run gives it: a file, ``-m`` a module, or ``-c`` a program."""
+    with tempfile.TemporaryDirectory() as outputs:
+        logs = [Path(outputs, name) for name in ('stdout', 'stderr')]
+        child = os.fork()
+        if child == 0:
+            _script([str(argument) for argument in arguments], folder, logs)
+        _, status = os.waitpid(child, 0)
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        return subprocess.CompletedProcess(arguments, code, *(log.read_text() for log in logs))
+
+
+def _script(arguments, folder, logs):
+    """Never returns."""
+    code = 1
+    try:
+        for descriptor, log in enumerate(logs, 1):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')
+        os.chdir(folder or os.getcwd())
+        what, *rest = arguments
+        sys.argv = arguments if what not in ('-m', '-c') else [what, *rest[1:]]
+        if what == '-m':
+            runpy.run_module(rest[0], run_name='__main__')
+        elif what == '-c':
+            exec(compile(rest[0], '<string>', 'exec'), {'__name__': '__main__'})
+        else:
+            runpy.run_path(what, run_name='__main__')
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

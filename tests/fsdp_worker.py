@@ -1,5 +1,6 @@
 """What test_runners.py runs in two processes: FlexibleRunner with FSDP on CPUs. Arguments: the digits, and a folder."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,9 +13,14 @@ from mmengine.runner import FlexibleRunner
 from selfkd_mmengine.launch import leave_group, prepare_cpu_launch
 
 
-def run(folder, *hooks):
+def threads_of_process():
+    """How many threads the process has, those of torch included."""
+    return len(os.listdir('/proc/self/task')) if sys.platform == 'linux' else 0
+
+
+def run(digits, folder, *hooks):
     wrapper = dict(type='MMFullyShardedDataParallel', use_orig_params=True, device_id=torch.device('cpu'))
-    cfg = digits_config(sys.argv[1], folder, *hooks)
+    cfg = digits_config(digits, folder, *hooks)
     cfg.update(
         runner_type='FlexibleRunner',
         launcher='pytorch',
@@ -30,15 +36,21 @@ def run(folder, *hooks):
     return runner
 
 
-if __name__ == '__main__':
-    prepare_cpu_launch(Config(dict(launcher='pytorch')))
-    folder, pskd = Path(sys.argv[2]), dict(type='selfkd_mmpretrain.PSKDHook')
+def main(digits, folder, what):
+    pskd = dict(type='selfkd_mmpretrain.PSKDHook')
     try:
-        run(folder / 'snapshot', dict(pskd, teacher='snapshot'))
+        run(digits, folder / 'snapshot', dict(pskd, teacher='snapshot'))
     except ValueError as error:
         (folder / f'refusal{get_rank()}.txt').write_text(str(error))
-    if sys.argv[3] == 'bank':
-        runner = run(folder / 'bank', pskd, dict(type='selfkd_mmpretrain.CSKDHook'))
+    if what == 'bank':
+        runner = run(digits, folder / 'bank', pskd, dict(type='selfkd_mmpretrain.CSKDHook'))
         logs = {key.split('/')[1]: log.data[0].tolist() for key, log in runner.message_hub.log_scalars.items()}
         torch.save(dict(bank=find_hook(runner, 'PSKDHook').bank.state_dict(), logs=logs), folder / f'{get_rank()}.pth')
+
+
+if __name__ == '__main__':
+    prepare_cpu_launch(Config(dict(launcher='pytorch')))
+    threads = threads_of_process()
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
     leave_group()
+    assert sys.platform != 'linux' or threads_of_process() < threads  # a thread of the group may abort the process

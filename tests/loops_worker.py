@@ -3,6 +3,7 @@
 Arguments: the folder of the digits, and one for the results.
 """
 
+import gc
 import json
 import os
 import sys
@@ -121,6 +122,8 @@ def process(rank, processes, port, digits, folder):
 
 
 if __name__ == '__main__':
+    gc.collect()
+    gc.freeze()  # mmengine calls gc.collect() for every data set
     # Forked, so that the toolkits are imported once. (Not where training has begun: autograd has threads then.)
     for processes in (1, 2, 4):
         port = free_port()

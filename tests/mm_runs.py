@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import mmengine.config.config
 import torch
-from forks import free_port
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+
+from selfkd.cli import main as selfkd
 
 ROOT = Path(__file__).resolve().parent.parent
 counter = itertools.count()
@@ -62,7 +64,12 @@ def train(cfg, *hooks) -> Runner:
 
 def in_processes(processes: int, folder, script, *arguments) -> str:
     """Runs a script in ``folder``, whose modules it may import, under torchrun if in several processes; its output."""
-    meet = ['--master_addr', '127.0.0.1', '--master_port', free_port()]  # torchrun's own choice of a port can be taken
+    meet = [
+        '--master_addr',
+        '127.0.0.1',
+        '--master_port',
+        forks.free_port(),
+    ]  # torchrun's own choice of a port can be taken
     launcher = ['-m', 'torch.distributed.run', *meet, '--nproc_per_node', processes] if processes > 1 else []
     path = [ROOT / 'plugins', ROOT / 'tests', folder, os.environ.get('PYTHONPATH', '')]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))}
@@ -73,11 +80,20 @@ def in_processes(processes: int, folder, script, *arguments) -> str:
 
 
 def train_in_processes(cfg: Config, folder, processes: int = 2) -> str:
-    """Trains through tools/train.py into ``folder/run``, which modules in ``folder`` may extend; returns its output."""
+    """Trains by ``selfkd train`` into ``folder/run``, which modules in ``folder`` may extend; returns its output.
+
+    The processes have what torchrun would give them; test_runners.py runs it under torchrun itself.
+    """
     cfg.dump(folder / 'config.py')
     launcher = ['--launcher', 'pytorch'] if processes > 1 else []
-    arguments = [folder / 'config.py', '--work-dir', folder / 'run', *launcher]
-    return in_processes(processes, folder, ROOT / 'tools/train.py', *arguments)
+    arguments = ['train', folder / 'config.py', '--work-dir', folder / 'run', *launcher]
+
+    def work(rank):
+        sys.path.insert(0, str(folder))
+        selfkd([str(argument) for argument in arguments])
+
+    forks.in_processes(folder, work, processes)
+    return '\n'.join((folder / f'rank{rank}.txt').read_text() for rank in range(processes))
 
 
 def find_hook(runner, kind):

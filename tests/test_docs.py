@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from forks import run_script
 
 from conftest import ROOT
 
@@ -37,7 +38,7 @@ def test_python_block_runs(page, number, code, tmp_path):
     for toolkit in ('lightning', 'transformers'):  # the other environment has them
         if f'selfkd_{toolkit}' in code and not find_spec(toolkit):
             pytest.skip(f'{toolkit} is not installed')
-    outcome = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    outcome = run_script('-c', code, folder=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
 
 

@@ -52,6 +52,7 @@ def train(job: dict) -> str:
     from mmengine.config import Config
     from mmengine.runner import Runner
 
+    from selfkd.files import replacing, save
     from selfkd_mmpretrain.report import measure, predict
 
     torch.set_num_threads(1)
@@ -83,10 +84,11 @@ def train(job: dict) -> str:
     ):
         Runner.from_cfg(cfg).train()
         predictions = predict(str(folder))
-    torch.save(tuple(predictions), folder / 'predictions.pth')
+    save(tuple(predictions), folder / 'predictions.pth')
     record = {**job, **measure(predictions), 'seconds': time.time() - started, 'key': key}
     del record['code'], record['work_dir'], record['data_root']
-    done.write_text(json.dumps(record, indent=2))
+    with replacing(done) as beside:
+        beside.write_text(json.dumps(record, indent=2))
     return 'trained'
 
 

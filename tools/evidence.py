@@ -1,15 +1,23 @@
 """Writes the tables of docs/evidence.md anew, from the measures of every run in docs/evidence/*.csv.
 
     python tools/evidence.py
+    python tools/evidence.py run NAME [--data FOLDER] [--processes N]
 
-The files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py).
+The second trains what is missing of an experiment of experiments.py, as long as it is let run, and keeps a line for
+each run in docs/evidence/raw/NAME.jsonl; the first makes its page, docs/evidence/NAME.md, from them as well.
+
+The csv files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py).
 SECTION.csv makes the section of that name; several SECTION.PANEL.csv make one with a table for each. The section
 "summary" says of all of them what came out better and worse than plain training.
 """
 
+import argparse
+import os
 import re
+import sys
 from pathlib import Path
-from typing import Dict, List
+from statistics import fmean
+from typing import Dict, List, Sequence
 
 from selfkd.benchmark import write_section
 from selfkd.comparison import NOTE, Run, comparison_table, differences, read_runs, verdict
@@ -60,6 +68,31 @@ COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
     },
 }
 
+CIFAR = {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')}  # of the experiments
+WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
+PAGE = """\
+# {title}
+
+{done} of {all} runs are done. `python tools/evidence.py` writes this page from [raw/{name}.jsonl](raw/{name}.jsonl).
+
+![difference to the first method]({name}.svg)
+
+## On the test set
+
+{tables}
+
+{note}
+
+## On the held-out images, while training
+
+{held_out}
+
+## How
+
+{how}
+
+Settings: {settings}. Code of the runs: commit {commits}.
+"""
 
 Panels = Dict[str, Dict[str, List[Run]]]
 
@@ -103,11 +136,88 @@ def summary() -> str:
     return '\n'.join(lines)
 
 
-def main() -> None:
+def trained(name: str) -> Dict[str, List[dict]]:
+    """The finished runs of an experiment: method -> lines of its raw results."""
+    import experiment_runner
+    import experiments
+
+    found: Dict[str, List[dict]] = {}
+    for run in experiment_runner.finished(DOCS / f'evidence/raw/{name}.jsonl', experiments.EXPERIMENTS[name]):
+        found.setdefault(run['method'], []).append(run)
+    return found
+
+
+def panels_of(runs: Dict[str, List[dict]]) -> Panels:
+    """What the finished runs measured, at the end and earlier."""
+    return {
+        title: {method: [dict(run['measures'][when], seed=run['seed']) for run in of] for method, of in runs.items()}
+        for when, title in WHEN.items()
+    }
+
+
+def experiment_page(name: str) -> str:
+    """Picture, tables and how it was done."""
+    import experiments
+
+    experiment, runs = experiments.EXPERIMENTS[name], trained(name)
+    settings = ', '.join(f'`{key}={value}`' for key, value in experiment.settings.items())
+    return PAGE.format(
+        name=name,
+        title=experiment.title,
+        done=sum(map(len, runs.values())),
+        all=experiment.seeds * len(experiment.methods),
+        tables='\n\n'.join(f'**{title}**\n\n{comparison_table(of, CIFAR)}' for title, of in panels_of(runs).items()),
+        note=NOTE,
+        held_out=held_out_table(runs),
+        how=experiments.CIFAR_HOW,
+        settings=settings,
+        commits=', '.join(sorted({run['commit'] for of in runs.values() for run in of})),
+    )
+
+
+def held_out_table(of_method: Dict[str, List[dict]]) -> str:
+    """Means over the runs: when the held-out NLL was lowest, and how far training went on from there."""
+    rows = [
+        '| | runs | epoch of the lowest NLL | NLL then | at the end | error % then | at the end | seconds of a core |',
+        '| --- ' * 8 + '|',
+    ]
+    for method, runs in of_method.items():
+        logs = [run['epochs'] for run in runs]
+        best = [min(range(len(log)), key=lambda i, log=log: log[i][1]) for log in logs]
+        nll, error = ([(log[i][k], log[-1][k]) for log, i in zip(logs, best)] for k in (1, 2))
+        cells = [f'{fmean(best) + 1:.1f}', *(f'{fmean(ends):.3f}' for ends in zip(*nll))]
+        cells += [f'{100 * fmean(ends):.1f}' for ends in zip(*error)]
+        cells.append(f'{fmean(run["seconds"] for run in runs):.0f}')
+        rows.append(f'| {method} | {len(runs)} | {" | ".join(cells)} |')
+    return '\n'.join(rows)
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    import experiments
+    import forest
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = parser.add_subparsers(dest='command', metavar='run').add_parser('run', help='train what is missing')
+    run.add_argument('name', choices=list(experiments.EXPERIMENTS))
+    run.add_argument('--data', default='work_dirs/evidence-data', help='folder of the images (default: %(default)s)')
+    run.add_argument('--processes', type=int, default=os.cpu_count(), help='a thread each (default: one per core)')
+    run.add_argument('--methods', nargs='+', metavar='METHOD', help='only these, so that their seeds come first')
+    args = parser.parse_args(arguments)
+    if args.command == 'run':
+        import experiment_runner
+
+        raw = DOCS / f'evidence/raw/{args.name}.jsonl'
+        experiment = experiments.EXPERIMENTS[args.name].only(args.methods)
+        experiment_runner.train_missing(raw, experiment, args.data, args.processes)
+        return
     for name, text in sections().items():
         write_section(str(DOCS / 'evidence.md'), name, text)
         print(f'{name}: written')
+    for name in filter(trained, experiments.EXPERIMENTS):
+        forest.draw(str(DOCS / f'evidence/{name}.svg'), panels_of(trained(name)), CIFAR)
+        (DOCS / f'evidence/{name}.md').write_text(experiment_page(name))
+        print(f'{name}.md: written')
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

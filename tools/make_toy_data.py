@@ -29,10 +29,27 @@ as many training pairs as asked for, 500 pairs each to validate and to test, no 
 """
 
 import argparse
+import os
+import shutil
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+
+@contextmanager
+def new_folder(place: Path):
+    """A folder to write to, which gets its name once the data set is whole: half a one would train without a word."""
+    if place.exists():
+        raise SystemExit(f'{place} exists already: remove it, or name another folder')
+    beside = place.with_name(f'.{place.name}.{os.getpid()}')
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        os.replace(beside, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def digits(out: Path, label_noise: float = 0.0, seed: int = 0, train_size: int = 800) -> None:
@@ -80,17 +97,16 @@ def _write_images(out: Path, images, target, split, label_noise: float, rng) -> 
 
     if not 0 <= label_noise < 1:
         raise SystemExit(f'--label-noise: must lie in [0, 1), got {label_noise}')
-    if out.exists():
-        raise SystemExit(f'{out} exists already: remove it, or name another folder')
-    for part, indices in split.items():
-        labels = target[indices].copy()
-        if part != 'test':
-            wrong = rng.permutation(len(labels))[: round(label_noise * len(labels))]
-            labels[wrong] = (labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
-        for index, label in zip(indices, labels):
-            folder = out / part / str(label)
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[index]).save(folder / f'{index:04d}.png')
+    with new_folder(out) as beside:
+        for part, indices in split.items():
+            labels = target[indices].copy()
+            if part != 'test':
+                wrong = rng.permutation(len(labels))[: round(label_noise * len(labels))]
+                labels[wrong] = (labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
+            for index, label in zip(indices, labels):
+                folder = beside / part / str(label)
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(images[index]).save(folder / f'{index:04d}.png')
 
 
 DIGIT_NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
@@ -100,54 +116,51 @@ def voc(out: Path, seed: int = 0, train_size: int = 300, test_size: int = 150, o
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    root = out / 'VOC2007'
-    if root.exists():
-        raise SystemExit(f'{root} exists already: remove it, or name another folder')
     data, rng = load_digits(), np.random.default_rng(seed)
-    for folder in ('JPEGImages', 'Annotations', 'SegmentationClass', 'ImageSets/Main', 'ImageSets/Segmentation'):
-        (root / folder).mkdir(parents=True)
-    palette = rng.integers(0, 256, (256, 3), dtype=np.uint8)
-    palette[0], palette[255] = 0, (224, 224, 192)
-    number = 0
-    for (part, seen), size in zip(_halves().items(), (train_size, test_size)):
-        names = []
-        for _ in range(size):
-            number += 1
-            names.append(f'{number:06d}')
-            image, mask, objects = _scene(rng, data, *seen)
-            if one_class:
-                mask[(mask > 0) & (mask < 255)] = 1
-            Image.fromarray(image).save(root / 'JPEGImages' / f'{names[-1]}.jpg', quality=95)
-            segmentation = Image.fromarray(mask, mode='P')
-            segmentation.putpalette(palette.flatten().tolist())
-            segmentation.save(root / 'SegmentationClass' / f'{names[-1]}.png')
-            (root / 'Annotations' / f'{names[-1]}.xml').write_text(_annotation(names[-1], image.shape, objects))
-        for task in ('Main', 'Segmentation'):
-            (root / 'ImageSets' / task / f'{part}.txt').write_text('\n'.join(names) + '\n')
+    with new_folder(out / 'VOC2007') as root:
+        for folder in ('JPEGImages', 'Annotations', 'SegmentationClass', 'ImageSets/Main', 'ImageSets/Segmentation'):
+            (root / folder).mkdir(parents=True)
+        palette = rng.integers(0, 256, (256, 3), dtype=np.uint8)
+        palette[0], palette[255] = 0, (224, 224, 192)
+        number = 0
+        for (part, seen), size in zip(_halves().items(), (train_size, test_size)):
+            names = []
+            for _ in range(size):
+                number += 1
+                names.append(f'{number:06d}')
+                image, mask, objects = _scene(rng, data, *seen)
+                if one_class:
+                    mask[(mask > 0) & (mask < 255)] = 1
+                Image.fromarray(image).save(root / 'JPEGImages' / f'{names[-1]}.jpg', quality=95)
+                segmentation = Image.fromarray(mask, mode='P')
+                segmentation.putpalette(palette.flatten().tolist())
+                segmentation.save(root / 'SegmentationClass' / f'{names[-1]}.png')
+                (root / 'Annotations' / f'{names[-1]}.xml').write_text(_annotation(names[-1], image.shape, objects))
+            for task in ('Main', 'Segmentation'):
+                (root / 'ImageSets' / task / f'{part}.txt').write_text('\n'.join(names) + '\n')
 
 
 def crops(out: Path, seed: int = 1, train_size: int = 3000, test_size: int = 500, side: int = 64) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    if out.exists():
-        raise SystemExit(f'{out} exists already: remove it, or name another folder')
     data, rng = load_digits(), np.random.default_rng(seed)
-    for part, seen, size in zip(('train', 'test'), _halves().values(), (train_size, test_size)):
-        number = 0
-        while number < size:
-            image, _, objects = _scene(rng, data, *seen)
-            for digit, xmin, ymin, xmax, ymax, _ in objects[: size - number]:
-                # Around the middle of the digit, where the image reaches that far.
-                top, left = (
-                    np.clip((low + high - side) // 2, 0, length - side)
-                    for low, high, length in zip((ymin, xmin), (ymax, xmax), image.shape)
-                )
-                folder = out / part / str(DIGIT_NAMES.index(digit))
-                folder.mkdir(parents=True, exist_ok=True)
-                crop = Image.fromarray(image[top : top + side, left : left + side])
-                crop.save(folder / f'{number:05d}.png')
-                number += 1
+    with new_folder(out) as beside:
+        for part, seen, size in zip(('train', 'test'), _halves().values(), (train_size, test_size)):
+            number = 0
+            while number < size:
+                image, _, objects = _scene(rng, data, *seen)
+                for digit, xmin, ymin, xmax, ymax, _ in objects[: size - number]:
+                    # Around the middle of the digit, where the image reaches that far.
+                    top, left = (
+                        np.clip((low + high - side) // 2, 0, length - side)
+                        for low, high, length in zip((ymin, xmin), (ymax, xmax), image.shape)
+                    )
+                    folder = beside / part / str(DIGIT_NAMES.index(digit))
+                    folder.mkdir(parents=True, exist_ok=True)
+                    crop = Image.fromarray(image[top : top + side, left : left + side])
+                    crop.save(folder / f'{number:05d}.png')
+                    number += 1
 
 
 def _halves():
@@ -215,9 +228,8 @@ def _annotation(name, shape, objects) -> str:
 def number_words(out: Path, train_size: int = 4000, seed: int = 0) -> None:
     from selfkd_fairseq.number_words import write_corpus
 
-    if out.exists():
-        raise SystemExit(f'{out} exists already: remove it, or name another folder')
-    write_corpus(out, {'train': train_size, 'valid': 500, 'test': 500}, seed=seed)
+    with new_folder(out) as beside:
+        write_corpus(beside, {'train': train_size, 'valid': 500, 'test': 500}, seed=seed)
 
 
 def main() -> None:

@@ -12,9 +12,12 @@ The folder is the data set as its authors hand it out, unpacked (docs/data.md). 
 import argparse
 from pathlib import Path
 
+from selfkd.files import replacing
+
 
 def write(path: Path, lines) -> None:
-    path.write_text(''.join(f'{image} {label}\n' for image, label in lines))
+    with replacing(path) as beside:
+        beside.write_text(''.join(f'{image} {label}\n' for image, label in lines))
     print(f'wrote {path}')
 
 

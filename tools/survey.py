@@ -30,6 +30,7 @@ from mmengine.hooks import Hook
 from PIL import Image
 
 from selfkd.benchmark import write_section
+from selfkd.files import replacing
 from selfkd_mmengine.train import refuse_ignored
 
 METHODS: Dict[str, Dict[str, dict]] = {
@@ -403,7 +404,8 @@ def main() -> None:
         if family in rows and not args.again:
             continue
         rows.update(survey(args.toolkit, [family]))
-        record.write_text(json.dumps(dict(sorted(rows.items())), indent=1))
+        with replacing(record) as beside:
+            beside.write_text(json.dumps(dict(sorted(rows.items())), indent=1))
 
     rows = dict(sorted(rows.items()))
     cells = [row[method] for row in rows.values() for method in METHODS[args.toolkit]]

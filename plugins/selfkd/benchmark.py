@@ -12,6 +12,8 @@ from typing import Callable, Dict, List, NamedTuple
 
 import torch
 
+from .files import replacing
+
 __all__ = ['Cost', 'Table', 'compare', 'hardware', 'peak_bytes', 'to_markdown', 'used_device', 'write_section']
 
 
@@ -112,8 +114,8 @@ def write_section(path: str, name: str, text: str) -> None:
     if begin not in page or end not in page:
         raise ValueError(f'{path}: has no section {begin} ... {end}')
     head, rest = page.split(begin, 1)
-    with open(path, 'w') as file:
-        file.write(f'{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}')
+    with replacing(path) as beside:
+        beside.write_text(f'{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}')
 
 
 def _synchronize() -> None:

@@ -3,10 +3,11 @@
 import argparse
 import inspect
 import sys
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Optional, Sequence
+from typing import Iterator, Optional, Sequence, Tuple, Type
 
-__all__ = ['command_parser', 'main']
+__all__ = ['command_parser', 'main', 'refusing']
 
 COMMANDS = {  # name: the function, what it does
     'train': ('selfkd_mmengine.train:main', 'train a config of MMPretrain, MMDetection or MMSegmentation'),
@@ -26,6 +27,19 @@ def command_parser(name: str, documentation: Optional[str]) -> argparse.Argument
     description = inspect.cleandoc(documentation or '')
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(f'selfkd {name}', description=description, formatter_class=formatter)
+
+
+@contextmanager
+def refusing(parser: argparse.ArgumentParser, *others: Type[Exception]) -> Iterator[None]:
+    """A file that cannot be read, written or used ends the command with the message alone, without a traceback.
+
+    Such errors are OSError and ValueError, and ``others``.
+    """
+    refused: Tuple[Type[Exception], ...] = (OSError, ValueError, *others)
+    try:
+        yield
+    except refused as error:
+        parser.error(str(error))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:

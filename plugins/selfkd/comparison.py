@@ -5,15 +5,20 @@ from that interval. Needs SciPy (``pip install selfkd[metrics]``).
 """
 
 import csv
+import math
 import statistics
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from .files import replacing
 
 __all__ = [
     'NOTE',
     'Column',
     'Difference',
+    'check_seeds',
     'comparison_table',
     'differences',
+    'note',
     'paired_difference',
     'read_runs',
     'verdict',
@@ -21,9 +26,10 @@ __all__ = [
 ]
 
 Run = Dict[str, float]
+BY_SEED, BY_ORDER = 'with the same seed', 'in the order given, as not every run has a seed'
 NOTE = (  # what stands below such tables
-    '[...]: 95 % interval of the mean difference over the pairs of runs with the same seed (paired t). Each interval '
-    'stands for itself: of 40 comparisons between equals, about one comes out better and one worse.'
+    f'[...]: 95 % interval of the mean difference over the pairs of runs {BY_SEED} (paired t). Each interval stands '
+    'for itself: of 40 comparisons between equals, about one comes out better and one worse.'
 )
 
 
@@ -71,12 +77,18 @@ def paired_difference(runs: Sequence[float], plain: Sequence[float], *, confiden
     mean, pairs = statistics.fmean(differences), len(differences)
     if pairs == 1:
         return Difference(mean, None, None, pairs)
-    half = float(t.ppf((1 + confidence) / 2, pairs - 1)) * statistics.stdev(differences) / pairs**0.5
+    half = float(t.ppf((1 + confidence) / 2, pairs - 1)) * _stdev(differences) / pairs**0.5
     return Difference(mean, mean - half, mean + half, pairs)
+
+
+def _stdev(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def verdict(difference: Difference, better: str) -> str:
     """'better' or 'worse' where the whole interval lies on one side of 0, else 'no clear difference'.
+
+    Of a mean or an interval that is not a number, or infinite, nothing can be said.
 
     Args:
         better: 'lower' or 'higher', which values are the good ones.
@@ -88,9 +100,13 @@ def verdict(difference: Difference, better: str) -> str:
         'better'
         >>> verdict(paired_difference([1.0], [3.0]), 'lower')
         'one pair, no interval'
+        >>> verdict(paired_difference([1.0, float('nan')], [3.0, 4.0]), 'lower')
+        'no verdict, not a number'
     """
     if better not in ('lower', 'higher'):
         raise ValueError(f"better: must be 'lower' or 'higher', got {better!r}")
+    if not all(math.isfinite(value) for value in difference if value is not None):
+        return 'no verdict, not a number'
     if difference.low is None or difference.high is None:
         return 'one pair, no interval'
     if difference.low <= 0 <= difference.high:
@@ -156,6 +172,38 @@ def differences(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -> Dic
     }
 
 
+def note(*panels: Dict[str, List[Run]]) -> str:
+    """``NOTE``, which stands below tables of groups of runs, with how those runs were paired.
+
+    Example:
+        >>> seeded, unseeded = [{'seed': 0}, {'seed': 1}], [{}, {}]
+        >>> note({'plain': seeded, 'PS-KD': seeded}) == NOTE
+        True
+        >>> for plain, other in ((unseeded, seeded), (seeded, unseeded)):
+        ...     text = note({'plain': plain, 'PS-KD': seeded, 'CS-KD': other})
+        ...     print(text[text.index('runs') : text.index(' (paired t)')])
+        runs in the order given, as not every run has a seed
+        runs with the same seed (CS-KD: in the order given, as not every run has a seed)
+    """
+    others: Dict[str, List[Run]] = {}
+    for groups in panels:
+        (_, plain), *rest = groups.items()
+        for name, runs in rest:
+            others.setdefault(name, []).extend([*runs, *plain])
+    by_order = [name for name, runs in others.items() if any('seed' not in run for run in runs)]
+    if not by_order:
+        return NOTE
+    how = BY_ORDER if len(by_order) == len(others) else f'{BY_SEED} ({", ".join(by_order)}: {BY_ORDER})'
+    return NOTE.replace(BY_SEED, how)
+
+
+def check_seeds(groups: Dict[str, List[Run]]) -> None:
+    """ValueError where runs would be compared seed by seed, and several of a group have the same one."""
+    (_, plain), *others = groups.items()
+    for name, runs in others:
+        _pairs(name, runs, plain)
+
+
 def _pairs(name: str, runs: List[Run], plain: List[Run]) -> List[Tuple[Run, Run]]:
     if any('seed' not in run for run in [*runs, *plain]):
         return list(zip(runs, plain)) if len(runs) == len(plain) else []
@@ -169,7 +217,7 @@ def _pairs(name: str, runs: List[Run], plain: List[Run]) -> List[Tuple[Run, Run]
 
 def _mean(values: List[float], column: Column) -> str:
     values = [value * column.factor for value in values]
-    spread = f' ± {statistics.stdev(values):.{column.decimals}f}' if len(values) > 1 else ''
+    spread = f' ± {_stdev(values):.{column.decimals}f}' if len(values) > 1 else ''
     return f'{statistics.fmean(values):.{column.decimals}f}{spread}'
 
 
@@ -199,7 +247,7 @@ def write_runs(path: str, panels: Dict[str, Dict[str, List[Run]]]) -> None:
     """
     everything = [run for groups in panels.values() for runs in groups.values() for run in runs]
     keys = [key for key in everything[0] if all(key in run for run in everything)]
-    with open(path, 'w', newline='') as file:
+    with replacing(path) as beside, open(beside, 'w', newline='', encoding='utf-8') as file:
         lines = csv.writer(file, lineterminator='\n')
         lines.writerow(['panel', 'group', *keys])
         for panel, groups in panels.items():
@@ -208,10 +256,18 @@ def write_runs(path: str, panels: Dict[str, Dict[str, List[Run]]]) -> None:
 
 
 def read_runs(path: str) -> Dict[str, Dict[str, List[Run]]]:
-    """What :func:`write_runs` wrote."""
+    """What :func:`write_runs` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is another one, or was cut.
+    """
     panels: Dict[str, Dict[str, List[Run]]] = {}
-    with open(path, newline='') as file:
+    with open(path, newline='', encoding='utf-8') as file:
         for line in csv.DictReader(file):
-            runs = panels.setdefault(line.pop('panel'), {}).setdefault(line.pop('group'), [])
-            runs.append({key: float(value) for key, value in line.items()})
+            try:
+                runs = panels.setdefault(line.pop('panel'), {}).setdefault(line.pop('group'), [])
+                runs.append({key: float(value) for key, value in line.items()})
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f'{path}: is no table of runs, or not a whole one ({error!r})') from error
     return panels

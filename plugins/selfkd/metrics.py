@@ -1,7 +1,8 @@
 """Measures of calibration, ranking by confidence, out-of-distribution detection and retrieval.
 
 ``probs`` are class probabilities ``[N, C]``, ``labels`` class ids ``[N]``, on any device; results are Python floats in
-the natural unit (a share, not a percentage). The papers' tables show ECE x 100 and AURC, E-AURC x 1000.
+the natural unit (a share, not a percentage). The papers' tables show ECE x 100 and AURC, E-AURC x 1000. It is a
+ValueError where ``probs`` hold logits, or a label is no class (-1); on the CPU, where looking is free.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Dict, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .checks import positive, wide
+from .checks import check_probs, free_to_look, positive, wide
 
 __all__ = [
     'apply_temperature',
@@ -84,7 +85,7 @@ def detection_calibration(detections: Sequence[Tuple[float, float]], *, bins: in
 
 def nll(probs: Tensor, labels: Tensor) -> float:
     """Mean negative log-likelihood of the labels, in nats."""
-    _check(probs, labels)
+    _check_probs(probs, labels)
     picked = probs.double().gather(1, labels.long()[:, None])
     # A probability that underflowed to 0 counts as the smallest one its dtype can hold.
     return -picked.clamp(min=torch.finfo(probs.dtype).tiny).log().mean().item()
@@ -109,6 +110,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, bounds: Tuple[float, floa
         1.8205
     """
     _check(logits, labels, 'logits')
+    _check_classes(labels, logits.shape[1])
     logits, labels = logits.double(), labels.long()[:, None]
     # In 1/T the NLL is convex: its slope, E[z] - z_label, changes sign once at most. Halved on the scale of log T.
     low, high = (math.log(bound) for bound in bounds)
@@ -138,7 +140,7 @@ def brier(probs: Tensor, labels: Tensor) -> float:
         >>> brier(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
         0.5
     """
-    _check(probs, labels)
+    _check_probs(probs, labels)
     onehot = torch.zeros_like(probs, dtype=torch.float64).scatter_(1, labels.long()[:, None], 1)
     return (probs.double() - onehot).pow(2).sum(1).mean().item()
 
@@ -244,10 +246,30 @@ def recall_at_1(features: Tensor, labels: Tensor, *, chunk: int = 1024) -> float
 
 
 def confidence_of(probs: Tensor, labels: Tensor):
-    """Each sample's top probability, and whether that class is its label (1 or 0): float64 ``[N]`` both."""
-    _check(probs, labels)
+    """Each sample's top probability, and whether that class is its label (1 or 0): float64 ``[N]`` both.
+
+    Raises:
+        ValueError: logits instead of probabilities, or labels that are no classes (looked for on the CPU).
+    """
+    _check_probs(probs, labels)
     confidence, predicted = probs.max(1)
     return confidence.double(), (predicted == labels).double()
+
+
+def _check_probs(probs: Tensor, labels: Tensor) -> None:
+    _check(probs, labels)
+    check_probs('probs', probs, tuple(probs.shape))
+    _check_classes(labels, probs.shape[1])
+
+
+def _check_classes(labels: Tensor, num_classes: int) -> None:
+    if free_to_look(labels):
+        low, high = labels.aminmax()
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f'labels: must be classes, in [0, {num_classes}), got values from {low.item()} to {high.item()}: leave '
+                'samples without a label (-1) out'
+            )
 
 
 def _check(values: Tensor, labels: Tensor, name: str = 'probs') -> None:

@@ -1,8 +1,9 @@
 """How a self-distillation weight grows over training. ``progress`` is the share of training done, in [0, 1]."""
 
 import math
+from typing import Sequence
 
-__all__ = ['linear_growth', 'sigmoid_ramp_up']
+__all__ = ['linear_growth', 'may_end_early', 'sigmoid_ramp_up']
 
 
 def linear_growth(final: float, progress: float) -> float:
@@ -15,6 +16,25 @@ def linear_growth(final: float, progress: float) -> float:
         [0.2, 0.4, 0.6, 0.8]
     """
     return final * _check_progress(progress)
+
+
+def may_end_early(user: str, alpha: float, training: str, stops: Sequence[str]) -> str:
+    """The warning for a training that something may end before alpha has grown up.
+
+    Args:
+        user: what the message begins with: the hook or callback.
+        alpha: the final share.
+        training: what it grows over, as ``'90 epochs'``.
+        stops: what may end the training, by their names in the toolkit.
+
+    Example:
+        >>> may_end_early('PSKD', 0.8, '90 epochs', ['EarlyStopping'])
+        'PSKD: alpha grows up to 0.8 over 90 epochs; where EarlyStopping ends training earlier, it does not get there'
+    """
+    return (
+        f'{user}: alpha grows up to {alpha} over {training}; where {" or ".join(stops)} ends training earlier, it does '
+        'not get there'
+    )
 
 
 def sigmoid_ramp_up(progress: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checks import one_of
 from .seeds import step_seed
 
-__all__ = ['SnapshotTeacher']
+__all__ = ['SnapshotTeacher', 'random_state']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
@@ -100,7 +100,7 @@ class SnapshotTeacher:
         """Calls a method of the copy, as ``teacher.run(teacher.model.extract_feat, images)``, with its own noise."""
         seed = step_seed(self._step, self._calls)
         self._calls += 1
-        with _random_state(seed, _tensors(self.model)[0].device):
+        with random_state(seed, _tensors(self.model)[0].device):
             return function(*args, **kwargs)
 
     def state_dict(self) -> Dict[str, Tensor]:
@@ -131,7 +131,7 @@ def _tensors(model: nn.Module):
 
 
 @contextmanager
-def _random_state(seed: int, device: torch.device):
+def random_state(seed: int, device: torch.device):
     """Random states from a seed: torch's of the CPU and of ``device``, NumPy's, Python's; afterwards they are what they
     were. Some models draw from NumPy which layers they drop, and some draw in evaluation mode, too."""
     cuda = [device] if device.type == 'cuda' else []

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Dict
 
+from selfkd.files import replacing
+
 GERMAN_PARTS = (
     *(
         'millionen',
@@ -77,4 +79,5 @@ def write_corpus(folder, sizes: Dict[str, int], *, largest: int = 999_999_999, s
         part, numbers = numbers[: sizes[split]], numbers[sizes[split] :]
         for language, words in (('en', english), ('de', german)):
             text = ''.join(words(number) + '\n' for number in part)
-            (folder / f'{split}.{language}').write_text(text, encoding='utf-8')
+            with replacing(folder / f'{split}.{language}') as beside:
+                beside.write_text(text, encoding='utf-8')

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
+from selfkd.files import replacing
+
 LANGUAGES = ('de', 'en')
 MARKUP_LINE = re.compile(r'<(url|talkid|keywords|speaker|reviewer|translator|doc|/doc)')
 TAG = re.compile(r'</?(title|description)>')
@@ -61,14 +63,15 @@ def write_splits(
         if not pairs:
             raise ValueError(f'{split}: no sentence pairs were found')
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / 'code', 'w', encoding='utf-8') as code:
+    with replacing(out / 'code') as beside, open(beside, 'w', encoding='utf-8') as code:
         learn_bpe([text for side in zip(*splits['train']) for text in side], code, bpe_tokens)
     with open(out / 'code', encoding='utf-8') as code:
         bpe = BPE(code)
     for split, pairs in splits.items():
         for lang, lines in zip(languages, zip(*pairs)):
             text = ''.join(bpe.process_line(line) + '\n' for line in lines)
-            (out / f'{split}.{lang}').write_text(text, encoding='utf-8')
+            with replacing(out / f'{split}.{lang}') as beside:
+                beside.write_text(text, encoding='utf-8')
         print(f'{out}/{split}: {len(pairs)} pairs')
 
 

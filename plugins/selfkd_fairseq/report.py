@@ -8,8 +8,9 @@ import torch
 from fairseq import checkpoint_utils, utils
 from torch import Tensor
 
-from selfkd.cli import command_parser
-from selfkd.comparison import Column
+from selfkd.cli import command_parser, refusing
+from selfkd.comparison import Column, check_seeds
+from selfkd.files import load
 from selfkd.metrics import apply_temperature, calibration_error_of, confidence_of, fit_temperature, nll
 from selfkd.runs import parse_groups, write_table
 
@@ -122,11 +123,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument('--beam', type=int, default=5, help='(%(default)s)')
     parser.add_argument('--remove-bpe', default='@@ ', help="as in fairseq-generate, say sentencepiece ('%(default)s')")
     args, save_dirs = parse_groups(parser, arguments)
+    files = {name: [Path(folder, args.checkpoint) for folder in folders] for name, folders in save_dirs.items()}
+    with refusing(parser):  # before the first is tested
+        if not Path(args.data).is_dir():
+            raise FileNotFoundError(f'{args.data}: is no folder; DATA is what fairseq-preprocess wrote')
+        check_seeds({name: [_seed(file) for file in group] for name, group in files.items()})
     measured = {
-        name: [
-            measure(str(Path(folder, args.checkpoint)), args.data, beam=args.beam, bpe=args.remove_bpe)
-            for folder in folders
-        ]
-        for name, folders in save_dirs.items()
+        name: [measure(str(file), args.data, beam=args.beam, bpe=args.remove_bpe) for file in group]
+        for name, group in files.items()
     }
-    print(f'{write_table(args.out, measured, COLUMNS)}\n\nwrote {args.out}')
+    with refusing(parser):
+        print(f'{write_table(args.out, measured, COLUMNS)}\n\nwrote {args.out}')
+
+
+def _seed(file: Path) -> Dict[str, float]:
+    """Of the training that left a checkpoint; OSError or ValueError where that cannot be read."""
+    checkpoint = load(file)
+    if not isinstance(checkpoint, dict) or not {'model', 'cfg'} <= set(checkpoint):
+        raise ValueError(f'{file}: is no checkpoint of fairseq')
+    return {'seed': checkpoint_utils.load_checkpoint_to_cpu(str(file))['cfg'].common.seed}

@@ -1,20 +1,41 @@
 """PS-KD as a callback of Lightning's Trainer."""
 
+import logging
 import math
-from contextlib import ExitStack
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
 import selfkd_torch
 from selfkd.checks import one_of, several_epochs, share
+from selfkd.schedule import may_end_early
 from selfkd_torch import Batches
+from selfkd_torch.words import in_words
 
 __all__ = ['PSKD']
+
+logger = logging.getLogger(__name__)
+
+WAY_IN = (
+    'training_step must compute it by F.cross_entropy (not F.nll_loss); a loss module that is written another way is '
+    "named, as PSKD(loss='criterion'), and the callback's loss(logits, target) says it outright"
+)
+WORDS = {  # what selfkd_torch calls it, and what it is here
+    r'\bset outputs=, or compute its loss outside': "compute its loss outside, or use teacher='bank'",
+    r'\bset outputs=': 'name the module that gives the logits, as model="net"',
+    r', by what outputs= gives of each': '',
+}
+
+
+class _Batches(Batches):
+    def check_epoch_ends(self, method: str, steps: Optional[int] = None) -> None:
+        """The Trainer says how long an epoch is."""
 
 
 class PSKD(pl.Callback):
@@ -51,7 +72,7 @@ class PSKD(pl.Callback):
         model: Optional[str] = None,
         teacher_mode: str = 'train',
         top_k: Optional[int] = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Optional[torch.dtype] = None,
         device='cpu',
     ):
         share('PSKD', alpha=alpha)
@@ -64,13 +85,21 @@ class PSKD(pl.Callback):
         self.pskd: Optional[selfkd_torch.PSKD] = None
         self._data: Optional[Batches] = None
         self._saved: Dict[str, Any] = {}
-        self._tap = ExitStack()  # open during a training step
+        self._state: Any = None  # the Trainer's
+        self._in_step = self._by_steps = False  # whether training_step is under way; whether max_steps ends training
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
-        """To be called by ``training_step`` in place of ``F.cross_entropy``, for those who rather say it themselves."""
-        if self.pskd is None:
+        """In place of ``F.cross_entropy``, for those who rather say it themselves. In validation and testing it is
+        ``F.cross_entropy``, so that a step may be shared.
+
+        Raises:
+            RuntimeError: in training, but outside ``training_step``; or without a Trainer that has this callback.
+        """
+        if self._in_step:
+            return self.pskd.loss(logits, target, **options)
+        if self._state is None or self._state.stage in (None, RunningStage.TRAINING):
             raise RuntimeError('PSKD: the loss is for training_step, under a Trainer that has this callback')
-        return self.pskd.loss(logits, target, **options)
+        return F.cross_entropy(logits, target, **options)
 
     @property
     def current_alpha(self) -> float:
@@ -78,10 +107,11 @@ class PSKD(pl.Callback):
         return self.pskd.current_alpha if self.pskd else 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._state = trainer.state
         if stage != 'fit':
             return
         strategy = trainer.strategy
-        vars(strategy).pop('process_dataloader', None)
+        self._release(strategy)
         if self.teacher == 'snapshot' and type(strategy) not in (DDPStrategy, SingleDeviceStrategy):
             raise ValueError(
                 f"PSKD: under {type(strategy).__name__} no process has the whole model to copy: use teacher='bank'"
@@ -96,13 +126,30 @@ class PSKD(pl.Callback):
         self._data = None
         process = strategy.process_dataloader  # comes after Lightning has put its sampler into the loader
         strategy.process_dataloader = lambda loader: process(self._noting(trainer, loader))
+        step = strategy.training_step
+        strategy.training_step = lambda *args, **kwargs: self._softened(pl_module, step, *args, **kwargs)
+
+    @staticmethod
+    def _release(strategy) -> None:
+        for name in ('process_dataloader', 'training_step'):
+            vars(strategy).pop(name, None)
+
+    def _softened(self, pl_module: nn.Module, step: Callable, *args, **kwargs):
+        """A training step, and nothing beside it: what hooks and other callbacks compute stays plain."""
+        module = pl_module.get_submodule(self._loss) if self._loss else None
+        self._in_step = True
+        try:
+            with in_words(WORDS), self.pskd.tap(module, check=False):
+                return step(*args, **kwargs)
+        finally:
+            self._in_step = False
 
     def _noting(self, trainer: pl.Trainer, loader):
         """The loader of the training data, so that it notes which samples are in its batches."""
         if trainer.state.stage != RunningStage.TRAINING:
             return loader
         if self.pskd is None:
-            self._data = Batches(loader)
+            self._data = _Batches(loader)
         elif self.teacher == 'bank' and loader.dataset is not self._data.loader.dataset:
             raise ValueError(
                 'PSKD: reload_dataloaders_every_n_epochs brought another data set, to which the rows of the bank do '
@@ -118,61 +165,72 @@ class PSKD(pl.Callback):
         if self._data is None or trainer.train_dataloader is not self._data.lend():
             raise ValueError('PSKD: the training data must come from one DataLoader (of a ConcatDataset)')
         options = {**self._options, 'max_epochs': self._epochs(trainer)}
+        call = 'a cross-entropy'
         if self.teacher == 'snapshot':
-            options['model'] = self._network(pl_module)
+            name = self._network(pl_module)
+            options['model'] = pl_module.get_submodule(name)
+            call += f' of the logits that {type(pl_module).__name__}.{name} gives (another module: model="name")'
         self.pskd = selfkd_torch.PSKD(self._data, **options)
+        self.pskd.call, self.pskd.way_in = call, WAY_IN
         if self._saved:
             self.pskd.load_state_dict(self._saved)
+        stops = ['max_steps'] if trainer.max_steps != -1 and trainer.num_training_batches == math.inf else []
+        stops += ['EarlyStopping'] if trainer.early_stopping_callbacks else []
+        if any(isinstance(callback, Timer) and callback.time_remaining() is not None for callback in trainer.callbacks):
+            stops.append('max_time')
+        if stops and self.pskd.alpha and trainer.is_global_zero:
+            logger.warning(may_end_early('PSKD', self.pskd.alpha, f'{self.pskd.max_epochs} epochs', stops))
 
-    @staticmethod
-    def _epochs(trainer: pl.Trainer) -> int:
+    def _epochs(self, trainer: pl.Trainer) -> int:
         """How many epochs the training will take."""
+        self._by_steps = False
         if trainer.fast_dev_run:  # a look whether it runs, with the tap; it learns from no past
             return 2
-        limits = [trainer.max_epochs] if trainer.max_epochs not in (None, -1) else []
-        if trainer.max_steps != -1:
-            batches = trainer.num_training_batches
-            if batches == math.inf:
-                raise ValueError('PSKD: how many epochs max_steps makes of data without length: set max_epochs as well')
-            limits.append(math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
-        if not limits:
-            raise ValueError('PSKD: alpha grows up to the last epoch: set max_epochs or max_steps of the Trainer')
-        several_epochs('PSKD', min(limits), max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
-        return min(limits)
+        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+        if trainer.max_steps != -1 and trainer.num_training_batches != math.inf:
+            steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            by_steps = math.ceil(trainer.max_steps / steps)
+            self._by_steps, epochs = by_steps < epochs, min(by_steps, epochs)
+        if epochs == math.inf:
+            how = 'set max_epochs or max_steps of the Trainer'
+            if trainer.max_steps != -1:
+                how = 'set max_epochs, or limit_train_batches to a number, which is an epoch then'
+            raise ValueError(f'PSKD: alpha grows up to the last epoch, which is not known: {how}')
+        several_epochs('PSKD', epochs, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
+        return epochs
 
-    def _network(self, pl_module: nn.Module) -> nn.Module:
+    def _network(self, pl_module: nn.Module) -> str:
+        """The name of the sub-module that computes the logits."""
         if self._model is not None:
-            return pl_module.get_submodule(self._model)
+            return self._model
         found = [name for name, child in pl_module.named_children() if next(child.parameters(), None) is not None]
         if len(found) != 1:
             raise ValueError(
                 f"PSKD: teacher='snapshot' copies the one module that computes the logits, but there are {found}: name "
                 'it, as model="net" (several can be put into an nn.Sequential)'
             )
-        return pl_module.get_submodule(found[0])
+        return found[0]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
         data = self._data
         if not self.pskd._inside:  # Lightning leaves on_train_epoch_start out when it resumes within an epoch
             data.epoch = trainer.current_epoch
+            if self._by_steps:  # resumed with another batch size it is in another epoch
+                data.epoch = trainer.global_step * self.pskd.max_epochs // trainer.max_steps
             data.begin_epoch()
         if self.teacher == 'bank' and not data.noted:
             raise ValueError(
                 "PSKD: training_step(dataloader_iter) fetches batches by itself: take a batch, or teacher='snapshot'"
             )
         data.begin_step()
-        module = pl_module.get_submodule(self._loss) if self._loss else None
-        self._tap.enter_context(self.pskd.tap(module, check=False))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         if batch is None:  # Lightning has skipped it
             self._data.noted and self._data.noted.popleft()
             return
-        self._tap.close()
         self._data.end_step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tap.close()  # still open where the module's on_train_batch_start ended the epoch
         if self.pskd._inside:
             self._data.end_epoch(True)
 
@@ -180,8 +238,7 @@ class PSKD(pl.Callback):
         self.teardown(trainer, pl_module, 'fit')
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._tap.close()
-        vars(trainer.strategy).pop('process_dataloader', None)
+        self._release(trainer.strategy)
 
     def state_dict(self) -> Dict[str, Any]:
         if self.pskd is None:

@@ -36,7 +36,7 @@ class CSKDHook(SelfKDHook):
     normalised as the head's own classification loss: with MMDetection's heads that is by the number of all sampled
     regions::
 
-        custom_hooks = [dict(type='selfkd_mmdet.CSKDHook', weight=1.0, temperature=4.0)]
+        default_hooks = dict(cskd=dict(type='selfkd_mmdet.CSKDHook', weight=1.0, temperature=4.0))
 
     Args:
         weight: lambda, at least 0.

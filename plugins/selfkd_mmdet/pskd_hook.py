@@ -29,7 +29,7 @@ class PSKDHook(PSKDHookBase):
     The teacher is a frozen past copy of the detector (of the end of the previous epoch). Nothing else of the config
     changes::
 
-        custom_hooks = [dict(type='selfkd_mmdet.PSKDHook', alpha=0.8)]
+        default_hooks = dict(pskd=dict(type='selfkd_mmdet.PSKDHook', alpha=0.8))
 
     Two-stage detectors (Faster, Mask, Cascade R-CNN): it classifies the same regions that the student was given, and
     the classification loss becomes ``ce(label) + alpha_t * ce(past)``.

@@ -7,10 +7,11 @@ from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from selfkd.cli import command_parser
+from selfkd.cli import command_parser, refusing
 from selfkd.comparison import Column
-from selfkd.runs import parse_groups, write_table
-from selfkd_mmengine.report import finished_run, seed_of
+from selfkd.files import replacing
+from selfkd.runs import columns_of, parse_groups, shared_measures, write_table
+from selfkd_mmengine.report import check_runs, finished_run, seed_of
 
 __all__ = ['Detections', 'detect', 'draw']
 
@@ -107,7 +108,8 @@ def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, sco
                 text = axis.text(x1, y1 - 1, first.classes[label] + score, color='black', fontsize=7, va='bottom')
                 text.set_bbox(dict(facecolor=color, edgecolor='none', pad=1, alpha=0.8))
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=90)
     plt.close(figure)
 
 
@@ -124,13 +126,19 @@ def main(arguments: Sequence[str]) -> None:
         selfkd report-detection OUT NAME=WORK_DIR[,WORK_DIR...] [NAME=...]
 
     Runs given under one name are averaged (seeds), and compared with those of the first name, seed by seed; the
-    pictures show the first of each. Each work dir's own config says which test set and metrics are used (VOCMetric and
-    selfkd_mmdet.DetectionCalibration).
+    pictures show the first of each. Each work dir's own config says which test set and metrics are used. The table has
+    those of VOCMetric and selfkd_mmdet.DetectionCalibration, or where there are none of these, all that every run has.
     """
     parser = command_parser('report-detection', main.__doc__)
     parser.add_argument('out', help='folder for table.md, runs.csv and detections.png')
     args, work_dirs = parse_groups(parser, arguments)
+    with refusing(parser):
+        check_runs(work_dirs)
     groups = {name: [detect(folder) for folder in folders] for name, folders in work_dirs.items()}
-    text = write_table(args.out, {name: [run.metrics for run in runs] for name, runs in groups.items()}, COLUMNS)
-    draw(groups, str(Path(args.out, 'detections.png')))
+    measured = {name: [run.metrics for run in runs] for name, runs in groups.items()}
+    shared = shared_measures(measured)
+    columns = {title: column for title, column in COLUMNS.items() if column.key in shared} or columns_of(shared)
+    with refusing(parser):
+        text = write_table(args.out, measured, columns)
+        draw(groups, str(Path(args.out, 'detections.png')))
     print(f'{text}\n\nwrote {args.out}')

@@ -11,7 +11,10 @@ from mmengine.config import Config
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
-from selfkd.cli import command_parser
+from selfkd.cli import command_parser, refusing
+from selfkd.files import load, replacing
+
+from .configs import load_config
 
 __all__ = ['Converted', 'convert_backbone', 'detectron2_name']
 
@@ -54,7 +57,7 @@ def convert_backbone(
 
     Args:
         source: a checkpoint of MMPretrain. Load only files you trust: it is unpickled.
-        target: the file to write.
+        target: the file to write; it is moved into place once its features have been compared.
         to: ``'mmdet'`` (for ``init_cfg``) or ``'detectron2'`` (for ``MODEL.WEIGHTS``; a ``.pkl``).
         config: the MMPretrain config that the checkpoint was trained with.
         image: RGB, uint8 ``[H, W, 3]``, on which features are compared.
@@ -62,41 +65,46 @@ def convert_backbone(
     Raises:
         ValueError: another backbone than a ResNet of torchvision's layout (all channels may be fewer or more), or a
             checkpoint that is not of it; to Detectron2 a ResNet-18 or -34 of another width.
-        RuntimeError: features that differ by more than 1e-4.
+        RuntimeError: features that differ by more than 1e-4. ``target`` is as it was before.
+        OSError: a file cannot be read or written.
     """
     if to not in ('mmdet', 'detectron2'):
         raise ValueError(f"to: must be 'mmdet' or 'detectron2', got {to!r}")
     if to == 'detectron2' and not target.endswith('.pkl'):
         raise ValueError(f'target: Detectron2 reads such weights from a file that ends in .pkl, got {target}')
-    cfg = Config.fromfile(config)
+    cfg = load_config(config)
     backbone = _source_backbone(cfg.model.backbone, source)
     weights, depth = backbone.state_dict(), backbone.depth
     mean, std = _normalization(cfg)
-    if to == 'mmdet':
-        options = dict(depth=depth, style=backbone.style, **_width(backbone))
-        torch.save({'state_dict': weights}, target)
-        other = _mmdet_backbone(options, target)
-        usage = MMDET.format(options=', '.join(f'{name}={value!r}' for name, value in options.items()), target=target)
-    else:
-        if depth < 50 and backbone.base_channels != 64:
-            raise ValueError(
-                f'to: Detectron2 has ResNet-{depth} with base_channels=64 only, got {backbone.base_channels}: take a '
-                'ResNet-50 or deeper for a narrow backbone'
-            )
-        options = _detectron2_options(backbone)
-        arrays = {detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')}
-        with open(target, 'wb') as file:
-            pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
-        other = _detectron2_backbone(options, target)
-        settings = '\n    '.join(f'{name}: {value}' for name, value in options.items())
-        usage = DETECTRON2.format(settings=settings, target=target, mean=mean, std=std)
+    if to == 'detectron2' and depth < 50 and backbone.base_channels != 64:
+        raise ValueError(
+            f'to: Detectron2 has ResNet-{depth} with base_channels=64 only, got {backbone.base_channels}: take a '
+            'ResNet-50 or deeper for a narrow backbone'
+        )
     difference = None
-    if other is not None:
-        difference = _difference(backbone, other, _input(image, mean, std))
-        if not difference <= TOLERANCE:
-            raise RuntimeError(
-                f'{target}: its features differ from those of {source} by {difference:.1e}: do not use it'
-            )
+    with replacing(target) as beside:  # it takes its place once its features have been compared
+        if to == 'mmdet':
+            options = dict(depth=depth, style=backbone.style, **_width(backbone))
+            torch.save({'state_dict': weights}, beside)
+            other = _mmdet_backbone(options, str(beside))
+            settings = ', '.join(f'{name}={value!r}' for name, value in options.items())
+            usage = MMDET.format(options=settings, target=target)
+        else:
+            options = _detectron2_options(backbone)
+            arrays = {
+                detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')
+            }
+            with open(beside, 'wb') as file:
+                pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
+            other = _detectron2_backbone(options, str(beside))
+            settings = '\n    '.join(f'{name}: {value}' for name, value in options.items())
+            usage = DETECTRON2.format(settings=settings, target=target, mean=mean, std=std)
+        if other is not None:
+            difference = _difference(backbone, other, _input(image, mean, std))
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f'{target}: its features differ from those of {source} by {difference:.1e}: not written'
+                )
     return Converted(depth, difference, usage)
 
 
@@ -140,8 +148,10 @@ def _source_backbone(options: dict, source: str) -> nn.Module:
             f'config: the backbone {options.type}{" with " * bool(other)}{", ".join(other)} is not supported: '
             'only ResNet (depth 18 to 152) of the usual layout has the same form in all three toolkits'
         )
-    state = torch.load(source, map_location='cpu', weights_only=False)
-    state = state.get('state_dict', state)
+    state = load(source)
+    state = state.get('state_dict', state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f'source: {source} holds a {type(state).__name__} instead of a checkpoint or a state dict')
     state = {name[len('backbone.') :]: value for name, value in state.items() if name.startswith('backbone.')}
     width = {name: options[name] for name in ('stem_channels', 'base_channels') if name in options}
     backbone = ResNet(options.depth, style=options.get('style', 'pytorch'), out_indices=(0, 1, 2, 3), **width)
@@ -234,7 +244,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument('--to', required=True, choices=['mmdet', 'detectron2'])
     parser.add_argument('--config', required=True, help='the MMPretrain config that the checkpoint was trained with')
     args = parser.parse_args(arguments)
-    found = convert_backbone(args.source, args.target, to=args.to, config=args.config)
+    with refusing(parser, RuntimeError):
+        found = convert_backbone(args.source, args.target, to=args.to, config=args.config)
     print(found.usage)
     if found.difference is None:
         print(f'\nwrote {args.target}: features not compared, Detectron2 is not installed here')

@@ -6,6 +6,8 @@ from mmengine.registry import Registry
 
 __all__ = ['derived_from', 'find_base_type']
 
+TOOLKITS = ('mmpretrain', 'mmdet', 'mmseg')  # what else is made from the class there is known
+
 
 def find_base_type(ours: type, given: Union[str, type, None], plain: type, registry: Registry, option: str) -> type:
     """The class that a config had before its type was set to ours.
@@ -59,6 +61,6 @@ def _registered(registry: Registry) -> List[type]:
 
 def _is_foreign(kind: type, ours: type, plain: type) -> bool:
     package = kind.__module__.split('.')[0]
-    if package == plain.__module__.split('.')[0] or package.startswith('selfkd_'):
+    if package in TOOLKITS or package.startswith('selfkd_'):
         return False
     return issubclass(kind, plain) and not issubclass(kind, ours)

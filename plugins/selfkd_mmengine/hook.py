@@ -1,7 +1,8 @@
 """The base of every self-distillation hook for OpenMMLab toolkits: one tap on the toolkit's own loss module.
 
-The tap is a torch forward hook on the loss module, live only while the model computes a training loss. No class,
-parameter, buffer or checkpoint key of the model changes; validation and inference are untouched.
+The tap is a torch forward hook on the loss module, live only while the model computes the loss of a training iteration.
+No class, parameter, buffer or checkpoint key of the model changes; validation (its losses, too) and inference are
+untouched.
 """
 
 import inspect
@@ -9,6 +10,7 @@ import math
 import re
 from typing import Callable, Dict, List, Optional, Tuple
 
+import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook, Hook
@@ -25,9 +27,14 @@ STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of Flexi
 class SelfKDHook(Hook):
     """Taps the loss module and rewrites its value; keeps what it needs in the checkpoint.
 
-    A subclass says where to tap (:meth:`loss_module`), what to refuse (:meth:`check`), and what the loss becomes
-    (:meth:`rewrite_loss`); it may look at the batch (``before_train_iter``), at the preprocessed inputs
-    (:meth:`before_forward`) and keep state (:meth:`state_dict`, :meth:`load_state_dict`).
+    A subclass says where to tap (:meth:`loss_module`), what to refuse (:meth:`check`, :meth:`check_batch`), and what
+    the loss becomes (:meth:`rewrite_loss`); it may look at the batch (``before_train_iter``, which must call this
+    class's), at the preprocessed inputs (:meth:`before_forward`) and keep state (:meth:`state_dict`,
+    :meth:`load_state_dict`).
+
+    A training iteration has one loss: the model's first ``mode='loss'`` call with gradients after
+    ``before_train_iter``. Other calls (a validation loss, whoever computes it and when) are plain; a second one of the
+    iteration with gradients and in training mode is an error.
     """
 
     # Whether every training step calls the loss module; where images may have nothing to classify, only the first must.
@@ -41,8 +48,9 @@ class SelfKDHook(Hook):
     def __init__(self):
         self.logs: Dict[str, Tensor] = {}
         self.tapped: Optional[nn.Module] = None
-        self._handles = []
-        self._computing_loss = False
+        self._handles, self._loss_handles = [], []
+        self._watched: List[object] = []
+        self._waiting = self._computing_loss = self._looking = False
         self._forwards, self._taps = 0, set()
         self._resumed_state: Optional[dict] = None
 
@@ -57,7 +65,20 @@ class SelfKDHook(Hook):
         return [self.loss_module(model)]
 
     def check(self, runner: Runner, model: nn.Module) -> None:
-        """Refuses, before the first step, what cannot work; ``model`` is unwrapped."""
+        """Refuses what cannot work; ``model`` is unwrapped.
+
+        Before the first step, and again whenever something of :meth:`watched` has changed.
+        """
+
+    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+        """Refuses what a batch shows, given what :meth:`rewrite_loss` gets.
+
+        Called with the first batch of a run, of each epoch, and after a change.
+        """
+
+    def watched(self, model: nn.Module) -> List[object]:
+        """What hooks (MMPretrain's SwitchRecipeHook) and users may exchange in the middle of a run."""
+        return [*self.loss_modules(model), getattr(model.data_preprocessor, 'batch_augments', None)]
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         """Makes what the hook needs, once weights are initialised or resumed and before the tap is set."""
@@ -71,10 +92,10 @@ class SelfKDHook(Hook):
 
     def reduced(self, weight_reduce_loss: Callable, losses: Tensor, arguments: Dict[str, object]) -> Tensor:
         """Losses per sample, weighted and reduced as the tapped module's own; the function is the toolkit's."""
-        return self.tapped.loss_weight * weight_reduce_loss(
+        return getattr(self.tapped, 'loss_weight', 1.0) * weight_reduce_loss(
             losses,
             arguments.get('weight'),
-            arguments.get('reduction_override') or self.tapped.reduction,
+            arguments.get('reduction_override') or getattr(self.tapped, 'reduction', 'mean'),
             arguments.get('avg_factor'),
         )
 
@@ -111,19 +132,40 @@ class SelfKDHook(Hook):
             self.load_state_dict(self._resumed_state)
             self._resumed_state = None
         _average(runner, self.averaged)
-        modules = self.loss_modules(model)
-        self.tapped = modules[0]
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            *(module.register_forward_hook(self._tap, with_kwargs=True) for module in modules),
             model.register_forward_hook(self._after_model),
         ]
+        self._set_taps(model)
+
+    def _set_taps(self, model: nn.Module) -> None:
+        for handle in self._loss_handles:
+            handle.remove()
+        modules, self._watched = self.loss_modules(model), self.watched(model)
+        self.tapped = modules[0]
+        self._loss_handles = [module.register_forward_hook(self._tap, with_kwargs=True) for module in modules]
+        self._looking = True
+
+    def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        model = unwrap(runner.model)
+        watched = self.watched(model)
+        if len(watched) != len(self._watched) or any(a is not b for a, b in zip(watched, self._watched)):
+            self.check(runner, model)
+            self._set_taps(model)
+        self._looking |= batch_idx == 0
+        self._waiting, self._taps = True, set()
 
     def _before_model(self, model, args, kwargs) -> None:
-        self._computing_loss = kwargs.get('mode') == 'loss'
+        mode = kwargs.get('mode', args[2] if len(args) > 2 else None)
+        self._computing_loss = mode == 'loss' and self._waiting and torch.is_grad_enabled()
         if self._computing_loss:
-            self._taps = set()
             self.before_forward(args[0] if args else kwargs['inputs'])
+        elif mode == 'loss' and self._taps and model.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f'{type(self).__name__}: the model computed a second loss with gradients in one training iteration, '
+                'and which of them to distil is not known: compute a validation loss under torch.no_grad(), or train '
+                'without this hook'
+            )
 
     def _tap(self, module, args, kwargs, output):
         if not self._computing_loss:
@@ -135,35 +177,39 @@ class SelfKDHook(Hook):
             )
         self._taps.add(module)
         self.tapped = module
-        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        return self.rewrite_loss(dict(arguments), output)
+        arguments = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        if self._looking:
+            self.check_batch(dict(arguments), output)
+        return self.rewrite_loss(arguments, output)
 
     def _after_model(self, model, args, output):
         if not self._computing_loss:
             return None
-        self._computing_loss = False
+        self._computing_loss = self._waiting = False
         if not self._taps and (self.fires_every_step or not self._forwards):
             raise RuntimeError(
                 f'{type(self).__name__}: the loss module {type(self.tapped).__name__} was never called while the model '
-                'computed its loss, so the loss would be the plain one. The head must call its loss_module; '
-                'remove this hook to train without it'
+                'computed its loss, so the loss would be the plain one. The head must call its loss_module, the one '
+                'that it has at the start of an iteration; remove this hook to train without it'
             )
+        self._looking = self._looking and not self._taps
         self._forwards += 1
         # Keys without the word "loss" are logged by the toolkit and not summed.
         return {**output, **self.logs}
 
     def after_train_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if not self._forwards:
+        if self._waiting or not self._forwards:
             raise RuntimeError(
                 f'{type(self).__name__}: the model computed a training loss without a call model(..., mode="loss"), so '
                 'it could not be tapped (has it a train_step of its own, or one compiled for an earlier run of this '
                 'process?); remove this hook to train without it'
             )
+        self._taps = set()
 
     def after_train(self, runner: Runner) -> None:
-        for handle in self._handles:
+        for handle in [*self._handles, *self._loss_handles]:
             handle.remove()
-        self._handles = []
+        self._handles, self._loss_handles = [], []
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         state = self.state_dict(runner, checkpoint['meta']['iter'])

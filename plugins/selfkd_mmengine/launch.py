@@ -1,5 +1,6 @@
 """Distributed training on machines without a GPU, which mmengine's launcher does not cover."""
 
+import gc
 import os
 
 import torch
@@ -29,7 +30,23 @@ def prepare_cpu_launch(cfg: Config) -> None:
 
 
 def leave_group() -> None:
-    """Tears down the process group at the end of a script: a process that ends inside one may abort."""
-    if torch_dist.is_available() and torch_dist.is_initialized():
-        torch_dist.barrier()  # the last rank may still be talking to the first
-        torch_dist.destroy_process_group()
+    """Tears down the process group at the end of a script, when the runner is not referred to any more.
+
+    Threads of a gloo group drop the tensors that they were given last. One that does so while the interpreter shuts
+    down aborts the process, and a model that was wrapped for the group keeps the group, and so its threads, alive.
+    """
+    if not (torch_dist.is_available() and torch_dist.is_initialized()):
+        return
+    torch_dist.barrier()  # the last rank may still be talking to the first
+    for _ in range(2):  # runner and model are a cycle; what its tensors kept alive takes a second pass
+        gc.collect()
+    gloo = _gloo_backend()
+    torch_dist.destroy_process_group()
+    del gloo  # the last reference: waits for the threads, without keeping the interpreter from them
+
+
+def _gloo_backend():
+    try:
+        return torch_dist.group.WORLD._get_backend(torch.device('cpu'))
+    except (AttributeError, RuntimeError):  # a group for accelerators only
+        return None

@@ -4,6 +4,7 @@ from typing import Optional
 
 import torch
 from mmengine import dist
+from mmengine.hooks import EarlyStoppingHook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -83,7 +84,38 @@ class PSKDHookBase(SelfKDHook):
                 'or set alpha=0 if plain is what you want'
             )
 
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        if self.alpha and any(isinstance(hook, EarlyStoppingHook) for hook in runner.hooks):
+            runner.logger.warning(
+                'PSKDHook: alpha grows until the last epoch (max_epochs or max_iters), so where EarlyStoppingHook ends '
+                f'training earlier it does not reach {self.alpha}: compare runs of one length, or set max_epochs to '
+                'the length that you expect'
+            )
+
+    def check_cross_entropy(self, loss: Tensor, expected: Tensor) -> None:
+        """Refuses a loss module that does not give the cross-entropy of its logits, which the past's term belongs to.
+
+        Args:
+            loss: the module's own value.
+            expected: the cross-entropy, with the module's class weights, smoothing, weight and reduction.
+        """
+        loss, expected, precision = loss.detach().float(), expected.detach().float(), torch.finfo(loss.dtype).eps
+        if self.alpha == 0 or not bool(loss.isfinite().all()):
+            return
+        same = loss.shape == expected.shape and torch.allclose(
+            loss, expected, rtol=max(1e-4, 16 * precision), atol=1e-6
+        )
+        if not same:
+            raise RuntimeError(
+                f'PSKDHook: {type(self.tapped).__name__} gives {loss.mean():.6g} where the cross-entropy of its logits '
+                f'is {expected.mean():.6g} (class_weight, loss_weight, smoothing and reduction of the module '
+                'considered): (1 - alpha) of the one and alpha of the other are no one target. Use a cross-entropy '
+                "(the toolkit's CrossEntropyLoss, MMPretrain's LabelSmoothLoss), or train without this hook"
+            )
+
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        super().before_train_iter(runner, batch_idx, data_batch)
         self.current_alpha = linear_growth(self.alpha, training_progress(runner, self.period))
         self.logs = {'pskd_alpha': torch.tensor(self.current_alpha)}
         starts_period = runner.iter % self.period == 0 if is_iter_based(runner) else batch_idx == 0

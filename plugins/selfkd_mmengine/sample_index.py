@@ -3,7 +3,6 @@
 from typing import List
 
 import torch
-from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
 from torch import Tensor
@@ -14,26 +13,28 @@ __all__ = ['OffsetSampleIdx', 'SampleIndex']
 WRAPPERS = ('ConcatDataset', 'RepeatDataset', 'ClassBalancedDataset', 'KFoldDataset')
 
 
-class OffsetSampleIdx(BaseTransform):
+class OffsetSampleIdx:
     """Adds a constant to ``sample_idx``, which counts from 0 in every part of a ConcatDataset.
 
-    A transform, because a pipeline goes with its dataset into the workers, forked or spawned.
+    It takes the place of a data set's ``get_data_info``: that goes with the data set into the workers, forked or
+    spawned, and stays when the pipeline is exchanged (MMPretrain's SwitchRecipeHook does).
     """
 
-    def __init__(self, offset: int):
-        self.offset = offset
+    def __init__(self, dataset: BaseDataset, offset: int):
+        self.dataset, self.offset = dataset, offset
 
-    def transform(self, results: dict) -> dict:
-        results['sample_idx'] += self.offset
-        return results
+    def __call__(self, idx: int) -> dict:
+        info = type(self.dataset).get_data_info(self.dataset, idx)
+        info['sample_idx'] += self.offset
+        return info
 
 
 class SampleIndex:
     """Finds each sample's row; ``len()`` is the number of different samples.
 
     Args:
-        dataset: the training set. Where it has several parts, each part's pipeline gets an :class:`OffsetSampleIdx` in
-            front, until :meth:`remove`.
+        dataset: the training set. Where it has several parts, those after the first get an :class:`OffsetSampleIdx`,
+            until :meth:`remove`.
 
     Raises:
         ValueError: a dataset or wrapper without a sample index.
@@ -44,14 +45,24 @@ class SampleIndex:
         self._length = 0
         for leaf in self._leaves:
             if self._length:
-                leaf.pipeline.transforms.insert(0, OffsetSampleIdx(self._length))
+                leaf.get_data_info = OffsetSampleIdx(leaf, self._length)
             self._length += len(leaf)
+
+    def check(self, dataset) -> None:
+        """Refuses a training set that is not the one that was numbered, or not as long."""
+        leaves = _leaves(dataset)
+        same = len(leaves) == len(self._leaves) and all(a is b for a, b in zip(leaves, self._leaves))
+        if not same or sum(map(len, leaves)) != self._length:
+            raise ValueError(
+                'PSKDHook: the training set was exchanged in the middle of the run, and the bank has a row for each '
+                "sample of the first one: keep the data set (its pipeline may change), or set teacher='snapshot'"
+            )
 
     @classmethod
     def of_training(cls, runner: Runner) -> 'SampleIndex':
         """That of a runner's training set, for ``before_train``.
 
-        An iteration-based loop has started its workers by then, whose pipelines no change reaches any more: where one
+        An iteration-based loop has started its workers by then, whose data sets no change reaches any more: where one
         is made, the loop gets a data loader and workers anew, which begin where those began.
 
         Raises:
@@ -90,8 +101,7 @@ class SampleIndex:
 
     def remove(self) -> None:
         for leaf in self._leaves:
-            transforms = leaf.pipeline.transforms
-            transforms[:] = [t for t in transforms if not isinstance(t, OffsetSampleIdx)]
+            vars(leaf).pop('get_data_info', None)
 
 
 def _leaves(dataset) -> List[BaseDataset]:

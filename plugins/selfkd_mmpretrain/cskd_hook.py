@@ -6,14 +6,15 @@ import torch
 from mmengine.runner import BaseLoop, Runner
 from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
+from selfkd.transfer import to_host
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler
 
-from .heads import ClassifierHook, logits_of
+from .heads import ClassifierHook, logits_and_target, logits_of
 
 __all__ = ['CSKDHook']
 
@@ -32,15 +33,19 @@ class PairedHook(ClassifierHook):
                 'CSKDHook, DDGSDHook: both pair the samples of a batch, in different ways: use one of the two hooks'
             )
         loader = runner.train_loop.dataloader
-        if isinstance(loader.batch_sampler, self.batch_sampler):
-            return
+        if not isinstance(loader.batch_sampler, self.batch_sampler):
+            loader = runner.train_loop.dataloader = self._paired(runner, loader)
+        # PreciseBNHook reads it; of a loader with a batch sampler it is None, and torch lets nobody set it.
+        object.__setattr__(loader, 'batch_size', loader.batch_sampler.batch_size)
+
+    def _paired(self, runner: Runner, loader: DataLoader) -> DataLoader:
         if is_iter_based(runner) or type(loader.batch_sampler) is not BatchSampler:
             raise ValueError(
                 f'{type(self).__name__}: the training loop is iteration-based or has a batch sampler of its own, so '
                 'the data loader must yield the pairs: set train_dataloader.batch_sampler='
                 f"dict(type='selfkd_mmengine.{self.batch_sampler.__name__}')"
             )
-        runner.train_loop.dataloader = with_batch_sampler(loader, self.batch_sampler)
+        return with_batch_sampler(loader, self.batch_sampler)
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
@@ -53,6 +58,22 @@ class PairedHook(ClassifierHook):
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         self._model = model
+
+    def labels_of_pairs(self, data_batch: dict) -> Tensor:
+        """Labels ``[B]`` of the first half of a batch; refuses samples that are not paired any more."""
+        samples = data_batch['data_samples']
+        labels = torch.cat([sample.gt_label for sample in samples])
+        self.refuse_moved(*(labels[i : i + len(samples) // 2] for i in (0, len(samples) // 2)))
+        return labels[: len(samples) // 2]
+
+    def refuse_moved(self, labels: Tensor, others: Tensor) -> None:
+        if not torch.equal(labels, others.to(labels)):
+            raise ValueError(
+                f'{type(self).__name__}: the samples of a batch are not the pairs that its sampler chose, or not in '
+                f'its order: the first half has the labels {labels[:8].tolist()}..., beside it are '
+                f'{others[:8].tolist()}.... Does the collate function, the data set, the pipeline or the data '
+                'preprocessor sort, drop or replace samples? Leave them as they are, or train without this hook'
+            )
 
 
 @HOOKS.register_module()
@@ -67,7 +88,7 @@ class CSKDHook(PairedHook):
     their own, in training mode (with batch-norm statistics of their own, which enter the running statistics) and
     without gradient. The hook turns on all of it::
 
-        custom_hooks = [dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0)]
+        default_hooks = dict(cskd=dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0))
 
     In an iteration-based loop the data loader's config must ask for the pairs as well:
     ``train_dataloader=dict(batch_sampler=dict(type='selfkd_mmengine.PairBatchSampler'))``.
@@ -92,13 +113,29 @@ class CSKDHook(PairedHook):
         at_least_zero('CSKDHook', weight=weight)
         self.temperature, self.weight = temperature, weight
 
+    def setup(self, runner: Runner, model: nn.Module) -> None:
+        super().setup(runner, model)
+        self._to_compare = []  # (labels of anchors, targets that the loss saw, event after which they are there)
+
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
-        pairs = len(data_batch['data_samples']) // 2
+        super().before_train_iter(runner, batch_idx, data_batch)
+        labels = self.labels_of_pairs(data_batch)
+        pairs = len(labels)
         self._partners = {key: value[pairs:] for key, value in data_batch.items()}
         for key, value in data_batch.items():
             data_batch[key] = value[:pairs]
+        self._labels = labels
+
+    def _compare_targets(self, target: Tensor) -> None:
+        """Refuses targets that are not the anchors' labels; of an accelerator a step or two later, without waiting."""
+        (target,), event = to_host(target.detach() if target.dim() == 1 else target.detach().argmax(1))
+        self._to_compare.append((self._labels, target, event))
+        while self._to_compare and (self._to_compare[0][2] is None or self._to_compare[0][2].query()):
+            labels, target, _ = self._to_compare.pop(0)
+            self.refuse_moved(labels, target)
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+        self._compare_targets(logits_and_target(arguments)[1])
         if self.weight == 0:
             return loss
         # After the anchors' pass, as in the released code; also, autocast keeps the weights that the first pass casts,
@@ -107,5 +144,6 @@ class CSKDHook(PairedHook):
             inputs = self._model.data_preprocessor(self._partners, True)['inputs']
             partner_logits = logits_of(self._model, inputs)
         # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
-        self.logs['loss_cskd'] = self.weight * distillation_kl(arguments['cls_score'], partner_logits, self.temperature)
+        logits = logits_and_target(arguments)[0]
+        self.logs['loss_cskd'] = self.weight * distillation_kl(logits, partner_logits, self.temperature)
         return loss

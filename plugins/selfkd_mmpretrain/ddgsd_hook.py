@@ -25,7 +25,7 @@ class DDGSDHook(PairedHook):
     Every image of a batch is loaded twice, so the random augmentation gives two views. Both are trained on (the head's
     own loss is the mean over them) and drawn together::
 
-        custom_hooks = [dict(type='selfkd_mmpretrain.DDGSDHook')]
+        default_hooks = dict(ddgsd=dict(type='selfkd_mmpretrain.DDGSDHook'))
 
     In an iteration-based loop the data loader's config must ask for the views as well:
     ``train_dataloader=dict(batch_sampler=dict(type='selfkd_mmengine.ViewBatchSampler'))``.
@@ -57,6 +57,10 @@ class DDGSDHook(PairedHook):
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         self._handles.append(self._model.head.fc.register_forward_pre_hook(self._keep))
+
+    def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        super().before_train_iter(runner, batch_idx, data_batch)
+        self.labels_of_pairs(data_batch)
 
     def _keep(self, module, args) -> None:
         if self._computing_loss:

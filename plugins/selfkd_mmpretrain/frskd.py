@@ -1,6 +1,5 @@
 """FRSKD for MMPretrain classifiers: a self-teacher on the feature maps of the backbone's stages, in training only."""
 
-import copy
 import inspect
 import math
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from selfkd.checks import at_least_zero, one_of, positive
 from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
 from selfkd.pyramid import SelfTeacherPyramid, dry_run
+from selfkd_mmengine.base_type import derived_from, find_base_type
 
 from .heads import check_head, check_head_type, has_plain_loss
 
@@ -40,21 +40,30 @@ class FRSKDImageClassifier(ImageClassifier):
     Stages and their channels are found by looking at the network (:func:`find_stages`).
 
     Args:
-        self_teacher: options of :class:`SelfTeacher`, and ``stages``: the names of the backbone's modules whose
-            outputs are the feature maps, fine to coarse, where others than those found are wanted.
-        kwargs: of ``ImageClassifier``.
+        self_teacher: options of :class:`SelfTeacher`; ``stages``: the names of the backbone's modules whose outputs are
+            the feature maps, fine to coarse, where others than those found are wanted; and ``base_type``: the type that
+            the config had, where that is a class of your own made from ``ImageClassifier``, which goes on doing what it
+            did.
+        kwargs: of ``ImageClassifier``, or ``base_type``.
 
     Losses: ``loss_cls`` (the head's own), ``loss_teacher`` (the self-teacher on the labels), ``loss_kd``,
-    ``loss_feature``; with SLA also ``loss_joint`` and ``loss_sla``, each the sum over both classifiers.
+    ``loss_feature``; with SLA also ``loss_joint`` and ``loss_sla``, each the sum over both classifiers. In evaluation
+    mode (a validation loss) they are those of the plain model.
 
     Raises:
         ValueError: the config is no ``ImageClassifier``'s, the head does not train one softmax over classes as
             ``ClsHead`` does, or the backbone has no feature maps of two sizes or more (a ViT).
     """
 
+    def __new__(cls, *args, self_teacher: Optional[dict] = None, **kwargs):
+        if cls is FRSKDImageClassifier and kwargs:  # copies are made without arguments
+            given = (self_teacher or {}).get('base_type')
+            cls = derived_from(cls, find_base_type(cls, given, ImageClassifier, MODELS, 'self_teacher.base_type'))
+        return super().__new__(cls)
+
     def __init__(self, *, self_teacher: Optional[dict] = None, **kwargs):
         known = list(inspect.signature(ImageClassifier.__init__).parameters)[1:]
-        foreign = sorted(set(kwargs) - set(known))
+        foreign = sorted(set(kwargs) - set(known)) if type(self) is FRSKDImageClassifier else []
         if foreign or 'backbone' not in kwargs:
             raise ValueError(
                 f'FRSKDImageClassifier: stands for an ImageClassifier, whose settings are {known}, got '
@@ -62,18 +71,22 @@ class FRSKDImageClassifier(ImageClassifier):
             )
         check_head_type('FRSKDImageClassifier', kwargs.get('head'))
         super().__init__(**kwargs)
+        self._check_head()
+        options = dict(self_teacher or {})
+        options.pop('base_type', None)
+        self._stages, num_classes = find_stages(self, options.pop('stages', None))
+        with torch.random.fork_rng(devices=[]):  # what is drawn after it is what would be drawn without it
+            torch.default_generator.manual_seed(torch.initial_seed() + 1)
+            channels = [stage.channels for stage in self._stages]
+            self.self_teacher = SelfTeacher(channels, num_classes, self.head.loss_module, **options)
+
+    def _check_head(self) -> None:
         check_head('FRSKDImageClassifier', self)
         if not has_plain_loss(self.head):
             raise ValueError(
                 f'FRSKDImageClassifier: {type(self.head).__name__} computes a loss of its own, and not as ClsHead '
                 'does: use a LinearClsHead or the like'
             )
-        options = dict(self_teacher or {})
-        self._stages, num_classes = find_stages(self, options.pop('stages', None))
-        with torch.random.fork_rng(devices=[]):  # what is drawn after it is what would be drawn without it
-            torch.default_generator.manual_seed(torch.initial_seed() + 1)
-            channels = [stage.channels for stage in self._stages]
-            self.self_teacher = SelfTeacher(channels, num_classes, copy.deepcopy(self.head.loss_module), **options)
 
     def init_weights(self) -> None:
         """As the config says, but for the self-teacher, which keeps torch's initialisation, as released.
@@ -86,19 +99,27 @@ class FRSKDImageClassifier(ImageClassifier):
 
     def loss(self, inputs: Tensor, data_samples: List[DataSample]) -> dict:
         """Losses of a batch, see the class."""
+        if not self.training:
+            return super().loss(inputs, data_samples)
         teacher, calls = self.self_teacher, []
-        with self._tapped(inputs) as maps:
-            feats = self.extract_feat(inputs)
+        if self.head.loss_module is not teacher.loss_module:  # MMPretrain's SwitchRecipeHook exchanges it
+            self._check_head()
+            teacher.follow(self.head.loss_module)
         tap = self.head.loss_module.register_forward_pre_hook(
             lambda module, *call: calls.append(call), with_kwargs=True
         )
         try:
-            losses = self.head.loss(feats, data_samples)
+            with self._tapped(inputs, until=calls) as maps:
+                losses = super().loss(inputs, data_samples)
         finally:
             tap.remove()
-        ((cls_score, target, *_), _), *more = calls
-        if more:
-            raise RuntimeError(f'FRSKDImageClassifier: {type(self.head).__name__} computed its loss more than once')
+        if len(calls) != 1:
+            raise RuntimeError(
+                f'FRSKDImageClassifier: {type(self).__mro__[1].__name__} called the loss module of '
+                f'{type(self.head).__name__} {len(calls)} times in a training step, and not once: which logits to '
+                'teach is not known'
+            )
+        cls_score, target = calls[0][0][:2]
         rotated = None
         if teacher.sla:
             if target.dim() != 1 or inputs.shape[2] != inputs.shape[3]:
@@ -115,13 +136,22 @@ class FRSKDImageClassifier(ImageClassifier):
         return losses
 
     @contextmanager
-    def _tapped(self, inputs: Tensor) -> Iterator[List[Tensor]]:
-        """A list that holds the stages' maps, fine to coarse, once the backbone has run on the inputs."""
-        size, maps, handles = inputs.shape[2:], [None] * len(self._stages), []
+    def _tapped(self, inputs: Tensor, until: Sequence = ()) -> Iterator[List[Tensor]]:
+        """A list that holds the stages' maps, fine to coarse, once the backbone has run on the inputs.
+
+        What runs after ``until`` has something in it (CSKDHook's partners, at the loss) is not looked at.
+        """
+        size, maps, passes = inputs.shape[2:], [None] * len(self._stages), []
+
+        def count(*call) -> None:
+            if not until:
+                passes.append(call)
 
         def keep(i: int, x: Tensor) -> None:
-            maps[i] = as_map(x, size)
+            if not until:
+                maps[i] = as_map(x, size)
 
+        handles = [self.backbone.register_forward_pre_hook(count)]
         for i, stage in enumerate(self._stages):
             if self.self_teacher.preact and stage.relu:  # which may work in place
                 module = self.backbone.get_submodule(stage.relu)
@@ -137,6 +167,11 @@ class FRSKDImageClassifier(ImageClassifier):
         finally:
             for handle in handles:
                 handle.remove()
+        if len(passes) > 1:
+            raise RuntimeError(
+                f'FRSKDImageClassifier: the backbone ran {len(passes)} times before the loss, so which feature maps '
+                'belong to the loss is not known: FRSKD needs a model that classifies from one pass'
+            )
         missing = [stage.module for stage, x in zip(self._stages, maps) if x is None]
         if missing:
             raise RuntimeError(
@@ -151,7 +186,7 @@ class SelfTeacher(nn.Module):
     Args:
         in_channels: channels of the feature maps, fine to coarse.
         num_classes: C.
-        loss_module: of its own classifier; called as the head's is.
+        loss_module: the head's, which is that of its own classifier, too.
         alpha: weight of the KL from the self-teacher's prediction, the paper's for CIFAR-100 is 2.
         beta: weight of the feature loss, the paper's for CIFAR-100 is 100; 0 for soft labels only.
         temperature: T.
@@ -183,9 +218,9 @@ class SelfTeacher(nn.Module):
         at_least_zero('self_teacher', alpha=alpha, beta=beta, sla=sla)
         positive('self_teacher', temperature=temperature)
         super().__init__()
+        self.follow(loss_module)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.feature_loss, self.preact, self.sla = feature_loss, feature_loss == 'overhaul', sla
-        self.loss_module = loss_module
         self.pyramid = SelfTeacherPyramid(in_channels, num_classes, width=width, depth=depth, repeats=repeats)
         self.adapters = None
         if beta and feature_loss != 'attention':
@@ -194,6 +229,14 @@ class SelfTeacher(nn.Module):
         if sla:
             self.joint = nn.Linear(in_channels[-1], 4 * num_classes)
             self.teacher_joint = nn.Linear(self.pyramid.channels[-1], 4 * num_classes)
+
+    @property
+    def loss_module(self) -> nn.Module:
+        return self._loss_module[0]
+
+    def follow(self, loss_module: nn.Module) -> None:
+        """From now on, another loss module of the head."""
+        self._loss_module = (loss_module,)  # in a tuple: it is the head's sub-module
 
     def loss(self, maps: List[Tensor], call: Tuple[tuple, dict], rotated: Optional[List[Tensor]]) -> Dict[str, Tensor]:
         """Losses of a batch.
@@ -205,7 +248,8 @@ class SelfTeacher(nn.Module):
         """
         (cls_score, target, *args), kwargs = call
         feats, refined, teacher_score = self._refined(maps)
-        losses = {'loss_teacher': self.loss_module(teacher_score, target, *args, **kwargs)}
+        # Not by a call, which torch hooks (PSKDHook's, CSKDHook's) would take for the classifier's.
+        losses = {'loss_teacher': self.loss_module.forward(teacher_score, target, *args, **kwargs)}
         if rotated is not None:
             rotated, refined_rotated, _ = self._refined(rotated)
             own, teachers = (

@@ -1,6 +1,6 @@
 """What the methods ask of a classifier's head: one prediction, a softmax over classes, that its loss module sees."""
 
-from typing import List
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from mmengine.runner import Runner
@@ -10,17 +10,21 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from selfkd_mmengine import SelfKDHook, unwrap
+from selfkd_mmengine import SelfKDHook
 
-__all__ = ['ClassifierHook', 'check_head', 'check_head_type', 'has_plain_loss', 'logits_of', 'target_of']
+from .replay import Replay
+
+__all__ = ['ClassifierHook', 'check_head', 'check_head_type', 'has_plain_loss', 'logits_and_target', 'logits_of']
+__all__ += ['target_of']
 
 
-def check_head(user: str, model: nn.Module) -> None:
+def check_head(user: str, model: nn.Module, *, own_losses: bool = False) -> None:
     """Refuses a model without a head that trains one softmax over classes.
 
     Args:
         user: whose demand it is, for the message.
         model: unwrapped.
+        own_losses: let losses pass that are none of MMPretrain's: the user compares their values.
 
     Raises:
         ValueError: there is no head with a ``loss_module``, or one of several classifiers (Conformer), with a margin
@@ -45,7 +49,7 @@ def check_head(user: str, model: nn.Module) -> None:
             f'{user}: {name} has two classifiers with a loss each, and one prediction is needed: use a network with '
             'one classifier, or train without this method'
         )
-    if isinstance(head, MultiLabelClsHead) or not _is_softmax_loss(loss):
+    if isinstance(head, MultiLabelClsHead) or not _is_softmax_loss(loss, own_losses):
         raise ValueError(
             f'{user}: {name} trains with {type(loss).__name__}, but a prediction is a softmax over classes here: '
             'multi-label and sigmoid losses are not supported. Use CrossEntropyLoss (use_sigmoid=False) or '
@@ -64,10 +68,12 @@ def check_head_type(user: str, head) -> None:
         )
 
 
-def _is_softmax_loss(loss: nn.Module) -> bool:
+def _is_softmax_loss(loss: nn.Module, own_losses: bool) -> bool:
     if isinstance(loss, LabelSmoothLoss):
         return loss.mode != 'multi_label' and not loss.ce.use_sigmoid
-    return isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid
+    if isinstance(loss, CrossEntropyLoss):
+        return not loss.use_sigmoid
+    return own_losses and not type(loss).__module__.startswith('mmpretrain.')
 
 
 def has_plain_loss(head: nn.Module) -> bool:
@@ -88,35 +94,51 @@ def target_of(data_samples: List[DataSample]) -> Tensor:
     return torch.cat([sample.gt_label for sample in data_samples])
 
 
+def logits_and_target(arguments: Dict[str, object]) -> Tuple[Tensor, Tensor]:
+    """What a loss module was called with first; own ones may name it otherwise than MMPretrain does."""
+    logits, target = list(arguments.values())[:2]
+    return logits, target
+
+
 class ClassifierHook(SelfKDHook):
-    """The base of hooks for classifiers: taps ``head.loss_module``, whose logits must be the head's prediction."""
+    """The base of hooks for classifiers: taps ``head.loss_module``, whose logits must be the model's prediction.
+
+    Both are compared on the batches of :meth:`check_batch`, for which the model runs once more.
+    """
+
+    own_losses = False  # whether the subclass compares the value of losses that are none of MMPretrain's
+    _replay: Optional[Replay] = None
 
     def loss_module(self, model: nn.Module) -> nn.Module:
         return model.head.loss_module
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
-        check_head(type(self).__name__, model)
+        check_head(type(self).__name__, model, own_losses=self.own_losses)
 
-    def before_train(self, runner: Runner) -> None:
-        super().before_train(runner)
-        head = unwrap(runner.model).head
-        self._prediction = None
-        self._handles += [
-            head.register_forward_hook(self._keep_prediction),
-            head.loss_module.register_forward_pre_hook(self._compare_with_prediction, with_kwargs=True),
-        ]
+    def _before_model(self, model, args, kwargs) -> None:
+        super()._before_model(model, args, kwargs)
+        if self._computing_loss and self._looking:
+            self._replay = Replay(model, args[0] if args else kwargs['inputs'])
 
-    def _keep_prediction(self, head, args, output) -> None:
-        if self._computing_loss:
-            self._prediction = output
+    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+        super().check_batch(arguments, loss)
+        self._trained_on = logits_and_target(arguments)[0].detach().clone()
 
-    def _compare_with_prediction(self, loss, args, kwargs) -> None:
-        logits = args[0] if args else kwargs.get('cls_score')
-        if self._computing_loss and self._prediction is not None and self._prediction is not logits:
-            raise RuntimeError(
-                f'{type(self).__name__}: {type(loss).__name__} is trained on other logits than those that the head '
-                'predicts (with a margin, a temperature, one of several?), so predictions cannot be taught; train this '
-                'head without this hook'
-            )
-        self._prediction = None
+    def _after_model(self, model, args, output):
+        output = super()._after_model(model, args, output)
+        if self._replay is not None:
+            replay, self._replay = self._replay, None
+            self._compare(replay(logits_of).float(), self._trained_on.float())
+        return output
+
+    def _compare(self, predicted: Tensor, trained_on: Tensor) -> None:
+        if predicted.shape == trained_on.shape:
+            difference, size = (predicted - trained_on).abs().max(), predicted.abs().max()
+            if not bool(difference > 0.02 * size):  # NaN is nobody's fault here
+                return
+        raise RuntimeError(
+            f'{type(self).__name__}: {type(self.tapped).__name__} is trained on other logits than those that the head '
+            'predicts (with a margin, a temperature, one of several?), so predictions cannot be taught; train this '
+            'head without this hook'
+        )

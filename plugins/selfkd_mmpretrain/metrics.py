@@ -103,7 +103,9 @@ class MarkOOD(BaseTransform):
 class RecallAt1(BaseMetric):
     """Share of samples whose nearest other sample in feature space has their class, as ``recall/at_1``.
 
-    Needs the features beside the predictions: ``custom_hooks=[dict(type='selfkd_mmpretrain.KeepFeaturesHook')]``.
+    Needs the features beside the predictions::
+
+        default_hooks = dict(features=dict(type='selfkd_mmpretrain.KeepFeaturesHook'))
     """
 
     default_prefix = 'recall'
@@ -113,7 +115,7 @@ class RecallAt1(BaseMetric):
             if 'feature' not in sample:
                 raise ValueError(
                     'RecallAt1: the predictions carry no features: '
-                    "add dict(type='selfkd_mmpretrain.KeepFeaturesHook') to custom_hooks"
+                    "add dict(type='selfkd_mmpretrain.KeepFeaturesHook') to default_hooks, under a name of your own"
                 )
             self.results.append((sample['feature'].cpu(), int(sample['gt_label'])))
 

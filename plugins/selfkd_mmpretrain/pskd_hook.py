@@ -16,7 +16,7 @@ from selfkd.losses import soft_cross_entropy
 from selfkd_mmengine import PSKDHookBase, SampleIndex
 from selfkd_mmengine.hook import is_iter_based, saves_after_this_iter
 
-from .heads import ClassifierHook, logits_of
+from .heads import ClassifierHook, logits_and_target, logits_of
 
 __all__ = ['PSKDHook']
 
@@ -34,7 +34,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     (labels, smoothed labels, mixed ``gt_score``) and alpha_t grows linearly to ``alpha``. Nothing else of the config
     changes::
 
-        custom_hooks = [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)]
+        default_hooks = dict(pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8))
 
     Args:
         alpha: final share of the past prediction, in [0, 1]. Defaults to 0.8, the paper's.
@@ -57,6 +57,8 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     Raises:
         ValueError: at the start of training, for what cannot work; each message says what to change.
     """
+
+    own_losses = True
 
     def __init__(
         self,
@@ -127,16 +129,32 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         super().before_train_iter(runner, batch_idx, data_batch)
         self._probs = None
-        if not self.snapshot:
-            self._indices = self.sample_index(data_batch)
+        if self.snapshot:
+            return
+        if batch_idx == 0:
+            self.sample_index.check(runner.train_dataloader.dataset)
+        self._indices = self.sample_index(data_batch)
 
     def before_forward(self, inputs: Tensor) -> None:
         if self.teacher_ready:
             self._past = self.teacher.run(logits_of, self.teacher.model, inputs).float().softmax(1)
 
+    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+        super().check_batch(arguments, loss)
+        logits, label = logits_and_target(arguments)
+        hard = self._soft(logits.detach(), _hard_targets(self.tapped, label, logits.shape[1]), arguments)
+        self.check_cross_entropy(loss, hard)
+
+    def _soft(self, logits: Tensor, target: Tensor, arguments: Dict[str, object]) -> Tensor:
+        """The cross-entropy with target probs, weighted and reduced as the loss module's own."""
+        class_weight = getattr(getattr(self.tapped, 'ce', self.tapped), 'class_weight', None)
+        losses = soft_cross_entropy(logits, target, class_weight=class_weight, reduction='none')
+        return self.reduced(weight_reduce_loss, losses, arguments)
+
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
-        logits, label = arguments['cls_score'], arguments['label']
+        logits, label = logits_and_target(arguments)
         if not self.snapshot:
+            self.bank.check_labels(self._indices, label, way_out="set teacher='snapshot'")
             self._probs = logits.detach().float().softmax(1)
             if self.bank.skipped:
                 self.logs['pskd_skipped'] = torch.tensor(float(self.bank.skipped))
@@ -145,9 +163,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
             self.logs.update(pskd_hard=loss.detach(), pskd_soft=torch.zeros(()), pskd_entropy=torch.zeros(()))
             return loss
         self.logs['pskd_entropy'] = torch.special.entr(past).sum(1).mean()
-        ce = self.tapped.ce if isinstance(self.tapped, LabelSmoothLoss) else self.tapped
-        soft = soft_cross_entropy(logits, past, class_weight=ce.class_weight, reduction='none')
-        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments))
+        return self.mix(loss, self._soft(logits, past, arguments))
 
     def _past_targets(self, logits: Tensor, label: Tensor) -> Optional[Tensor]:
         """Past predictions ``[B, C]``, the hard target for samples that have none; None if no sample has one."""

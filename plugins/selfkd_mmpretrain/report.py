@@ -13,10 +13,11 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from selfkd import metrics
-from selfkd.cli import command_parser
-from selfkd.comparison import NOTE, comparison_table, write_runs
+from selfkd.cli import command_parser, refusing
+from selfkd.comparison import comparison_table, note, write_runs
+from selfkd.files import output_folder, replacing
 from selfkd.runs import parse_groups
-from selfkd_mmengine.report import finished_run, seed_of
+from selfkd_mmengine.report import check_runs, finished_run, seed_of
 
 __all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table', 'tables']
 
@@ -154,7 +155,7 @@ def tables(panels: Dict[str, Dict[str, List[Dict[str, float]]]], columns: Option
     """:func:`table` of each panel below its title, and how to read them (arguments as there)."""
     parts = [f'{title}\n\n{table(groups, columns)}'.lstrip() for title, groups in panels.items()]
     if any(len(groups) > 1 for groups in panels.values()):
-        parts.append(NOTE)
+        parts.append(note(*panels.values()))
     return '\n\n'.join(parts)
 
 
@@ -230,8 +231,9 @@ def _plot(panels, path, draw, finish, ood: bool = False) -> None:
         ax.set_title(title)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    output_folder(Path(path).parent)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=130)
 
 
 def write_report(
@@ -241,15 +243,15 @@ def write_report(
 
     ``ood_roc.png`` is among the plots where every run has out-of-distribution predictions.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(out)
     measured = {
         title: {name: [measure(run) for run in runs] for name, runs in groups.items()}
         for title, groups in panels.items()
     }
     text = tables(measured, columns)
-    (folder / 'table.md').write_text(text + '\n')
-    (folder / 'runs.json').write_text(json.dumps(measured, indent=2))
+    for name, content in (('table.md', text + '\n'), ('runs.json', json.dumps(measured, indent=2))):
+        with replacing(folder / name) as beside:
+            beside.write_text(content, encoding='utf-8')
     write_runs(str(folder / 'runs.csv'), measured)
     plot_reliability(panels, str(folder / 'reliability.png'))
     plot_risk_coverage(panels, str(folder / 'risk_coverage.png'))
@@ -274,6 +276,11 @@ def main(arguments: Sequence[str]) -> None:
         '--ood', metavar='FOLDER', help='images of another kind: adds AUROC, AUPR, FPR95 and ood_roc.png'
     )
     args, work_dirs = parse_groups(parser, arguments)
+    with refusing(parser):
+        check_runs(work_dirs)
+        if args.ood and not Path(args.ood).is_dir():
+            raise FileNotFoundError(f'--ood: {args.ood} is no folder')
     groups = {name: [predict(folder, ood=args.ood) for folder in folders] for name, folders in work_dirs.items()}
-    print(write_report({'': groups}, args.out))
+    with refusing(parser):
+        print(write_report({'': groups}, args.out))
     print(f'\nwrote {args.out}')

@@ -24,7 +24,7 @@ class TFKDHook(ClassifierHook):
 
     The loss becomes ``(1 - alpha) * own + alpha * KL(made-up teacher || prediction)``::
 
-        custom_hooks = [dict(type='selfkd_mmpretrain.TFKDHook', alpha=0.1, temperature=20.0)]
+        default_hooks = dict(tfkd=dict(type='selfkd_mmpretrain.TFKDHook', alpha=0.1, temperature=20.0))
 
     Args:
         alpha: share of the KL, in [0, 1]. Defaults to 0.1, the released code's.

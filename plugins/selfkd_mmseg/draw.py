@@ -11,6 +11,8 @@ from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 from torch import nn
 
+from selfkd.files import replacing
+
 __all__ = ['draw_attention', 'draw_predictions']
 
 
@@ -44,7 +46,8 @@ def draw_predictions(models: Dict[str, Tuple[str, str]], images: Sequence[int], 
     classes, palette = dataset.metainfo['classes'], np.array(dataset.metainfo['palette']) / 255
     patches = [Patch(color=palette[c], label=classes[c]) for c in sorted(shown) if c < len(classes)]
     figure.legend(handles=patches, loc='outside lower center', ncols=min(len(patches), 6), frameon=False)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110)
 
 
 def draw_attention(config: str, checkpoint: str, images: Sequence[int], path: str) -> None:
@@ -80,7 +83,8 @@ def draw_attention(config: str, checkpoint: str, images: Sequence[int], path: st
         for axis, values in zip(line[1:], maps):
             axis.imshow(values, cmap='magma', interpolation='nearest')
     figure.supxlabel('each panel has its own scale: dark is its least value, bright its greatest', fontsize='medium')
-    figure.savefig(path, dpi=110)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110)
 
 
 def load(config: str, checkpoint: str) -> Tuple[nn.Module, BaseDataset]:

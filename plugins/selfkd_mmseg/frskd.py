@@ -17,6 +17,7 @@ from selfkd.checks import at_least_zero
 from selfkd.losses import attention_transfer, distillation_kl
 from selfkd.pyramid import BiFPN, dry_run
 from selfkd.schedule import sigmoid_ramp_up
+from selfkd_mmengine.base_type import derived_from, find_base_type
 
 from .decode_head import ConvHead, losses_of, only_looks, plain_loss
 
@@ -44,15 +45,25 @@ class FRSKDEncoderDecoder(EncoderDecoder):
         self_teacher: options of :class:`SelfTeacher`, or of the ``type`` that it names. ``in_channels`` are found by
             running the network once on an empty image unless given; ``num_classes``, ``ignore_index``,
             ``align_corners``, ``norm_cfg``, ``loss_decode`` and ``sampler`` are the decode head's unless given.
-        kwargs: of ``EncoderDecoder``.
+            And ``base_type``: the type that the config had, where that is a class of your own made from
+            ``EncoderDecoder``, which then does what it did.
+        kwargs: of ``EncoderDecoder``, or ``base_type``.
+
+    In evaluation mode (a validation loss) the losses are those of the plain model.
 
     Raises:
         ValueError: for the options and heads of other segmentors, for decode heads and losses that it does not support,
             for class counts that differ, and for feature maps that are not fine to coarse.
     """
 
+    def __new__(cls, self_teacher: Optional[dict] = None, **kwargs):
+        if cls is FRSKDEncoderDecoder and kwargs:  # copies are made without arguments
+            given = (self_teacher or {}).get('base_type')
+            cls = derived_from(cls, find_base_type(cls, given, EncoderDecoder, MODELS, 'self_teacher.base_type'))
+        return super().__new__(cls)
+
     def __init__(self, self_teacher: Optional[dict] = None, **kwargs):
-        _check_replaces_encoder_decoder(kwargs)
+        _check_replaces_encoder_decoder(kwargs, own_base=type(self) is not FRSKDEncoderDecoder)
         super().__init__(**kwargs)
         name = type(self.decode_head).__name__
         # The loss that sees the logits; others beside it (Dice, ...) may be sigmoid ones.
@@ -67,6 +78,7 @@ class FRSKDEncoderDecoder(EncoderDecoder):
             )
         self._tapped = (softmax[0],)  # in a tuple: it is the decode head's sub-module, not ours
         options = dict(self_teacher or {})
+        options.pop('base_type', None)
         if options.get('num_classes', self.num_classes) != self.num_classes:
             raise ValueError(
                 f'FRSKDEncoderDecoder: self_teacher.num_classes is {options["num_classes"]}, but the decode head has '
@@ -116,13 +128,22 @@ class FRSKDEncoderDecoder(EncoderDecoder):
             except Exception as error:  # of whatever network
                 reason = error
         raise ValueError(
-            'FRSKDEncoderDecoder: the network does not run on an empty image, so the channels of its feature maps are '
-            f'not known: set self_teacher.in_channels ({type(reason).__name__}: {reason})'
+            f'FRSKDEncoderDecoder: {type(self.backbone).__name__} does not run on an empty image of {channels} '
+            f"channels as EncoderDecoder runs it ({type(reason).__name__}: {reason}). If the config's model.type was "
+            'another (change detection has networks of two images), name it in self_teacher.base_type; if it was '
+            'EncoderDecoder, set self_teacher.in_channels to the channels of the feature maps'
         ) from reason
 
     def _decode_head_forward_train(self, inputs: List[Tensor], data_samples: SampleList) -> dict:
         """The decode head's losses, and under ``self_teacher.`` those of the self-teacher."""
+        if not self.training:
+            return super()._decode_head_forward_train(inputs, data_samples)
         (loss_module,), calls = self._tapped, []
+        if all(loss is not loss_module for loss in losses_of(self.decode_head)):
+            raise RuntimeError(
+                'FRSKDEncoderDecoder: decode_head.loss_decode was exchanged in the middle of the run, and the '
+                'self-teacher would keep the old one: exchange it in a run of its own, with load_from'
+            )
 
         def tap(module, args, kwargs):
             if not only_looks(kwargs):
@@ -145,11 +166,11 @@ class FRSKDEncoderDecoder(EncoderDecoder):
         return losses
 
 
-def _check_replaces_encoder_decoder(kwargs: dict) -> None:
-    """``model.type`` has replaced the config's own type, which must have been EncoderDecoder."""
+def _check_replaces_encoder_decoder(kwargs: dict, own_base: bool) -> None:
+    """``model.type`` has replaced the config's own type: EncoderDecoder, or one made from it that is named."""
     head = kwargs.get('decode_head')
     other = 'CascadeEncoderDecoder' if isinstance(head, (list, tuple)) else None
-    unknown = sorted(set(kwargs) - set(inspect.signature(EncoderDecoder).parameters))
+    unknown = [] if own_base else sorted(set(kwargs) - set(inspect.signature(EncoderDecoder).parameters))
     for option in unknown:
         other = OTHERS_OPTIONS.get(option, other)
     if other or unknown:

@@ -3,6 +3,7 @@
 from typing import Dict, List, Optional
 
 import torch
+import torch.nn.functional as F
 from mmengine.runner import Runner
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.losses.utils import weight_reduce_loss
@@ -31,7 +32,7 @@ class PSKDHook(PSKDHookBase):
     normalisation are the toolkit's own; auxiliary heads and further losses of the decode head keep their hard labels.
     Nothing else of the config changes::
 
-        custom_hooks = [dict(type='selfkd_mmseg.PSKDHook', alpha=0.3)]
+        default_hooks = dict(pskd=dict(type='selfkd_mmseg.PSKDHook', alpha=0.3))
 
     Args:
         alpha: final share of the past prediction, in [0, 1]. In iteration-based loops it grows once in ``interval``.
@@ -80,17 +81,34 @@ class PSKDHook(PSKDHookBase):
         if self.teacher_ready:
             self._past_logits = self.teacher(inputs, mode='tensor')
 
+    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+        super().check_batch(arguments, loss)
+        logits, label = list(arguments.values())[:2]
+        log_probs = logits.detach().float().log_softmax(1)
+        hard = F.nll_loss(
+            log_probs, label, self._class_weight(logits), ignore_index=self.ignore_index, reduction='none'
+        )
+        self.check_cross_entropy(loss, self._averaged(hard, arguments))
+
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         if not self.teacher_ready or self.current_alpha == 0:
             self.logs.update(pskd_hard=loss.detach(), pskd_soft=torch.zeros(()))
             return loss
-        module, logits, label = self.tapped, arguments['cls_score'], arguments['label']
+        logits, label = list(arguments.values())[:2]
         past = resize(self._past_logits, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
-        class_weight = None if module.class_weight is None else logits.new_tensor(module.class_weight).float()
-        valid = label != self.ignore_index
+        class_weight = self._class_weight(logits)
         soft = soft_cross_entropy(logits, past.float().softmax(1), class_weight=class_weight, reduction='none')
-        arguments['avg_factor'] = _avg_factor(module, class_weight, label, valid)
-        return self.mix(loss, self.reduced(weight_reduce_loss, soft.masked_fill(~valid, 0), arguments))
+        return self.mix(loss, self._averaged(soft.masked_fill(label == self.ignore_index, 0), arguments))
+
+    def _class_weight(self, logits: Tensor) -> Optional[Tensor]:
+        weight = self.tapped.class_weight
+        return None if weight is None else logits.new_tensor(weight).float()
+
+    def _averaged(self, losses: Tensor, arguments: Dict[str, object]) -> Tensor:
+        """Losses of pixels ``[B, H, W]``, 0 at ignored ones, weighted and reduced as the loss module's own."""
+        logits, label = list(arguments.values())[:2]
+        factor = _avg_factor(self.tapped, self._class_weight(logits), label, label != self.ignore_index)
+        return self.reduced(weight_reduce_loss, losses, {**arguments, 'avg_factor': factor})
 
 
 def _avg_factor(module: CrossEntropyLoss, class_weight: Optional[Tensor], label: Tensor, valid: Tensor):

@@ -1,86 +1,202 @@
 """A data loader's own batches, and beside each of them which samples it holds."""
 
+import logging
+import operator
+import sys
 from collections import deque
-from typing import Callable, Iterator, List
+from contextlib import contextmanager
+from typing import Callable, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from selfkd.pairing import SameClassPairing
 from selfkd.seeds import step_generator
 
-__all__ = ['Batches', 'Numbered', 'unwrap']
+__all__ = ['Batches', 'Method', 'Numbered', 'unwrap', 'world_size']
 
-OPTIONS = ('num_workers', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator')
-OPTIONS += ('prefetch_factor', 'persistent_workers', 'pin_memory_device', 'in_order')
+logger = logging.getLogger(__name__)
+
+# Loaders that hand the batches of a DataLoader inside on, one for one and in its order, and where that is.
+WRAPPERS = {'_FabricDataLoader': '_dataloader', 'DataLoaderShard': 'base_dataloader'}
+UNSHARDED = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+# An epoch that goes over the data more often than this is none.
+PASSES = 10
+LONG = 10_000  # batches of an epoch that no length says the end of
 
 
 class Batches:
     """What ``batches()`` of a method gives: iterated, the loader's own batches, one epoch each time.
 
-    The row of each sample, its index in the loader's data set, travels with its batch: through workers, prefetching and
-    any sampler, beside what the loader's own collate function makes of the samples. Data set, collate function
-    and model stay as they are. For all else it is the loader: its length and attributes.
+    The row of each sample, its index in the loader's data set, is noted when the loader's sampler draws it, and batches
+    come in the order in which they are drawn, whatever workers do. Data set, collate function and model stay as they
+    are. For all else it is the loader: its length and attributes.
+
+    An epoch counts when it is finished, or, broken off after batches were trained on, when another one begins: a look
+    at a batch is no epoch. One iterator at a time: what is drawn belongs to the latest.
 
     Args:
-        loader: a DataLoader; of an IterableDataset, or not a DataLoader at all, for methods that need no rows.
+        loader: a DataLoader; of an IterableDataset, or not a DataLoader at all, for methods that need no rows. One that
+            Fabric or Accelerate has prepared serves as well.
     """
 
     def __init__(self, loader):
         self.loader, self.methods = loader, []
         self.epoch, self.step = 0, 0  # both count from 0; the epoch under way, or the next one
-        self._numbered, self.pairing, self._seed = None, None, 0
+        self.steps_per_epoch: Optional[int] = None  # for a training that is counted in steps: where an epoch ends
+        self.trained = False  # whether the epoch under way had a loss
         self.noted = deque()  # rows and partners of the batches handed out and not yet trained on, oldest first
+        self.pairing: Optional[SameClassPairing] = None
+        self._seed, self._iterating = 0, False
+        self._ending: Optional[str] = None  # the method that counts epochs
+        self._way_out: Optional[str] = None  # of a loader whose rows are needed
+        self._noting: Optional[_Noting] = None
+
+    @property
+    def _wrapper(self) -> Optional[str]:
+        """The attribute in which the loader has the DataLoader whose batches it hands on."""
+        known = [WRAPPERS[kind.__name__] for kind in type(self.loader).__mro__ if kind.__name__ in WRAPPERS]
+        return next((name for name in known if isinstance(vars(self.loader).get(name), DataLoader)), None)
+
+    @property
+    def _inner(self):
+        """The DataLoader that makes the batches."""
+        return vars(self.loader)[self._wrapper] if self._wrapper else self.loader
 
     def number(self, method: str) -> None:
         """Asks for the rows of the samples. ValueError: the loader cannot give them."""
         way_out = "use teacher='snapshot', which needs no rows" if method == 'PSKD' else 'use a map-style data set'
-        if not isinstance(self.loader, DataLoader) or type(self.loader).__iter__ is not DataLoader.__iter__:
+        loader = self._inner
+        if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
             raise ValueError(
-                f'{method}: loader must be a torch DataLoader, got {type(self.loader).__name__}, whose batches come '
-                f'from an __iter__ of its own, so the samples in them are not known: {way_out}'
+                f'{method}: loader must be a torch DataLoader, got {type(loader).__name__}, whose batches come from an '
+                f'__iter__ of its own, so the samples in them are not known: {way_out}'
             )
-        if isinstance(self.loader.dataset, IterableDataset):
+        if isinstance(loader.dataset, IterableDataset):
             raise ValueError(f'{method}: the data set is an IterableDataset, whose samples have no index: {way_out}')
-        self._numbered = True if self._numbered is None else self._numbered
+        if not getattr(loader, 'in_order', True):
+            raise ValueError(
+                f'{method}: with in_order=False it is not known which samples a batch holds: leave it out, or {way_out}'
+            )
+        self._way_out = way_out
 
     def pair(self, method: str, pairing: SameClassPairing, seed: int) -> None:
         """Asks for a partner of each sample, which come as a batch of their own."""
         self.number(method)
-        if self.loader.batch_sampler is None:
+        if self._inner.batch_sampler is None:
             raise ValueError(f'{method}: the loader has batch_size=None: partners need a batch sampler')
         self.pairing, self._seed = pairing, seed
 
+    def count_steps(self, method: str) -> int:
+        """From now on an epoch is one pass over the data, counted in steps of all processes together.
+
+        ValueError: how many steps that takes is not known.
+        """
+        loader, size = self.loader, _length(getattr(self.loader, 'dataset', None))
+        each = getattr(loader, 'total_batch_size', None)  # Accelerate's, of all processes
+        if each is None:
+            each = getattr(loader, 'batch_size', None) or getattr(loader.batch_sampler, 'batch_size', None)
+            each = each and each * world_size()
+        by_samples = -(-size // each) if size and each else None
+        known = [steps for steps in (by_samples, _length(loader)) if steps]
+        if not known:
+            raise ValueError(
+                f'{method}: max_steps needs to know how many batches a pass over the data takes: give the data set a '
+                '__len__ (and the batch sampler a batch_size), or use max_epochs'
+            )
+        self.steps_per_epoch = min(known)
+        return self.steps_per_epoch
+
+    def check_epoch_ends(self, method: str, steps: Optional[int] = None) -> None:
+        """ValueError: an epoch of so many steps (by default what the loader says) goes over the data too often."""
+        self._ending = method
+        size, each = _length(getattr(self.loader, 'dataset', None)), getattr(self.loader, 'batch_size', None) or 1
+        steps = steps or _length(self.loader)
+        if size and steps and steps * each > PASSES * max(size, each):
+            raise ValueError(
+                f'{method}: one loop over the loader goes over the data {steps * each // size} times (a sampler with '
+                'replacement?), and what acts from the second epoch on would not act before: say how many batches the '
+                'training takes, max_steps= in place of max_epochs=, and an epoch is one pass over the data'
+            )
+        if size is None and steps == LONG and self.epoch == 0 and _length(self.loader) is None:
+            logger.warning('%s: plain up to now: the first epoch has not ended after %d batches', method, steps)
+
     def lend(self):
         """The loader, or one like it that notes which rows its batches hold: for a loop that is not ours."""
-        if self._numbered is True:
-            loader = self.loader
-            sampler = dict(batch_size=None, sampler=loader.sampler)
-            if loader.batch_sampler is not None:
-                anchors = loader.batch_sampler
-                sampler = dict(batch_sampler=_PairSampler(anchors, self) if self.pairing else anchors)
-            options = {name: getattr(loader, name) for name in OPTIONS if hasattr(loader, name)}
-            collate = _Collate(loader.collate_fn, loader.batch_sampler is not None, self.pairing is not None)
-            self._numbered = _Noting(Numbered(loader.dataset), collate_fn=collate, **sampler, **options)
-            self._numbered.noted = self.noted
-        return self._numbered or self.loader
+        if not self._way_out:
+            return self.loader
+        if self._noting is None:
+            self._noting = _Noting(self, self._inner)
+        return self._noting
 
     def replace(self, loader) -> None:
         """From now on the batches are those of this loader, over the same data set."""
-        self.loader, self._numbered = loader, self._numbered and True
+        self.loader, self._noting = loader, None
 
     def __iter__(self) -> Iterator:
-        loader, finished = self.lend(), False
-        self.begin_epoch()
+        if self._iterating:
+            raise RuntimeError(
+                'batches(): an iterator over them is not finished yet, and a second one would take its samples: go '
+                'through one after the other (del the first, or end its loop by break)'
+            )
+        self._check_prepared()
+        if self.steps_per_epoch:
+            self.epoch = self.step // self.steps_per_epoch
+        elif self.trained:  # the last epoch was broken off, and training goes on with another
+            self.epoch += 1
+        self._iterating, self.trained, finished = True, False, False
         try:
-            for batch in loader:
-                self.begin_step()
-                yield batch
-                self.end_step()
-            finished = True
+            with self._lent() as loader:
+                self.begin_epoch()
+                for count, batch in enumerate(loader, 1):
+                    if self._ending:
+                        self.check_epoch_ends(self._ending, count)
+                    self.begin_step(batch)
+                    yield batch
+                    self.end_step()
+                finished = True
         finally:
+            self._iterating = False
+            if any(method.used for method in self.methods):  # a break after the loss
+                self.end_step()
             self.end_epoch(finished)
+
+    @contextmanager
+    def _lent(self):
+        """The loader to iterate over: ours, or a wrapper's with ours inside."""
+        lent, name = self.lend(), self._wrapper
+        if lent is self.loader or name is None:
+            yield lent
+            return
+        inner = vars(self.loader)[name]
+        vars(self.loader)[name] = lent
+        try:
+            yield self.loader
+        finally:
+            vars(self.loader)[name] = inner
+
+    def _check_prepared(self) -> None:
+        """ValueError: under Accelerate each of several processes would train on all data."""
+        accelerate = sys.modules.get('accelerate')
+        state = accelerate and accelerate.PartialState._shared_state
+        if not state or accelerate.PartialState().num_processes < 2 or type(self.loader) is not DataLoader:
+            return
+        if type(self.loader.sampler) in UNSHARDED and type(self.loader.batch_sampler) in (BatchSampler, type(None)):
+            raise ValueError(
+                'batches(): accelerator.prepare() leaves them as they are, so that each process would train on all '
+                'data: prepare the loader first, as loader = accelerator.prepare(loader), and make PSKD(loader, ...) '
+                'with what it gives'
+            )
 
     # What an epoch consists of. A loop that is not ours (Lightning's, ...) calls these in its own places.
 
@@ -88,20 +204,26 @@ class Batches:
         for method in self.methods:
             method.begin_epoch()
 
-    def begin_step(self) -> None:
-        rows, partners = self.noted.popleft() if self._numbered else (None, None)
+    def begin_step(self, batch=None) -> None:
+        if self.steps_per_epoch and self.step // self.steps_per_epoch > self.epoch:
+            self.end_epoch(True)  # the loop goes on over the next pass
+            self.epoch = self.step // self.steps_per_epoch
+            self.begin_epoch()
+        rows, partners = self.noted.popleft() if self._way_out else (None, None)
         for method in self.methods:
-            method.begin_step(rows, partners)
+            method.begin_step(rows, partners, batch)
 
     def end_step(self) -> None:
+        self.step += 1
+        self.trained = self.trained or any(method.used for method in self.methods)
         for method in self.methods:
             method.end_step()
-        self.step += 1
 
     def end_epoch(self, finished: bool) -> None:
-        self.epoch += 1
         for method in self.methods:
             method.end_epoch(finished)
+        if finished:
+            self.epoch, self.trained = self.epoch + 1, False
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -115,27 +237,183 @@ class Batches:
         return {'epoch': self.epoch, 'step': self.step}
 
     def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.step = state['epoch'], state['step']
+        self.epoch, self.step, self.trained = state['epoch'], state['step'], False
+
+
+class Method:
+    """What goes with batches: it counts those that were trained on without it.
+
+    Args:
+        loader: a loader, or another method's ``batches()``.
+
+    Raises:
+        ValueError: the batches have one of this name already.
+    """
+
+    name, call, way_in = '', '', ''  # as 'PSKD', 'pskd.loss(logits, target)', 'use it in place of ...'
+
+    def __init__(self, loader):
+        self.data = loader if isinstance(loader, Batches) else Batches(loader)
+        if any(method.name == self.name for method in self.data.methods):
+            raise ValueError(f'{self.name}: these batches have a {self.name} already: one is enough')
+        self.used = 0  # losses of the batch under way
+        self._begun: Optional[int] = None  # the epoch that began last
+        self._batches = self._plain = 0  # of that epoch
+
+    def batches(self) -> Batches:
+        """The loader's own batches; iterate over it once in every epoch."""
+        return self.data
+
+    def begin_epoch(self) -> bool:
+        """Whether it is another epoch than that which began last."""
+        new = self._begun != self.data.epoch
+        if new:
+            self._begun, self._batches, self._plain = self.data.epoch, 0, 0
+        elif self._batches >= (_length(self.data.loader) or LONG):  # broken off again and again
+            self._refuse_if_plain()
+        return new
+
+    def begin_step(self, rows: Optional[Tensor], partners, batch) -> None:
+        self.used = 0
+
+    def end_step(self) -> None:
+        self._batches += 1
+        self._plain += not self.used
+        self.used = 0
+
+    def end_epoch(self, finished: bool) -> None:
+        if not finished:
+            return
+        self._refuse_if_plain()
+        if self._plain:
+            logger.warning(
+                '%s: %d of %d batches of epoch %d were trained on without %s, or skipped',
+                *(self.name, self._plain, self._batches, self.data.epoch + 1, self.call),
+            )
+
+    def _refuse_if_plain(self) -> None:
+        if self._batches and self._plain == self._batches:
+            raise RuntimeError(
+                f'{self.name}: a batch was trained on without {self.call}, so with the plain loss, and so were all '
+                f'{self._batches} of the epoch: {self.way_in}. (To look at the data, go through the loader itself.)'
+            )
 
 
 class _Noting(DataLoader):
-    """Gives the batches, and notes what else :class:`_Collate` made."""
+    """A loader once more, that notes which samples are in the batches it gives."""
+
+    def __init__(self, batches: Batches, source: DataLoader):  # not DataLoader's own: it has what the source has
+        vars(self).update(_batches=batches, _source=source, _drawn=deque())
+        self._follow()
+
+    def _follow(self) -> None:
+        """Takes over what the source has now; the workers that persist are its own."""
+        kept = {name: vars(self).get(name) for name in ('_batches', '_source', '_drawn', '_iterator')}
+        vars(self).update(vars(self._source))
+        vars(self).update(kept)
+        name = 'sampler' if self._source.batch_sampler is None else 'batch_sampler'
+        vars(self)[name] = _Sampler(vars(self)[name], self._batches, self._drawn)
+        if self._batches.pairing is not None:
+            vars(self)['collate_fn'] = _Halves(self._source.collate_fn)
+
+    def __setattr__(self, name: str, value) -> None:
+        vars(self)[name] = value
+        if not name.startswith('_'):
+            setattr(self._source, name, value)
 
     def __iter__(self) -> Iterator:
-        self.noted.clear()
-        return map(self._note, super().__iter__())  # not a generator: the seeds are drawn now, as the loader's own are
+        self._follow()
+        self._batches.noted.clear()
+        self._drawn.clear()
+        return map(self._note, _Steps(super().__iter__(), self._drawn))  # the seeds are drawn now, as the loader's are
 
-    def _note(self, item):
-        rows, batch, partners = item
-        self.noted.append((rows, partners))
+    def _note(self, drawn):
+        (rows, partners), batch = drawn
+        if self._batches.pairing is not None:
+            batch, others = batch
+            partners = partners, others
+        self._batches.noted.append((rows, partners))
         return batch
 
 
+class _Steps:
+    """What was drawn for a batch, beside the batch; where a batch fails, what was drawn for it goes with it."""
+
+    def __init__(self, batches: Iterator, drawn: deque):
+        self.batches, self.drawn = batches, drawn
+
+    def __iter__(self) -> '_Steps':
+        return self
+
+    def __next__(self):
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            raise
+        except Exception:
+            if self.drawn:
+                self.drawn.popleft()
+            raise
+        return self.drawn.popleft(), batch
+
+
+class _Sampler(Sampler):
+    """A sampler, of samples or batches, that notes what it draws; for pairs a partner of each sample as well."""
+
+    def __init__(self, sampler, batches: Batches, drawn: deque):
+        self._sampler, self._batches, self._drawn = sampler, batches, drawn
+
+    def __iter__(self) -> Iterator:
+        pairing, way_out = self._batches.pairing, self._batches._way_out
+        generator = step_generator(self._batches._seed, self._batches.epoch)
+        for indices in self._sampler:
+            rows = _rows(indices, way_out)
+            partners = None
+            if pairing is not None:
+                partners = pairing.draw(rows, generator)
+                indices = [*indices, *partners.tolist()]
+            self._drawn.append((rows, partners))
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str):  # a batch sampler's sampler, which may have a set_epoch
+        if name == '_sampler':
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
+
+
+def _rows(indices, way_out: Optional[str]) -> Tensor:
+    try:
+        indices = indices.reshape(-1) if isinstance(indices, Tensor) else indices
+        return torch.tensor(
+            [operator.index(index) for index in (indices if hasattr(indices, '__iter__') else [indices])]
+        )
+    except TypeError:
+        raise ValueError(
+            f'the sampler draws {indices!r:.100} for a batch, which are not the numbers of samples (a size beside each '
+            f'of them, a key?), so the rows of the samples are not known: {way_out}'
+        ) from None
+
+
+class _Halves:
+    """The loader's own collate function, for the samples and for their partners."""
+
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, samples):
+        samples, half = list(samples), len(samples) // 2
+        return self.collate(samples[:half]), self.collate(samples[half:])
+
+
 class Numbered:
-    """A data set whose samples come with their indices."""
+    """A data set whose samples come with their indices, for a loop that makes its loader itself. For all else it is the
+    data set: attributes that are set (by a worker_init_fn, say) are the data set's."""
 
     def __init__(self, dataset):
-        self.dataset = dataset
+        vars(self)['dataset'] = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -147,50 +425,13 @@ class Numbered:
         several = getattr(self.dataset, '__getitems__', None)
         return list(zip(indices, several(indices) if several else [self.dataset[index] for index in indices]))
 
-    def __getattr__(self, name: str):  # a worker_init_fn may look at the data set
+    def __getattr__(self, name: str):
         if name == 'dataset':
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-
-class _Collate:
-    """The loader's own collate function, between rows and (for pairs) partners."""
-
-    def __init__(self, collate: Callable, batched: bool, pairs: bool):
-        self.collate, self.batched, self.pairs = collate, batched, pairs
-
-    def __call__(self, data):
-        if not self.batched:
-            return _rows(data[0]), self.collate(data[1]), None
-        indices, samples = zip(*data)
-        samples = list(samples)
-        if not self.pairs:
-            return _rows(indices), self.collate(samples), None
-        half = len(indices) // 2
-        return _rows(indices[:half]), self.collate(samples[:half]), self.collate(samples[half:])
-
-
-def _rows(indices) -> Tensor:
-    try:
-        return torch.as_tensor([int(index) for index in indices])
-    except TypeError:
-        return torch.as_tensor(indices).reshape(-1)
-
-
-class _PairSampler(BatchSampler):
-    """B anchors, as the loader's batch sampler gives them, then B partners."""
-
-    def __init__(self, anchors: BatchSampler, batches: Batches):
-        self.anchors, self.batches = anchors, batches
-
-    def __iter__(self) -> Iterator[List[int]]:
-        generator = step_generator(self.batches._seed, self.batches.epoch)
-        for anchors in self.anchors:
-            anchors = list(anchors)
-            yield anchors + self.batches.pairing.draw(anchors, generator).tolist()
-
-    def __len__(self) -> int:
-        return len(self.anchors)
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self.dataset, name, value)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -202,3 +443,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def world_size() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _length(sized) -> Optional[int]:
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError, AttributeError):
+        return None

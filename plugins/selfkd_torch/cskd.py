@@ -1,21 +1,25 @@
 """CS-KD in a training loop of your own."""
 
-from typing import Callable, Mapping, Optional, Sequence
+from typing import Callable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
 from selfkd.pairing import SameClassPairing
 
-from .batches import Batches, unwrap
+from .batches import Method, unwrap
+from .calls import Hook, copied
 
 __all__ = ['CSKD']
 
+WAY_OUT = 'give the class ids that the loss sees as labels='
 
-class CSKD:
+
+class CSKD(Method):
     """Class-wise self-knowledge distillation: each sample learns from the prediction for another one of its class.
 
     Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020
@@ -30,12 +34,16 @@ class CSKD:
         weight: lambda, at least 0.
         temperature: T. Defaults to 4, the paper's.
         labels: class id of every sample of the loader's data set; by default its ``targets``.
-        inputs: gives the model's input from a batch, where that is not the batch's first entry.
+        inputs: gives the model's input from a batch, where that is not the batch's first entry as it is. What the loop
+            does with a batch before the model (normalisation, augmentation on the accelerator) belongs in here, since
+            it must be done with the partners as well: ``inputs=lambda batch: normalize(batch[0].cuda())``. The first
+            batch shows whether it is: the model must be called with what this gives.
         outputs: gives the logits from what the model returns, where that is not they.
         seed: of the partners.
 
     Raises:
-        ValueError: for data whose classes are not known, and for settings out of range.
+        ValueError: for data whose classes are not known, settings out of range, samples in other places of the batch
+            than their rows, and inputs that the partners would not get.
 
     Example:
         >>> images, labels, model = torch.randn(8, 4), torch.arange(8) % 2, nn.Linear(4, 2)
@@ -44,6 +52,9 @@ class CSKD:
         >>> for x, y in cskd.batches():
         ...     loss = cskd.loss(model(x), y)
     """
+
+    name, call = 'CSKD', 'cskd.loss(logits, target) or cskd.term(logits, target)'
+    way_in = 'add one of them'
 
     def __init__(
         self,
@@ -61,7 +72,7 @@ class CSKD:
         positive('CSKD', temperature=temperature)
         self.model, self.weight, self.temperature = model, weight, temperature
         self._inputs, self._outputs = inputs or _first, outputs or (lambda output: output)
-        self.data = loader if isinstance(loader, Batches) else Batches(loader)
+        super().__init__(loader)
         dataset = getattr(self.data.loader, 'dataset', None)
         labels = getattr(dataset, 'targets', None) if labels is None else labels
         if labels is None or (hasattr(dataset, '__len__') and len(labels) != len(dataset)):
@@ -69,35 +80,40 @@ class CSKD:
                 f'CSKD: partners are of one class, but {type(dataset).__name__} has no attribute targets with a class '
                 f'for each of its samples: give them as labels=, got {None if labels is None else len(labels)}'
             )
+        self._labels = torch.as_tensor(labels)
         self.data.pair('CSKD', SameClassPairing(labels), seed)
-        if any(isinstance(method, CSKD) for method in self.data.methods):
-            raise ValueError('CSKD: these batches have a CSKD already: one is enough')
         self.data.methods.append(self)
-        self._partners = None
-        self._first = self._used = False
-
-    def batches(self) -> Batches:
-        """The loader's own batches; iterate over it once in every epoch."""
-        return self.data
+        self._rows = self._partner_rows = self._partners = None
+        self._labels_at = None  # the entry of a batch that is the labels, once it is known
+        self._check: Optional[_SameInputs] = None  # in the first batch
+        self._checked = False
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         """``F.cross_entropy(logits, target, **options)`` plus :meth:`term`."""
-        return F.cross_entropy(logits, target, **options) + self.term(logits)
+        return F.cross_entropy(logits, target, **options) + self.term(logits, target)
 
-    def term(self, logits: Tensor) -> Tensor:
+    def term(self, logits: Tensor, target: Optional[Tensor] = None) -> Tensor:
         """What CS-KD adds to a loss: ``weight * T^2 * KL(partner || anchor)``. Call it after the model.
 
         Args:
             logits: of the batch under way, ``[B, C]``.
+            target: class ids ``[B]``, to be compared with those of the samples drawn.
 
         Raises:
             RuntimeError: outside ``batches()``.
+            ValueError: the samples of the batch are not those drawn, or partners would not get the model's inputs.
         """
         if self._partners is None:
             raise RuntimeError('CSKD: the term is for training, in a loop over cskd.batches()')
-        self._used = True
+        self.used += 1
         if self.weight == 0:
             return logits.new_zeros(())
+        if target is not None and not target.is_floating_point():
+            self.data.pairing.check_labels(self._rows, target, way_out=WAY_OUT)
+        if self._check is not None:
+            self._check.refuse_if_other()
+            self._end_check()
+            self._checked = True
         model = unwrap(self.model)
         inputs = _to(self._inputs(self._partners), next(model.parameters()).device)
         with torch.no_grad():
@@ -113,21 +129,111 @@ class CSKD:
 
     # What Batches calls.
 
-    def begin_epoch(self) -> None:
-        self._first = True
+    def begin_step(self, rows, partners, batch) -> None:
+        super().begin_step(rows, partners, batch)
+        self._rows, (self._partner_rows, self._partners) = rows, partners
+        if self.weight == 0 or batch is None:
+            return
+        self._compare_labels(batch)
+        self._end_check()
+        if not self._checked:
+            self._check = _SameInputs(self.model, self._inputs, batch)
 
-    def begin_step(self, rows, partners) -> None:
-        self._partners, self._used = partners, False
+    def _compare_labels(self, batch) -> None:
+        """The labels of samples and partners, where the batch holds them."""
+        drawn = self._labels[self._rows]
+        if self._labels_at is None and len(drawn.unique()) > 1:
+            for name, entry in _entries(batch):
+                found = entry.cpu().long().sort().values  # in whatever order
+                if entry.shape == drawn.shape and torch.equal(found, drawn.long().sort().values):
+                    self._labels_at = name
+        for rows, entries in ((self._rows, _entries(batch)), (self._partner_rows, _entries(self._partners))):
+            found = dict(entries).get(self._labels_at)
+            if found is not None:
+                self.data.pairing.check_labels(rows, found, way_out=WAY_OUT)
+
+    def _end_check(self) -> None:
+        if self._check is not None:
+            self._check.leave()
+            self._check = None
 
     def end_step(self) -> None:
-        if self._first and not self._used:
-            raise RuntimeError(
-                'CSKD: a batch was trained on without cskd.loss(logits, target) or cskd.term(logits): add one of them'
-            )
-        self._first = False
+        super().end_step()
+        self._end_check()
 
     def end_epoch(self, finished: bool) -> None:
+        self._end_check()
         self._partners = None
+        super().end_epoch(finished)
+
+
+class _SameInputs:
+    """Notes what the model is called with for a batch, to be compared with what partners would get."""
+
+    def __init__(self, model: nn.Module, inputs: Callable, batch):
+        self._kind = type(unwrap(model)).__name__
+        # Of copies: neither what the loop nor what inputs= does with the batch in place changes the other.
+        self._expected, again = (inputs(tree_map(copied, batch)) for _ in range(2))
+        self._random = not _alike(self._expected, again)
+        self._calls: List[Tuple[tuple, dict]] = []
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._hook = inner.register_forward_pre_hook(Hook(self._note), with_kwargs=True)
+
+    def _note(self, module: nn.Module, args, kwargs) -> None:
+        self._calls.append(tree_map(copied, (args, kwargs)))
+
+    def leave(self) -> None:
+        self._hook.remove()
+
+    def refuse_if_other(self) -> None:
+        if not self._calls:
+            raise RuntimeError(
+                f'CSKD: the {self._kind} given as model= was not called before the loss: give the module that the loop '
+                'calls, and call it first'
+            )
+        expected, seen = self._expected, None
+        for args, kwargs in self._calls:
+            seen = kwargs if isinstance(expected, Mapping) else next(iter((*args, *kwargs.values())), None)
+            if _alike(expected, seen, self._random):
+                return
+        raise ValueError(
+            f'CSKD: the {self._kind} was called with {_described(seen)}, but partners would come as '
+            f'{_described(expected)}: what the loop does with a batch before the model must be done with the partners '
+            'as well: give it as inputs=, as in inputs=lambda batch: normalize(batch[0])'
+        )
+
+
+def _alike(expected, seen, only_shapes: bool = False) -> bool:
+    if isinstance(expected, Mapping):
+        return isinstance(seen, Mapping) and all(
+            name in seen and _alike(value, seen[name], only_shapes) for name, value in expected.items()
+        )
+    if not isinstance(expected, Tensor):
+        return True
+    if not isinstance(seen, Tensor) or expected.shape != seen.shape:
+        return False
+    expected = expected.to(seen.device)
+    return only_shapes or torch.allclose(expected.double(), seen.double(), rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def _described(inputs) -> str:
+    if isinstance(inputs, Mapping):
+        return '{' + ', '.join(f'{name}: {_described(value)}' for name, value in inputs.items()) + '}'
+    if isinstance(inputs, Tensor):
+        return f'{tuple(inputs.shape)} of mean {inputs.double().mean().item():.4g}'
+    return type(inputs).__name__
+
+
+def _entries(batch) -> List[Tuple[object, Tensor]]:
+    """The entries of a batch that may be class ids."""
+    named = (
+        batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
+    )
+    return [
+        (name, entry)
+        for name, entry in named
+        if isinstance(entry, Tensor) and entry.dim() == 1 and not entry.is_floating_point() and not entry.is_complex()
+    ]
 
 
 def _first(batch):

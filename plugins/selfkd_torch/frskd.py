@@ -1,6 +1,7 @@
 """FRSKD in a training loop of your own."""
 
-from typing import Dict, Iterator, Optional, Sequence
+from functools import partial
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,11 @@ from selfkd.losses import frskd_loss
 from selfkd.pyramid import SelfTeacherPyramid, dry_run
 
 from .batches import unwrap
+from .calls import Hook, origins
 
 __all__ = ['FRSKD']
+
+PASSES = 8  # through the model, that wait for their losses
 
 
 class FRSKD:
@@ -28,6 +32,10 @@ class FRSKD:
         optimizer = torch.optim.SGD([*model.parameters(), *frskd.parameters()], lr=0.1)
         ...
         loss = frskd.loss(model(images), labels)
+
+    The layers have forward hooks, which do nothing in copies of the model (``copy.deepcopy``, ``torch.save(model)``).
+    Where the model itself must have none (``torch.jit.script``), :meth:`remove_hooks` takes them off, and
+    :meth:`add_hooks` puts them back.
 
     With several processes make it after the process group: gradients of the self-teacher are averaged over them.
 
@@ -64,6 +72,7 @@ class FRSKD:
         positive('FRSKD', temperature=temperature)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         inner, self.layers = unwrap(model), list(layers)
+        self._compiled = inner is not model or getattr(model, '_compiled_call_impl', None) is not None
         modules = dict(inner.named_modules())
         missing = [name for name in self.layers if name not in modules]
         if missing or len(self.layers) < 2:
@@ -71,9 +80,11 @@ class FRSKD:
                 f'FRSKD: layers must name two or more sub-modules of {type(inner).__name__}; not there: {missing}; '
                 f'its own are {[name for name, _ in inner.named_children()]}'
             )
-        self._feats: Dict[str, Tensor] = {}
-        for name in self.layers:
-            modules[name].register_forward_hook(_Keep(self._feats, name))
+        self._modules = [modules[name] for name in self.layers]
+        self._hooks: List = []
+        self._feats: List[Tuple[str, Tensor]] = []  # what the layers gave since the last loss, oldest first
+        self._settled = False  # whether there was a loss since the last pass
+        self.add_hooks()
         device = next(inner.parameters()).device
         shapes = self._dry_run(inner, torch.zeros(1, 3, 224, 224, device=device) if example is None else example)
         self.self_teacher = SelfTeacherPyramid(
@@ -92,8 +103,9 @@ class FRSKD:
                 f'FRSKD: {type(model).__name__} does not take {tuple(example.shape)}: give a batch of its inputs as '
                 f'example= ({problem})'
             ) from problem
-        shapes = [tuple(self._feats[name].shape) if name in self._feats else () for name in self.layers]
+        feats = dict(self._feats)
         self._feats.clear()
+        shapes = [tuple(feats[name].shape) if name in feats else () for name in self.layers]
         sides = [shape[-1] for shape in shapes if len(shape) == 4]
         if len(sides) < len(shapes) or any(coarse > fine for fine, coarse in zip(sides, sides[1:])):
             raise ValueError(
@@ -101,6 +113,61 @@ class FRSKD:
                 + ', '.join(f'{name}: {shape}' for name, shape in zip(self.layers, shapes))
             )
         return shapes
+
+    def add_hooks(self) -> None:
+        """Has the layers' outputs kept, as they are from the beginning on."""
+        self.remove_hooks()
+        self._hooks = [
+            module.register_forward_hook(Hook(partial(self._keep, name)))
+            for module, name in zip(self._modules, self.layers)
+        ]
+
+    def remove_hooks(self) -> None:
+        """Takes the hooks off the model: after training, or for ``torch.jit.script``."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._feats.clear()
+
+    def _keep(self, name: str, module: nn.Module, args, output) -> None:
+        if torch.is_grad_enabled() and isinstance(output, Tensor):
+            if self._settled or len(self._feats) >= PASSES * len(self.layers):
+                self._feats.clear()
+                self._settled = False
+            self._feats.append((name, output))
+
+    def _take_maps(self, logits: Tensor) -> List[Tensor]:
+        """The maps of the pass that logits come from. RuntimeError: there is none, or it is not known which."""
+        passes: List[Dict[str, Tensor]] = [{}]
+        for name, output in self._feats:
+            if name in passes[-1]:
+                passes.append({})
+            passes[-1][name] = output
+        whole = [feats for feats in passes if len(feats) == len(self.layers)]
+        if not whole:
+            hint = 'call the model, with gradients, then the loss'
+            if not self._hooks:
+                hint = 'remove_hooks() was called: add_hooks() puts them back'
+            elif self._compiled:
+                hint += ' (a compiled model that was called before FRSKD was made does not see it: make FRSKD first)'
+            raise RuntimeError(
+                f'FRSKD: {[n for n in self.layers if n not in passes[-1]]} did not run since the last loss: {hint}. In '
+                'checkpoint(..., use_reentrant=True) layers run without gradients: set use_reentrant=False'
+            )
+        if len(whole) > 1:
+            nodes = {feat.grad_fn: feats for feats in whole for feat in feats.values() if feat.grad_fn is not None}
+            found = {id(nodes[node]) for node in origins((logits.grad_fn, logits.output_nr), nodes)}
+            fitting = [feats for feats in whole if id(feats) in found]
+            if len(fitting) != 1:
+                raise RuntimeError(
+                    f'FRSKD: of {len(whole)} passes through the model since the last loss, the logits come from '
+                    f'{len(fitting)}: call the loss with the logits of one pass, at once after it'
+                )
+            whole = fitting
+        taken = {id(feat) for feat in whole[0].values()}
+        self._feats = [(name, feat) for name, feat in self._feats if id(feat) not in taken]
+        self._settled = True
+        return [whole[0][name] for name in self.layers]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The self-teacher's, for the optimizer."""
@@ -114,19 +181,14 @@ class FRSKD:
         """What FRSKD adds to a loss: the self-teacher's cross-entropy, and what the model learns from it.
 
         Args:
-            logits: of the model's last call in training, ``[B, C]``.
+            logits: of one of the model's calls in training since the last loss, ``[B, C]``.
             target: class ids ``[B]`` or probs ``[B, C]``.
             options: of the self-teacher's cross-entropy.
 
         Raises:
-            RuntimeError: the layers were not run since the last call.
+            RuntimeError: the layers were not run since the last loss, or it is not known in which pass.
         """
-        feats = [self._feats.pop(name, None) for name in self.layers]
-        if any(feat is None for feat in feats):
-            raise RuntimeError(
-                f'FRSKD: {[n for n, f in zip(self.layers, feats) if f is None]} did not run since the last loss: call '
-                'the model, with gradients, then the loss'
-            )
+        feats = self._take_maps(logits)
         self._pyramid.train()
         refined, teacher_logits = self._pyramid(feats)
         options_of = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
@@ -139,17 +201,3 @@ class FRSKD:
 
     def load_state_dict(self, state: dict) -> None:
         self.self_teacher.load_state_dict(state)
-
-
-class _Keep:
-    """Keeps a layer's output where gradients are computed; a copy of the model keeps nothing."""
-
-    def __init__(self, feats: Optional[Dict[str, Tensor]], name: str):
-        self.feats, self.name = feats, name
-
-    def __call__(self, module: nn.Module, args, output) -> None:
-        if self.feats is not None and torch.is_grad_enabled() and isinstance(output, Tensor):
-            self.feats[self.name] = output
-
-    def __deepcopy__(self, memo) -> '_Keep':
-        return _Keep(None, self.name)

@@ -5,18 +5,19 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, List, MutableMapping, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from selfkd.checks import one_of, several_epochs, share
+from selfkd.schedule import may_end_early
 from selfkd.teacher import MODES
 from selfkd_torch import Batches, TokenPSKD
-from selfkd_torch.batches import Numbered
+from selfkd_torch.words import in_words
 
 __all__ = ['PSKDArguments', 'PSKDMixin', 'PSKDTrainingArguments']
 
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 ROWS = 'selfkd_rows'  # the entry of a batch that says which samples it holds
 FILE = 'selfkd.pt'  # in a checkpoint's folder
+WORDS = {  # what selfkd_torch calls it, and what it is here
+    r'\bteacher=': 'pskd_teacher=',
+    r'\bor set outputs=': "or use pskd_teacher='bank'",
+    r'\bset outputs=, or compute its loss outside': 'compute the loss of the logits in compute_loss',
+}
+INSIDE = 'selfkd_inside'  # the attribute of a numbered data set that is the data set
 
 
 def _setting(default, text: str):
@@ -40,6 +47,22 @@ class PSKDArguments:
     pskd_top_k: Optional[int] = _setting(
         None, 'Classes that the bank keeps. Default: 8 of tokens (some drawn), all of samples.'
     )
+
+    @property
+    def train_batch_size(self) -> int:
+        """A Trainer asks for it when it is made: one without the mix-in would train plainly.
+
+        Raises:
+            ValueError: it has something to train on, and not the mix-in.
+        """
+        trainer = sys._getframe(1).f_locals.get('self')
+        plain = isinstance(trainer, Trainer) and not isinstance(trainer, PSKDMixin)
+        if plain and self.pskd_alpha and trainer.train_dataset is not None:
+            raise ValueError(
+                f'PSKD: args ask for PS-KD (pskd_alpha={self.pskd_alpha}), but {type(trainer).__name__} would train '
+                f'plainly: use class MyTrainer(PSKDMixin, {type(trainer).__name__}), or set pskd_alpha=0'
+            )
+        return super().train_batch_size
 
 
 @dataclass
@@ -58,12 +81,22 @@ class PSKDMixin:
     stays the Trainer's business. Past predictions are saved in the checkpoint's folder as ``selfkd.pt``.
 
     Raises:
+        TypeError: a class that has the mix-in after the Trainer, which would never ask it.
         ValueError: for settings that cannot work or would never act, when the Trainer is made or training begins.
         RuntimeError: a training step without a cross-entropy that could be softened.
     """
 
     pskd: Optional[TokenPSKD] = None
     _resumed_from: Optional[str] = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(PSKDMixin):
+            raise TypeError(
+                f'PSKD: {cls.__name__} has PSKDMixin after the Trainer, which would train plainly: write '
+                f'class {cls.__name__}(PSKDMixin, Trainer)'
+            )
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -93,42 +126,28 @@ class PSKDMixin:
             self.label_smoother = partial(_smoothed_cross_entropy, self.label_smoother.epsilon)
         self.add_callback(_Epochs(self))
 
-    def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own, with the rows of the samples in each batch."""
-        if self.args.pskd_alpha == 0:
-            return super().get_train_dataloader()
-        self._data = Batches(DataLoader(self.train_dataset))  # knows the data; the Trainer iterates over its own loader
-        if self.args.pskd_teacher == 'snapshot':
-            return super().get_train_dataloader()
-        self._data.number('PSKD')
-        dataset, collate = before = self.train_dataset, self.data_collator
-        if hasattr(dataset, 'remove_columns'):  # what the Trainer does, which it could not through our wrapping
-            dataset = self._remove_unused_columns(dataset, description='training')
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description='training')
-        self.train_dataset, self.data_collator = Numbered(dataset), _Collate(collate)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset, self.data_collator = before
-
-    def _get_train_sampler(self, train_dataset=None):
-        if isinstance(train_dataset, Numbered):  # a sampler may look at the samples' lengths
-            train_dataset = train_dataset.dataset
-        return super()._get_train_sampler(train_dataset)
-
     def training_step(self, model, inputs, *args, **kwargs):
         if self.pskd is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        if ROWS in inputs:
-            rows = torch.as_tensor(inputs.pop(ROWS))
-            self.pskd.check_not_joined(inputs.get('labels'), len(rows))
-            self._data.noted.append((rows, None))
-        self._data.begin_step()
-        with self.pskd.tap(check=False):
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        self._data.end_step()
+        if self.pskd.teacher is None:
+            self._data.noted.append((self._rows_of(inputs), None))
+        with in_words(WORDS):
+            self._data.begin_step()
+            with self.pskd.tap(check=False):
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            self._data.end_step()
         return loss
+
+    def _rows_of(self, inputs) -> Tensor:
+        """Which samples a batch holds, taken out of it."""
+        if ROWS not in inputs:
+            raise RuntimeError(
+                f'PSKD: a batch came without {ROWS}, which says which samples are in it: what the loader gives must '
+                "reach training_step, or use pskd_teacher='snapshot'"
+            )
+        rows = torch.as_tensor(inputs.pop(ROWS))
+        self.pskd.check_not_joined(inputs.get('labels'), len(rows))
+        return rows
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:  # of a checkpoint, in all processes
         super()._save_optimizer_and_scheduler(output_dir)
@@ -142,49 +161,128 @@ class PSKDMixin:
         self._resumed_from = checkpoint
 
 
+class _PSKD(TokenPSKD):
+    call = 'a cross-entropy'
+    way_in = (
+        'it must be torch.nn.functional.cross_entropy, of the model, in compute_loss or in compute_loss_func; or set '
+        'pskd_alpha=0'
+    )
+
+
 class _Epochs(TrainerCallback):
     """Tells the method where training is."""
 
     def __init__(self, trainer: Trainer):
-        self.trainer = trainer
+        self.trainer, self._step = trainer, 0
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         trainer, checkpoint = self.trainer, self.trainer._resumed_from
-        if state.num_train_epochs == sys.maxsize:
-            raise ValueError('PSKD: how many epochs max_steps makes of data without length is not known')
-        several_epochs('PSKD', state.num_train_epochs, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
-        how = dict(alpha=args.pskd_alpha, max_epochs=state.num_train_epochs, teacher=args.pskd_teacher)
-        if args.pskd_teacher == 'snapshot':
+        how, snapshot = dict(alpha=args.pskd_alpha, teacher=args.pskd_teacher), args.pskd_teacher == 'snapshot'
+        if snapshot:
             how.update(model=trainer.model, outputs=_logits, teacher_mode=args.pskd_teacher_mode)
-        trainer.pskd = TokenPSKD(trainer._data, top_k=args.pskd_top_k, **how)
+        # The Trainer goes through its own loader; Batches knows the data, and what an epoch consists of.
+        trainer._data = Batches(() if snapshot else DataLoader(_number(train_dataloader)))
+        if state.num_train_epochs == sys.maxsize:
+            raise ValueError(
+                'PSKD: how many epochs max_steps comes to is not known of data without a length, and alpha grows with '
+                'them: give the data set a __len__'
+            )
+        several_epochs('PSKD', state.num_train_epochs, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+        trainer.pskd = _PSKD(trainer._data, max_epochs=state.num_train_epochs, top_k=args.pskd_top_k, **how)
         if checkpoint is not None:
             path, trainer._resumed_from = Path(checkpoint, FILE), None
             if path.exists():
                 trainer.pskd.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
             else:
                 logger.warning('PSKD: the checkpoint has no %s: plain training until each sample was seen once', FILE)
-        trainer._data.epoch = int(state.epoch or 0)
+        if any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks):
+            training = f'{state.num_train_epochs} epochs'
+            logger.warning(may_end_early('PSKD', args.pskd_alpha, training, ['EarlyStoppingCallback']))
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        # By steps, which is where the Trainer is: resumed with another batch size it is in another epoch.
+        self.trainer._data.epoch = state.global_step * state.num_train_epochs // state.max_steps
         self.trainer._data.begin_epoch()
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        step, self._step = self._step, self.trainer._data.step
+        if step == self._step:
+            name = type(self.trainer).__name__
+            raise RuntimeError(f'PSKD: training was plain: {name}.training_step must call super().training_step')
+
+    @in_words(WORDS)
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         self.trainer._data.end_epoch(True)
 
 
+def _number(loader) -> Dataset:
+    """Has the loader, which the Trainer trains with, put the rows of the samples into its batches. The data set.
+
+    It may come from a ``get_train_dataloader`` of the user's own. Data set and collate function are all that is
+    exchanged, so sampler, workers and what Accelerate has made of the loader stay.
+    """
+    loader = getattr(loader, 'base_dataloader', loader)  # that of Accelerate's wrapping
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        what = type(getattr(loader, 'dataset', loader)).__name__
+        raise ValueError(
+            f'PSKD: the training data come from a {what}, whose samples have no index: use '
+            "pskd_teacher='snapshot', or a DataLoader of a map-style data set"
+        )
+    dataset = loader.dataset
+    if isinstance(dataset, _Numbered):  # of a loader that is used again
+        return vars(dataset)[INSIDE]
+    vars(loader).update(dataset=_Numbered(dataset), collate_fn=_Collate(loader.collate_fn, loader.batch_sampler))
+    return dataset
+
+
+class _Numbered:
+    """A data set whose samples come with their indices. What is set on it is set on the data set."""
+
+    def __init__(self, dataset):
+        vars(self)[INSIDE] = dataset
+
+    def __len__(self) -> int:
+        return len(vars(self)[INSIDE])
+
+    def __getitem__(self, index):
+        return index, vars(self)[INSIDE][index]
+
+    def __getitems__(self, indices: List) -> List:
+        dataset = vars(self)[INSIDE]
+        several = getattr(dataset, '__getitems__', None)
+        return list(zip(indices, several(indices) if several else [dataset[index] for index in indices]))
+
+    def __getattr__(self, name: str):
+        if INSIDE not in vars(self):  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(vars(self)[INSIDE], name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(vars(self)[INSIDE], name, value)
+
+
 class _Collate:
-    def __init__(self, collate: Callable):
-        self.collate = collate
+    """The loader's own collate function, and beside what it makes of the samples their rows."""
+
+    def __init__(self, collate: Callable, batched: bool):
+        self.collate, self.batched = collate, batched
 
     def __call__(self, samples):
-        indices, features = zip(*samples)
-        batch = self.collate(list(features))
+        indices, features = zip(*samples) if self.batched else samples
+        batch = self.collate(list(features) if self.batched else features)
+        if not isinstance(batch, MutableMapping):
+            raise ValueError(f'PSKD: the collator must give a dict, got {type(batch).__name__}')
         batch[ROWS] = [int(index) for index in indices]  # a list: neither pinned nor moved to the accelerator
         return batch
 
 
 def _logits(output) -> Tensor:
     """``[N, C]``, of samples or of all tokens."""
+    if isinstance(output, dict) and 'logits' not in output:
+        raise ValueError(
+            f'PSKD: the model gives {", ".join(output)}, but no logits that a past prediction could be of (question '
+            'answering?): such a model is not served'
+        )
     return (output['logits'] if isinstance(output, dict) else output[0]).flatten(0, -2)
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import signal
+import zlib
 from pathlib import Path
 
 import torch
@@ -42,9 +43,18 @@ class Bypass(Hook):
 
 
 class Frozen(Hook):
-    """No step changes the network: neither its weights nor the statistics of its batch norms."""
+    """The same weights with and without a method, and no step changes them, nor the statistics of batch norms."""
 
+    priority = 'VERY_HIGH'  # before a method takes a copy
+
+    @torch.no_grad()
     def before_train(self, runner):
+        for name, parameter in runner.model.named_parameters():
+            if parameter.dim() > 1:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.fill_(float(name.endswith('weight')))
         for group in runner.optim_wrapper.param_groups:
             group['lr'] = group['initial_lr'] = 0.0
         for module in runner.model.modules():
@@ -179,7 +189,7 @@ class Driver:
 
     def _validation_losses(self, cfg, rank):
         runner, validation = Runner.from_cfg(cfg), ValidationLoss()
-        runner.register_hook(Frozen(), priority='LOWEST')
+        runner.register_hook(Frozen())
         runner.register_hook(validation)
         runner.train()
         return validation.losses

@@ -19,6 +19,7 @@ class Toolkit(NamedTuple):
         accumulates: whether it accumulates gradients over batches.
         casts: whether it trains in mixed precision on a CPU.
         validates: whether its driver computes a validation loss (``validation_losses``).
+        passes: whether it is the user's code that calls the network.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Toolkit(NamedTuple):
     accumulates: bool = True
     casts: bool = True
     validates: bool = True
+    passes: bool = False
 
 
 class Row(NamedTuple):
@@ -77,9 +79,30 @@ def _detectron2(row, request, folder):
     return Driver(row, request, folder)
 
 
+def _torch(row, request, folder):
+    from loops import Driver
+
+    return Driver(row, request, folder)
+
+
+def _lightning(row, request, folder):
+    from loops import LightningDriver
+
+    return LightningDriver(row, request, folder)
+
+
+def _transformers(row, request, folder):
+    from loops import TransformersDriver
+
+    return TransformersDriver(row, request, folder)
+
+
 FAIRSEQ = Toolkit('fairseq', _fairseq, casts=False, validates=False)
 DETECTRON2 = Toolkit('detectron2', _detectron2, ('iteration',), accumulates=False, casts=False)
 MMPRETRAIN, MMDET, MMSEG = (Toolkit(name, _openmmlab) for name in ('mmpretrain', 'mmdet', 'mmseg'))
+TORCH = Toolkit('torch', _torch, ('epoch',), passes=True)
+LIGHTNING = Toolkit('lightning', _lightning, ('epoch',), passes=True)  # with max_steps its own resuming is not exact
+TRANSFORMERS = Toolkit('transformers', _transformers, passes=True)
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
 BANK = dict(knows_samples=True, **PAST)
 
@@ -139,6 +162,24 @@ ROWS = [
         zero=dict(args='SELFKD.CSKD.ENABLED True SELFKD.CSKD.WEIGHT 0'),
     ),
     Row('FRSKD', DETECTRON2, options=dict(args='SELFKD.FRSKD.ENABLED True')),
+    Row('PSKD-bank', TORCH, options=dict(alpha=0.8), **BANK),
+    Row('PSKD-snapshot', TORCH, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
+    Row('TokenPSKD', TORCH, options=dict(alpha=0.8), **BANK),
+    Row('CSKD', TORCH, zero=dict(weight=0.0), knows_samples=True),
+    Row('FRSKD', TORCH),
+    Row('PSKD-bank', LIGHTNING, options=dict(alpha=0.8), **BANK),
+    Row('PSKD-snapshot', LIGHTNING, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
+    *(
+        Row(
+            f'PSKD-{teacher}',
+            TRANSFORMERS,
+            options=dict(pskd_alpha=0.8, pskd_teacher=teacher),
+            zero=dict(pskd_alpha=0.0),
+            acts_at_once=False,
+            knows_samples=teacher == 'bank',
+        )
+        for teacher in ('bank', 'snapshot')
+    ),
 ]
 
 

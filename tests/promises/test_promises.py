@@ -126,3 +126,10 @@ def test_a_validation_loss_is_plain(row, runs):
 def test_a_moved_sample_is_refused(row, runs):
     with pytest.raises(AssertionError, match=r'(Value|Runtime)Error: [\s\S]*\bsamples?\b'):
         runs.train(runs.shuffle_within_batches(runs.config()))
+
+
+@rows(where=lambda row: row.toolkit.passes)
+def test_a_loss_belongs_to_its_forward_pass(row, runs):
+    """The network is called on other inputs as well before the loss, as for two views of a sample."""
+    one, two = runs.train(runs.config()), runs.train(runs.two_passes(runs.config()))
+    assert [runs.total(step) for step in two['steps']] == [runs.total(step) for step in one['steps']]

@@ -232,7 +232,7 @@ def test_pskd_command_line(config):
     theirs = optimizer_options('PS-KD-Pytorch', 'main.py', args)
     assert theirs == {**options, 'nesterov': nesterov}
     assert args.end_epoch == cfg.train_cfg.max_epochs
-    assert args.alpha_T == cfg.custom_hooks[0].alpha
+    assert args.alpha_T == cfg.default_hooks.pskd.alpha
     gpus = int(config.split('_')[1].split('xb')[0])
     assert args.batch_size == gpus * cfg.train_dataloader.batch_size
     adjust = definitions('PS-KD-Pytorch', 'main.py', ['adjust_learning_rate'])['adjust_learning_rate']
@@ -255,7 +255,7 @@ def test_cskd_command_line(line, config):
     cfg, options, nesterov = settings(config)
     args.lr = float(args.lr)
     assert {**optimizer_options('cs-kd', 'train.py', args), 'nesterov': False} == {**options, 'nesterov': nesterov}
-    hook = cfg.custom_hooks[0]
+    hook = cfg.default_hooks.cskd
     assert (args.lamda, args.temp) == (hook.weight, hook.temperature)
     assert (args.epoch, args.batch_size) == (cfg.train_cfg.max_epochs, cfg.train_dataloader.batch_size)
     adjust = definitions('cs-kd', 'train.py', ['adjust_learning_rate'], args=args)['adjust_learning_rate']

@@ -1,10 +1,12 @@
 """What is said of the difference between two methods' runs: SciPy's paired t test is the judge."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from selfkd.comparison import comparison_table, paired_difference, read_runs, verdict, write_runs
+from selfkd.comparison import comparison_table, note, paired_difference, read_runs, verdict, write_runs
 
 
 @pytest.mark.parametrize('pairs', [2, 5, 12])
@@ -70,3 +72,37 @@ def test_saved_runs_give_the_same_table(tmp_path):
     assert list(again) == list(panels)
     for panel, groups in panels.items():
         assert comparison_table(again[panel], columns) == comparison_table(groups, columns)
+
+
+@pytest.mark.parametrize('strange', [math.nan, math.inf, -math.inf])
+def test_of_what_is_not_a_number_nothing_is_said(strange):
+    plain, runs = [1.0, 2.0, 3.0], [2.0, strange, 5.0]
+    for better in ('lower', 'higher'):
+        assert verdict(paired_difference(runs, plain), better) == 'no verdict, not a number'
+        assert verdict(paired_difference([strange], [1.0]), better) == 'no verdict, not a number'
+    groups = {name: [{'loss': value} for value in values] for name, values in (('plain', plain), ('x', runs))}
+    assert 'no verdict, not a number |' in comparison_table(groups, {'loss': ('loss', 1, 1, 'lower')})
+
+
+def test_the_note_says_how_the_runs_were_paired():
+    seeded, unseeded = (
+        [{'seed': 0, 'error': 1.0}, {'seed': 1, 'error': 2.0}],
+        [{'error': 1.0}, {'seed': 1, 'error': 2.0}],
+    )
+    assert 'over the pairs of runs with the same seed (paired t)' in note({'plain': seeded, 'x': seeded})
+    for plain, other in ((unseeded, seeded), (seeded, unseeded), (unseeded, unseeded)):
+        text = note({'plain': plain, 'x': other})
+        assert 'over the pairs of runs in the order given, as not every run has a seed (paired t)' in text
+        assert 'same seed' not in text
+    text = note({'plain': seeded, 'x': seeded}, {'plain': seeded, 'x': seeded, 'y': unseeded})
+    assert 'with the same seed (y: in the order given, as not every run has a seed) (paired t)' in text
+
+
+def test_a_table_of_runs_that_was_cut_is_named(tmp_path):
+    path = tmp_path / 'runs.csv'
+    write_runs(str(path), {'': {'plain': [{'seed': 0, 'error': 0.123456}]}})
+    whole = path.read_text()
+    for text in (whole[: whole.index('0.12')], 'name,error\nplain,1\n', whole.replace('0.123456', 'x')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match='runs.csv: is no table of runs, or not a whole one'):
+            read_runs(str(path))

@@ -124,6 +124,11 @@ def test_inputs_are_checked(function):
         function(probs, labels[:3])
     with pytest.raises(ValueError, match=r'probs: holds values that are not finite'):
         function(probs * float('nan'), labels)
+    with pytest.raises(ValueError, match=r'probs: .* sum to 1 .* \(logits instead of probabilities\?\)'):
+        function(probs.log(), labels)
+    for label in (-1, 5):
+        with pytest.raises(ValueError, match=r'labels: must be classes, in \[0, 5\), got values from .*leave samples'):
+            function(probs, torch.full_like(labels, label))
 
 
 @pytest.mark.parametrize('sharpness', [0.3, 1.0, 3.0])
@@ -158,5 +163,7 @@ def test_temperature_without_a_minimum_is_a_bound():
     logits = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
     assert fit_temperature(logits, torch.tensor([0, 0])) == pytest.approx(0.05)  # no errors: the sharper the better
     assert fit_temperature(logits, torch.tensor([1, 1])) == pytest.approx(20)
+    with pytest.raises(ValueError, match=r'labels: must be classes, in \[0, 2\), got values from -1 to 1'):
+        fit_temperature(logits, torch.tensor([-1, 1]))
     with pytest.raises(ValueError, match='logits: holds values that are not finite'):
         fit_temperature(logits.log(), torch.tensor([0, 0]))

@@ -157,7 +157,7 @@ def test_rows_are_those_of_the_batches(digits, tmp_path):
     assert len(module.losses) == 12
     assert whole.pskd.max_epochs == 3
     assert sorted(torch.cat(whole.rows[4:8]).tolist()) == list(range(60))
-    assert whole.pskd._count == 12  # validation computes the loss as well, with gradients
+    assert whole.pskd.count == 12  # validation computes the loss as well, with gradients
     compiled, plain = Classifier(), fit(Classifier(), loader_of(digits), PSKD())
     compiled.net = torch.compile(compiled.net, backend='eager')
     assert fit(compiled, loader_of(digits), PSKD()).losses == pytest.approx(plain.losses)
@@ -211,7 +211,6 @@ def test_resume_is_exact(digits, teacher, when, tmp_path):
     resumed, again = Classifier(seeded=True), PSKD(alpha=0.8, teacher=teacher)
     fit(resumed, loaders, again, ckpt_path=saved, folder=tmp_path)
     if when == 'middle':  # Lightning begins the epoch's data anew
-        assert again.pskd._ready == (teacher == 'snapshot')
         assert again.current_alpha == pytest.approx(0.8)
         return
     assert resumed.losses == straight.losses[6:]
@@ -251,6 +250,123 @@ def test_two_processes_hold_one_bank(digits, tmp_path):
     assert int(state['bank']['seen'].sum()) == 2 * 10 * 2  # of both processes, though saved within an epoch
 
 
+def backwards(samples):
+    return torch.utils.data.default_collate(samples[::-1])
+
+
+def test_samples_that_are_moved_within_a_batch_are_refused(digits):
+    """As a collate function does that sorts by length: what was predicted would be another sample's."""
+    with pytest.raises(ValueError, match='the samples of a batch are not those that the sampler chose'):
+        fit(Classifier(), loader_of(digits, collate_fn=backwards), PSKD())
+    assert len(fit(Classifier(), loader_of(digits, collate_fn=backwards), PSKD(teacher='snapshot')).losses) == 9
+
+
+class Looks(pl.Callback):
+    """Computes losses beside training_step: with gradients, of a part of a batch, before and after the step."""
+
+    def __init__(self, data):
+        self.batch, self.losses = next(iter(loader_of(data, batch_size=7, shuffle=False))), []
+
+    def look(self, trainer, pl_module, *args):
+        x, y = self.batch
+        with torch.no_grad():
+            plain = F.cross_entropy(pl_module.net.eval()(x), y)
+        with torch.enable_grad():
+            shared = pl_module.criterion if trainer.validating else F.cross_entropy
+            loss = shared(pl_module.net(x), y)
+        pl_module.net.train(trainer.training)
+        self.losses.append((loss - plain).item())
+
+    on_train_batch_start = on_train_batch_end = on_validation_batch_end = look
+
+
+@pytest.mark.parametrize('explicit', [False, True])
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_what_is_computed_beside_training_step_is_plain(digits, teacher, explicit):
+    """In callbacks before and after ours, in validation within the epoch, and by a loss that both steps share."""
+    callback, looks = PSKD(alpha=0.8, teacher=teacher), [Looks(digits), Looks(digits)]
+    module = Classifier()
+    module.net[3] = nn.Identity()  # what a look draws would be another mask
+    if explicit:
+        module.criterion = callback.loss
+    loaders = FromHooks(digits)
+    fit(module, loaders, looks[0], callback, looks[1], val_check_interval=2, num_sanity_val_steps=1)
+    assert callback.current_alpha == pytest.approx(0.8)
+    assert all(len(look.losses) > 2 * len(module.losses) for look in looks)
+    assert max(map(abs, looks[0].losses + looks[1].losses)) < 1e-6
+
+
+class TwoViews(Classifier):
+    """Calls the network on another view as well, before the loss of the first."""
+
+    def loss_of(self, batch):
+        x, y = batch
+        logits = self.net(x)
+        with torch.random.fork_rng():
+            self.net(x.flip(1))
+        return self.criterion(logits, y)
+
+
+def test_a_loss_belongs_to_its_forward_pass(digits):
+    one, two = (fit(kind(), loader_of(digits), PSKD(teacher='snapshot')) for kind in (Classifier, TwoViews))
+    assert two.losses == one.losses
+
+
+class LeavesOut(Classifier):
+    """A step that returns None is left out by Lightning."""
+
+    def __init__(self, which):
+        super().__init__()
+        self.which = which
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx in self.which else super().training_step(batch, batch_idx)
+
+
+def test_a_step_may_return_none(digits):
+    for which in ([0], [2]):
+        assert len(fit(LeavesOut(which), loader_of(digits), PSKD()).losses) == 2 * EPOCHS
+    with pytest.raises(RuntimeError, match='(?s)PSKD: .*plain'):
+        fit(LeavesOut([0, 1, 2]), loader_of(digits), PSKD())
+
+
+class Augments(torch.utils.data.Dataset):
+    """As those do whose transform is switched within the run."""
+
+    def __init__(self, data):
+        self.data, self.strength = data, 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return x + self.strength, y
+
+
+class Switches(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.train_dataloader.dataset.strength = trainer.current_epoch
+
+
+def test_what_is_set_on_the_loaders_data_set_arrives_there(digits):
+    data = Augments(digits)
+    fit(Classifier(), loader_of(data), Switches(), PSKD())
+    assert data.strength == EPOCHS - 1
+
+
+@pytest.mark.parametrize('what', ['EarlyStopping', 'max_time'])
+def test_a_training_that_may_end_early_is_told_of(digits, caplog, what):
+    callbacks, options = [], dict(max_time='00:01:00:00')
+    if what == 'EarlyStopping':
+        callbacks, options = [pl.callbacks.EarlyStopping('val', patience=9)], {}
+    fit(Classifier(), FromHooks(digits), PSKD(), *callbacks, **options)
+    assert f'where {what} ends training earlier, it does not get there' in caplog.text
+    caplog.clear()
+    fit(Classifier(), loader_of(digits), PSKD(alpha=0.0), **options)
+    assert 'does not get there' not in caplog.text
+
+
 class Stream(IterableDataset):
     def __init__(self, data):
         self.data = data
@@ -284,6 +400,73 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(digits):
     assert torch._C._len_torch_function_stack() == 0
 
 
+def test_data_without_a_length(digits, caplog):
+    """Their epochs are known by max_epochs, or by limit_train_batches."""
+    stream, snapshot = DataLoader(Stream(digits), batch_size=20), lambda: PSKD(teacher='snapshot')
+    with pytest.raises(ValueError, match='is not known: set max_epochs, or limit_train_batches to a number'):
+        fit(Classifier(), stream, snapshot(), max_epochs=-1, max_steps=6)
+    limited = snapshot()
+    module = fit(Classifier(), stream, limited, max_epochs=-1, max_steps=6, limit_train_batches=2)
+    assert len(module.losses) == 6
+    assert limited.pskd.max_epochs == 3
+    assert limited.current_alpha == pytest.approx(0.8)
+    fit(Classifier(), stream, snapshot(), max_epochs=4, max_steps=9)
+    assert 'where max_steps ends training earlier, it does not get there' in caplog.text
+
+
+def test_an_endless_loader_has_epochs_by_limit_train_batches(digits):
+    sampler = torch.utils.data.RandomSampler(digits, replacement=True, num_samples=10**9)
+    endless, callback = loader_of(digits, shuffle=False, sampler=sampler), PSKD()
+    fit(Classifier(), endless, callback, limit_train_batches=3)
+    assert callback.current_alpha == pytest.approx(0.8)
+    with pytest.raises(ValueError, match='ends within its first epoch'):
+        fit(Classifier(), endless, PSKD(), max_epochs=-1, max_steps=9)
+
+
+def test_resumed_with_another_batch_size_alpha_still_grows_up(digits, tmp_path):
+    """Under max_steps an epoch of the resumed run is another share of the training."""
+    checkpoint, steps = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1), dict(max_epochs=-1, max_steps=12)
+    fit(Classifier(), loader_of(digits), checkpoint, PSKD(alpha=0.5), folder=tmp_path, **steps)
+    (saved,) = tmp_path.glob('*step=6.ckpt')
+    resumed = PSKD(alpha=0.5)
+    fit(Classifier(), loader_of(digits, batch_size=30), resumed, ckpt_path=saved, folder=tmp_path, **steps)
+    assert resumed.pskd.max_epochs == 6
+    assert resumed.current_alpha == pytest.approx(0.5)
+
+
+def under_fabric(data, rank):
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy as FabricDDP
+
+    fabric = Fabric(accelerator='cpu', devices=2, strategy=FabricDDP(process_group_backend='gloo'))
+    fabric.launch()
+    model = Classifier().net
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    torch.manual_seed(1)
+    loader = loader_of(data, batch_size=10)
+    with pytest.raises(TypeError, match='DataLoader'):
+        fabric.setup_dataloaders(selfkd_torch.PSKD(loader, max_epochs=2).batches())
+    pskd = selfkd_torch.PSKD(fabric.setup_dataloaders(loader), alpha=0.8, max_epochs=2)
+    rows = []
+    for _ in range(2):
+        for x, y in pskd.batches():
+            assert torch.equal(x, torch.stack([data[row][0] for row in pskd._rows]))
+            rows.append(pskd._rows)
+            fabric.backward(pskd.loss(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    return dict(rows=torch.cat(rows), bank=pskd.bank.state_dict())
+
+
+def test_two_processes_under_fabric(digits, tmp_path):
+    """Each trains on its half, and they hold one bank."""
+    one, two = in_processes(tmp_path, lambda rank: under_fabric(digits, rank), 2)
+    assert sorted([*one['rows'][:30].tolist(), *two['rows'][:30].tolist()]) == list(range(60))
+    assert len(one['rows']) == 60
+    assert torch.equal(one['bank']['values'], two['bank']['values'])
+    assert bool(one['bank']['seen'].all())
+
+
 def test_what_cannot_work_is_refused(digits):
     loader, stream = loader_of(digits), DataLoader(Stream(digits), batch_size=20)
     snapshot = PSKD(teacher='snapshot')
@@ -297,7 +480,7 @@ def test_what_cannot_work_is_refused(digits):
         (ValueError, r"but there are \['net', 'head'\]", dict(module=TwoParts(), callback=snapshot)),
         (ValueError, 'compile the network inside', dict(module=torch.compile(Classifier(), backend='eager'))),
         (RuntimeError, 'a batch was trained on without', dict(module=Classifier(OwnLoss()))),
-        (RuntimeError, 'was not called before the loss', dict(module=TwoParts(), callback=PSKD(
+        (RuntimeError, 'of the logits that TwoParts.head gives', dict(module=TwoParts(), callback=PSKD(
             teacher='snapshot', model='head'))),
         (RuntimeError, 'a second loss in one batch', dict(module=Classifier(
             lambda x, y: F.cross_entropy(x, y) + F.cross_entropy(x, y)))),

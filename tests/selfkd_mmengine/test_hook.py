@@ -49,6 +49,18 @@ def test_with_alpha_0_nothing_is_expected_of_it(digits, tmp_path):
     assert [step['loss'] for step in recorder.steps] == [step['plain'].item() for step in recorder.steps]
 
 
+@pytest.mark.parametrize('alpha', [0.8, 0.0])
+def test_a_training_that_may_end_early_is_told_that_alpha_will_not_get_there(digits, tmp_path, alpha):
+    stop = dict(type='EarlyStoppingHook', monitor='accuracy/top1', patience=1, min_delta=200)
+    options = {'train_cfg.val_interval': 1, 'train_cfg.max_epochs': 5, 'log_level': 'WARNING'}
+    runner = train(digits_config(digits, tmp_path, dict(PSKD, alpha=alpha), stop, **options))
+    assert runner.epoch < 5
+    logs = ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+    assert ('where EarlyStoppingHook ends training earlier it does not reach 0.8' in ' '.join(logs.split())) == (
+        alpha > 0
+    )
+
+
 # One method twice
 
 

@@ -15,9 +15,10 @@ from mm_runs import (
     train_in_processes,
 )
 from mmengine.config import ConfigDict
-from mmengine.dataset import BaseDataset, ConcatDataset, DefaultSampler
+from mmengine.dataset import BaseDataset, ConcatDataset, DefaultSampler, pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmpretrain.models.utils import ClsDataPreprocessor
 
 from selfkd_mmengine.pair_sampler import PairBatchSampler, class_of_each
 
@@ -139,6 +140,46 @@ def test_beside_pskd_in_any_order(digits, tmp_path):
         target = (1 - alpha) * F.one_hot(step['label'], 10) + alpha * past
         assert step['loss'] == pytest.approx(F.cross_entropy(step['logits'], target).item(), rel=1e-4)
     assert bank.seen(torch.arange(40)).all()
+
+
+@pytest.mark.parametrize('loop', ['epoch', 'iteration'])
+def test_beside_precise_batch_norm(digits, tmp_path, loop):
+    """It reads the loader's batch size, which torch keeps for no loader with a batch sampler."""
+    cfg = digits_config(digits, tmp_path, CSKD, dict(type='PreciseBNHook', num_samples=16, interval=2))
+    if loop == 'iteration':
+        cfg = by_iterations(cfg, 4)
+        cfg.train_dataloader.batch_sampler = ConfigDict(type='selfkd_mmengine.PairBatchSampler')
+    runner = train(cfg)
+    assert runner.train_dataloader.batch_size == 8
+    assert (runner.message_hub.log_scalars['train/loss_cskd'].data[0] > 0).all()
+
+
+def move_partners(batch):
+    """Gives each anchor the partner of the one before it."""
+    half = len(batch) // 2
+    return pseudo_collate(batch[:half] + batch[-1:] + batch[half:-1])
+
+
+class MovesSamples(ClsDataPreprocessor):
+    """Hands the samples over in another order."""
+
+    def forward(self, data, training=False):
+        data = super().forward(data, training)
+        samples = data['data_samples']
+        return dict(inputs=data['inputs'].roll(1, 0), data_samples=samples[-1:] + samples[:-1])
+
+
+@pytest.mark.parametrize(
+    ('where', 'name'), [('loader', 'CSKDHook'), ('loader', 'DDGSDHook'), ('preprocessor', 'CSKDHook')]
+)
+def test_samples_that_are_no_pairs_any_more_are_refused(digits, tmp_path, where, name):
+    cfg = digits_config(digits, tmp_path, dict(type=f'selfkd_mmpretrain.{name}'))
+    if where == 'loader':
+        cfg.train_dataloader.collate_fn = dict(type=move_partners)
+    else:
+        cfg.data_preprocessor.type = MovesSamples
+    with pytest.raises(ValueError, match=f'{name}: the samples of a batch are not the pairs that its sampler chose'):
+        train(cfg)
 
 
 # The sampler

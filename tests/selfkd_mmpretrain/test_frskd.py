@@ -13,6 +13,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
 from mmpretrain import ImageClassificationInferencer, get_model
+from mmpretrain.models.classifiers import ImageClassifier
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
@@ -477,3 +478,56 @@ def test_one_option_on_the_command_line(digits, tmp_path):
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert 'loss_teacher: ' in outcome.stdout + outcome.stderr
+
+
+class OwnClassifier(ImageClassifier):
+    """With a loss term of its own, and a setting for it."""
+
+    def __init__(self, *args, own_weight=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own_weight = own_weight
+
+    def loss(self, inputs, data_samples):
+        own = self.own_weight * self.head.fc.weight.abs().sum()
+        return {**super().loss(inputs, data_samples), 'loss_own': own}
+
+
+class TwoPasses(ImageClassifier):
+    """Looks at the images twice."""
+
+    def loss(self, inputs, data_samples):
+        self.extract_feat(inputs.flip(3))
+        return super().loss(inputs, data_samples)
+
+
+@pytest.fixture
+def own_classifier():
+    MODELS.register_module(module=OwnClassifier)
+    yield
+    del MODELS.module_dict['OwnClassifier']
+
+
+@pytest.mark.usefixtures('own_classifier')
+def test_an_own_classifier_is_asked_for_and_keeps_its_loss(digits, tmp_path):
+    message = "OwnClassifier. What .* lost .* set self_teacher.base_type .* 'OwnClassifier' or 'ImageClassifier'"
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(frskd_config(digits, tmp_path).model)
+    model = MODELS.build(frskd_config(digits, tmp_path, teacher=dict(base_type='ImageClassifier')).model)
+    assert type(model).__name__ == 'FRSKDImageClassifier'
+    with pytest.raises(ValueError, match='base_type must name ImageClassifier or a class made from it, got LinearCls'):
+        MODELS.build(frskd_config(digits, tmp_path, teacher=dict(base_type='LinearClsHead')).model)
+    cfg = frskd_config(digits, tmp_path, teacher=dict(base_type='OwnClassifier'), **{'train_cfg.max_epochs': 1})
+    cfg.model.own_weight = 2.0
+    runner = train_and_watch(cfg)
+    assert isinstance(runner.model, OwnClassifier)
+    for before, _, outputs in runner.watched:
+        assert outputs['loss_own'] == pytest.approx(2 * before.head.fc.weight.abs().sum().item(), rel=1e-5)
+        assert min(outputs['loss_kd'], outputs['loss_teacher'], outputs['loss_cls']) > 0
+    plain = MODELS.build(dict(digits_config(digits, tmp_path).model, type='OwnClassifier'))
+    plain.load_state_dict(strip_self_teacher(runner.model.state_dict()), strict=True)
+
+
+def test_maps_of_a_second_pass_are_not_taken_for_those_of_the_loss(digits, tmp_path):
+    cfg = frskd_config(digits, tmp_path, teacher=dict(base_type=TwoPasses))
+    with pytest.raises(RuntimeError, match='FRSKDImageClassifier: the backbone ran 2 times before the loss'):
+        train(cfg)

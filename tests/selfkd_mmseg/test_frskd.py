@@ -12,6 +12,7 @@ from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from seg_runs import BASES, MAPS, config, tiny
@@ -428,10 +429,82 @@ def test_networks_of_fixed_size(voc, tmp_path):
     cfg.model.backbone.update(type='FixedSize', size=48)
     assert MODELS.build(cfg.model).self_teacher.in_channels == MAPS
     cfg.model.backbone.size = 50
-    with pytest.raises(ValueError, match='are not known: set self_teacher.in_channels .AssertionError: of fixed size'):
+    message = 'not run on an empty image of 3 channels .*AssertionError: of fixed size.* set self_teacher.in_channels'
+    with pytest.raises(ValueError, match=message):
         MODELS.build(cfg.model)
     cfg.model.self_teacher.in_channels = MAPS
     MODELS.build(cfg.model)
+
+
+class TwoImages(nn.Module):
+    """As the networks of change detection: they compare two."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+
+    def forward(self, x, other):
+        return [x, other]
+
+
+def test_a_network_that_its_own_segmentor_runs_otherwise_is_told_so(voc, tmp_path):
+    cfg = frskd_config(voc, tmp_path)
+    cfg.model.backbone = dict(type=TwoImages)
+    message = "TypeError: .*other.* If the config's model.type was another .*, name it in self_teacher.base_type"
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(cfg.model)
+
+
+class OwnSegmentor(EncoderDecoder):
+    """With a loss term of its own, and a setting for it."""
+
+    def __init__(self, own_weight=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.own_weight = own_weight
+
+    def loss(self, inputs, data_samples):
+        own = self.own_weight * self.decode_head.conv_seg.weight.abs().sum()
+        return {**super().loss(inputs, data_samples), 'loss_own': own}
+
+
+@pytest.fixture
+def own_segmentor():
+    MODELS.register_module(module=OwnSegmentor)
+    yield
+    del MODELS.module_dict['OwnSegmentor']
+
+
+@pytest.mark.usefixtures('own_segmentor')
+def test_an_own_segmentor_is_asked_for_and_keeps_its_loss(voc, tmp_path):
+    cfg = frskd_config(voc, tmp_path, teacher={'warmup': 0.0})
+    with pytest.raises(
+        ValueError, match="OwnSegmentor. What .* lost .* set self_teacher.base_type .* 'OwnSegmentor' or"
+    ):
+        MODELS.build(cfg.model)
+    cfg.model.self_teacher.base_type = 'EncoderDecoder'
+    assert type(MODELS.build(cfg.model)).__name__ == 'FRSKDEncoderDecoder'
+    cfg.model.self_teacher.base_type = 'FCNHead'
+    with pytest.raises(ValueError, match='base_type must name EncoderDecoder or a class made from it, got FCNHead'):
+        MODELS.build(cfg.model)
+    cfg.model.self_teacher.base_type, cfg.model.own_weight = 'OwnSegmentor', 2.0
+    runner = train(cfg, watch := Watch())
+    assert isinstance(runner.model, OwnSegmentor)
+    for before, _, outputs in watch.steps:
+        assert outputs['loss_own'] == pytest.approx(2 * before.decode_head.conv_seg.weight.abs().sum().item(), rel=1e-5)
+        assert outputs['decode.self_teacher.loss_kd'] > 0
+    cfg.model.type = 'OwnSegmentor'
+    del cfg.model.self_teacher
+    weights = {name: value for name, value in runner.model.state_dict().items() if 'self_teacher' not in name}
+    MODELS.build(cfg.model).load_state_dict(weights, strict=True)
+
+
+def test_an_exchanged_loss_is_an_error(voc, tmp_path):
+    class Exchange(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter == 2:
+                runner.model.decode_head.loss_decode = MODELS.build(dict(type='CrossEntropyLoss', loss_weight=2.0))
+
+    with pytest.raises(RuntimeError, match='decode_head.loss_decode was exchanged in the middle of the run'):
+        train(frskd_config(voc, tmp_path), Exchange())
 
 
 @pytest.mark.parametrize('calls', [0, 2])

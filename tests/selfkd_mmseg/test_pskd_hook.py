@@ -7,6 +7,7 @@ from mm_runs import assert_same_state, train
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
+from mmseg.models.losses import CrossEntropyLoss
 from mmseg.registry import MODELS
 from seg_runs import config
 
@@ -185,3 +186,29 @@ def test_heads_and_losses_that_cannot_work_are_refused(voc, tmp_path, options, m
         cfg.merge_from_dict(options)
     with pytest.raises(ValueError, match=message):
         train(cfg)
+
+
+class Focal(CrossEntropyLoss):
+    """Inherits what makes it look like a cross-entropy."""
+
+    def forward(self, cls_score, label, weight=None, ignore_index=255, **kwargs):
+        nll = F.cross_entropy(cls_score, label, ignore_index=ignore_index, reduction='none')
+        return ((1 - (-nll).exp()) ** 2 * nll).mean()
+
+
+class Logging(CrossEntropyLoss):
+    """The same value, with other names."""
+
+    def forward(self, pred, target, weight=None, **kwargs):
+        return super().forward(pred, target, weight=weight, **kwargs)
+
+
+def test_what_a_loss_computes_decides(voc, tmp_path):
+    cfg = config(voc, tmp_path, PSKD)
+    cfg.model.decode_head.loss_decode = ConfigDict(type=Focal)
+    with pytest.raises(RuntimeError, match='PSKDHook: Focal gives .* where the cross-entropy of its logits is'):
+        train(cfg)
+    cfg = config(voc, tmp_path, PSKD)
+    cfg.model.decode_head.loss_decode = ConfigDict(type=Logging, loss_weight=2.0)
+    log = train(cfg).message_hub.log_scalars
+    assert (log['train/pskd_soft'].data[0][3:] > 0).all()

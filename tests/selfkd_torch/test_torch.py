@@ -366,8 +366,8 @@ def test_mixup_accumulation_autocast_average_and_compiled_models(digits):
                 copy.deepcopy(model)
     assert pskd.current_alpha == pytest.approx(0.8)
     assert losses[-1] < losses[0]
-    assert pskd._past is None
-    assert not model._forward_pre_hooks
+    assert not pskd._calls._calls
+    assert not {*model._forward_pre_hooks, *compiled._forward_pre_hooks, *compiled._forward_hooks}
 
 
 def torchvision_style_epoch(model, criterion, optimizer, data_loader):
@@ -475,7 +475,11 @@ def test_a_bank_of_tokens():
     again.load_state_dict(pskd.state_dict())
     assert torch.equal(again.bank.read(torch.arange(20)), pskd.bank.read(torch.arange(20)))
     for method, change, message in (
-        (pskd, lambda y: y + (y >= 0).long(), 'are not the ones they were before'),
+        (
+            pskd,
+            lambda y: y + (y >= 0).long(),
+            'had the label 0 before, and has the label 1 now .*masked language modelling',
+        ),
         (again, lambda y: torch.ones(2, 9).long(), 'has more labels than when the bank was made'),
     ):
         method.data.epoch = 2

@@ -17,6 +17,7 @@ pytest.importorskip('accelerate', reason='accelerate is not installed')
 
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
+from selfkd_torch import PSKD  # noqa: E402
 from selfkd_transformers import PSKDArguments, PSKDMixin, PSKDTrainingArguments  # noqa: E402
 
 EPOCHS, SAMPLES = 3, 24
@@ -109,6 +110,7 @@ TASKS = {
         t.GPT2LMHeadModel(t.GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)),
         Texts('language'),
     ),
+    'answers': lambda t: (t.BertForQuestionAnswering(t.BertConfig(**BERT)), Answers()),
     'translation': lambda t: (
         t.T5ForConditionalGeneration(
             t.T5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
@@ -122,6 +124,8 @@ def make(kind, task, folder, data=None, model=None, arguments=PSKDTrainingArgume
     torch.manual_seed(0)
     own_model, own_data = TASKS[task](transformers)
     settings = {k: options.pop(k) for k in [*options] if k in ('callbacks', 'compute_loss_func')}
+    settings['eval_dataset'] = options.pop('evaluated', None)
+    collator = options.pop('collator', {'image': None, 'translation': pad_pairs, 'answers': pad_answers}.get(task, pad))
     quiet = dict(
         output_dir=str(folder), num_train_epochs=EPOCHS, per_device_train_batch_size=6, learning_rate=0.01, seed=3,
         report_to='none', disable_tqdm=True, save_strategy='no', logging_strategy='no', use_cpu=True,
@@ -131,7 +135,7 @@ def make(kind, task, folder, data=None, model=None, arguments=PSKDTrainingArgume
         model=model or own_model,
         args=(TrainingArguments if kind == 'plain' else arguments)(**{**quiet, **options}),
         train_dataset=data or own_data,
-        data_collator={'image': None, 'translation': pad_pairs}.get(task, pad),
+        data_collator=collator,
         **settings,
     )
 
@@ -152,7 +156,7 @@ def same(one, two):
     dict(label_smoothing_factor=0.1, bf16=True, gradient_accumulation_steps=2),
 ], ids=['', 'accumulation', 'smoothing'])  # fmt: skip
 @pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
-@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('task', [task for task in TASKS if task != 'answers'])
 def test_the_first_epoch_is_plain_and_the_next_ones_are_not(task, teacher, options, tmp_path):
     """What the Trainer divides the loss by is as it was: only so do the steps of the first epoch agree."""
     plain = fit('plain', task, tmp_path, **options)
@@ -197,7 +201,7 @@ class Keeps(MyTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('task', [task for task in TASKS if task != 'answers'])
 def test_it_is_the_papers_loss(task, tmp_path):
     """Each sample, or each token of it, learns from what was predicted for it in the last epoch."""
     options = dict(pskd_top_k={'language': 20, 'translation': 24}[task]) if task in ('language', 'translation') else {}
@@ -271,6 +275,37 @@ def test_two_processes_hold_one_bank(task, tmp_path):
     assert int(seen.sum()) == 2 * 3 * 2  # of both processes, though saved within an epoch
 
 
+def under_accelerate(rank):
+    from accelerate import Accelerator
+
+    data = [(torch.full((3,), float(i)), i % 2) for i in range(SAMPLES)]
+    accelerator, model = Accelerator(cpu=True), torch.nn.Linear(3, 2)
+    plain = torch.utils.data.DataLoader(data, 3, shuffle=True)
+    wrong = PSKD(plain, max_epochs=2)
+    with pytest.raises(ValueError, match='prepare the loader first'):
+        next(iter(accelerator.prepare(wrong.batches())))
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), plain)
+    pskd, rows = PSKD(loader, alpha=0.8, max_epochs=2), []
+    for _ in range(2):
+        for x, y in pskd.batches():
+            assert x[:, 0].tolist() == pskd._rows.tolist()
+            rows += pskd._rows.tolist()
+            accelerator.backward(pskd.loss(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    return dict(rows=rows, bank=pskd.bank.state_dict())
+
+
+def test_two_processes_under_accelerate(tmp_path):
+    """Each trains on its half, and they hold one bank."""
+    one, two = in_processes(tmp_path, under_accelerate, 2)
+    half = SAMPLES // 2
+    assert sorted(one['rows'][:half] + two['rows'][:half]) == list(range(SAMPLES))
+    assert len(one['rows']) == len(two['rows']) == SAMPLES
+    assert torch.equal(one['bank']['values'], two['bank']['values'])
+    assert bool(one['bank']['seen'].all())
+
+
 class OwnLoss(MyTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop('labels')
@@ -292,6 +327,187 @@ def test_a_loss_of_ones_own_samplers_and_evaluation(tmp_path):
     again = len(ordered.losses)
     ordered.train()  # anew
     assert len(ordered.losses) == 2 * again
+
+
+def backwards(features):
+    return pad(features[::-1])
+
+
+def test_samples_that_are_moved_within_a_batch_are_refused(tmp_path):
+    """As a collator does that sorts by length: what was predicted would be another sample's, or another token's."""
+    with pytest.raises(ValueError, match='the samples of a batch are not those that the sampler chose'):
+        fit('pskd', 'text', tmp_path, collator=backwards)
+    with pytest.raises(ValueError, match='not those that the sampler chose|more labels than'):
+        fit('pskd', 'tokens', tmp_path, collator=backwards)
+
+
+class TwoViews(OwnLoss):
+    """Calls the model on another view as well, before the loss of the first."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop('labels')
+        logits = model(**inputs).logits
+        with torch.random.fork_rng():
+            model(input_ids=inputs['input_ids'].flip(1))
+        return F.cross_entropy(logits, labels)
+
+
+def test_a_loss_belongs_to_its_forward_pass(tmp_path):
+    one, two = (fit('pskd', 'text', tmp_path, trainer=kind, pskd_teacher='snapshot') for kind in (OwnLoss, TwoViews))
+    assert two.losses == one.losses
+
+
+class Looks(transformers.TrainerCallback):
+    """Computes losses beside training_step, with gradients, of a part of a batch."""
+
+    def __init__(self):
+        self.batch, self.losses = pad([Texts('class')[i] for i in range(5)]), []
+
+    def look(self, args, state, control, model=None, **kwargs):
+        training, _ = model.training, model.eval()
+        with torch.no_grad():
+            plain = model(**self.batch).loss
+        with torch.enable_grad():
+            self.losses.append((model(**self.batch).loss - plain).item())
+        model.train(training)
+
+    on_step_begin = on_step_end = on_prediction_step = look
+
+
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_what_is_computed_beside_training_step_is_plain(teacher, tmp_path):
+    look, data = Looks(), Texts('class')
+    options = dict(pskd_teacher=teacher, eval_strategy='steps', eval_steps=3)
+    trainer = fit('pskd', 'text', tmp_path, callbacks=[look], evaluated=data, **options)
+    assert trainer.losses == fit('pskd', 'text', tmp_path, evaluated=data, **options).losses
+    assert len(look.losses) > 2 * len(trainer.losses)
+    assert max(map(abs, look.losses)) < 1e-6
+    logged = [entry['eval_loss'] for entry in trainer.state.log_history if 'eval_loss' in entry]
+    assert len(logged) == 4
+    assert trainer.evaluate()['eval_loss'] == pytest.approx(logged[-1])
+
+
+def test_the_mixin_comes_before_the_trainer():
+    with pytest.raises(TypeError, match=r'class Wrong\(PSKDMixin, Trainer\)'):
+
+        class Wrong(Trainer, PSKDMixin):
+            pass
+
+
+def test_the_arguments_are_for_a_trainer_with_the_mixin(tmp_path):
+    """A Trainer without it would train plainly; one that only evaluates may have them."""
+    with pytest.raises(ValueError, match=r'args ask for PS-KD \(pskd_alpha=0.3\), but Plain would train plainly'):
+        make('pskd', 'text', tmp_path, trainer=Plain, pskd_alpha=0.3)
+    plain = make('plain', 'text', tmp_path)
+    off = make('pskd', 'text', tmp_path, trainer=Plain, pskd_alpha=0.0)
+    on = PSKDTrainingArguments(output_dir=str(tmp_path), report_to='none', use_cpu=True)
+    assert Plain(model=plain.model, args=on, data_collator=pad).evaluate(Texts('class'))['eval_loss'] > 0
+    assert off.args.train_batch_size == plain.args.train_batch_size == 6
+
+
+def test_resumed_with_another_batch_size_alpha_still_grows_up(tmp_path):
+    """The Trainer counts the steps that were done in epochs of the new length."""
+    how = dict(num_train_epochs=4, pskd_alpha=0.5)
+    stops = fit('pskd', 'text', tmp_path, callbacks=[StopAt(4)], save_strategy='epoch', **how)
+    assert stops.pskd.current_alpha == pytest.approx(0.5 / 4)
+    for batch, alphas in ((12, [0.375, 0.5]), (3, [0.125, 0.25, 0.375, 0.5]), (6, [0.25, 0.375, 0.5])):
+        notes = Alphas()
+        resumed = make('pskd', 'text', tmp_path, callbacks=[notes], **{**how, 'per_device_train_batch_size': batch})
+        notes.trainer = resumed
+        resumed.train(resume_from_checkpoint=str(tmp_path / 'checkpoint-4'))
+        assert notes.alphas == pytest.approx(alphas)
+
+
+class Alphas(transformers.TrainerCallback):
+    def __init__(self):
+        self.trainer, self.alphas = None, []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.alphas.append(self.trainer.pskd.current_alpha)
+
+
+def test_a_training_that_may_end_early_is_told_of(tmp_path, caplog):
+    stop = transformers.EarlyStoppingCallback(early_stopping_patience=9)
+    best = dict(load_best_model_at_end=True, metric_for_best_model='loss', eval_strategy='epoch', save_strategy='epoch')
+    fit('pskd', 'text', tmp_path, callbacks=[stop], evaluated=Texts('class'), **best)
+    assert 'where EarlyStoppingCallback ends training earlier, it does not get there' in caplog.text
+
+
+def weighted(trainer):
+    """The usual recipe for data out of balance."""
+    data = trainer.train_dataset
+    sampler = torch.utils.data.WeightedRandomSampler(torch.arange(1.0, SAMPLES + 1), 18, replacement=False)
+    return torch.utils.data.DataLoader(data, 6, sampler=sampler, collate_fn=pad)
+
+
+class OwnLoader(Keeps):
+    get_train_dataloader = weighted
+
+
+class OwnPreparedLoader(Keeps):
+    def get_train_dataloader(self):
+        return self.accelerator.prepare(weighted(self))
+
+
+class OwnKeptLoader(Keeps):
+    def get_train_dataloader(self):
+        self.loader = getattr(self, 'loader', None) or weighted(self)
+        return self.loader
+
+
+@pytest.mark.parametrize('trainer', [OwnLoader, OwnPreparedLoader, OwnKeptLoader])
+def test_a_loader_of_ones_own(trainer, tmp_path):
+    """Its batches are trained on, each sample with its own past."""
+    done = fit('pskd', 'text', tmp_path, trainer=trainer)
+    assert done.got == pytest.approx(done.expected, rel=1e-5)
+    assert 0 < int(done.pskd.bank.seen(torch.arange(SAMPLES)).sum()) < SAMPLES
+    done.train()
+    assert done.got == pytest.approx(done.expected, rel=1e-5)
+
+
+class Forgets(MyTrainer):
+    """A training step that does not call the one that it overrides."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs.pop('selfkd_rows', None)
+        loss = model(**inputs).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Cuts(MyTrainer):
+    """A loader that makes new batches of the collator's."""
+
+    def get_train_dataloader(self):
+        class Loader(torch.utils.data.DataLoader):
+            def __iter__(self):
+                for batch in super().__iter__():
+                    yield {name: batch[name] for name in ('input_ids', 'attention_mask', 'labels')}
+
+        return Loader(self.train_dataset, 6, collate_fn=pad)
+
+
+class Shifts(MyTrainer):
+    """A causal loss of logits that are cut, which the past's are not."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop('labels')
+        logits = model(**inputs).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+class Answers(Texts):
+    def __init__(self):
+        super().__init__('class')
+        for sample in self.samples:
+            sample.update(start_positions=0, end_positions=sample.pop('labels'))
+
+
+def pad_answers(features):
+    batch = pad([dict(feature, labels=0) for feature in features])
+    del batch['labels']
+    positions = ('start_positions', 'end_positions')
+    return dict(batch, **{name: torch.tensor([feature[name] for feature in features]) for name in positions})
 
 
 class Masked(Texts):
@@ -341,13 +557,21 @@ def test_what_cannot_work_is_refused(tmp_path):
          dict(accelerator_config=dict(dispatch_batches=True))),
         (ValueError, r'ends within its first epoch \(num_train_epochs=1', 'text', dict(num_train_epochs=1)),
         (ValueError, 'ends within its first epoch .*max_steps=4', 'text', dict(max_steps=4)),
-        (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot'", 'text',
+        (ValueError, "a Stream, whose samples have no index: use pskd_teacher='snapshot'", 'text',
          dict(data=Stream(), max_steps=6)),
-        (ValueError, 'how many epochs max_steps makes', 'text',
+        (ValueError, 'max_steps comes to is not known of data without a length.*give the data set a __len__', 'text',
          dict(data=Stream(), max_steps=6, pskd_teacher='snapshot')),
-        (ValueError, 'are not the ones they were before', 'language', dict(data=Masked('language'))),
+        (ValueError, "are not those that the sampler chose.*pskd_teacher='snapshot'", 'language',
+         dict(data=Masked('language'))),
         (ValueError, 'the labels are of 1 samples, but the batch has 6', 'language', dict(trainer=Joining)),
         (RuntimeError, 'a batch was trained on without', 'text', dict(trainer=Silent)),
+        (RuntimeError, 'Forgets.training_step must call super', 'text', dict(trainer=Forgets)),
+        (RuntimeError, 'Forgets.training_step must call super', 'text', dict(trainer=Forgets, pskd_teacher='snapshot')),
+        (RuntimeError, 'a batch came without selfkd_rows', 'text', dict(trainer=Cuts)),
+        (ValueError, 'start_logits, end_logits, but no logits .* such a model is not served', 'answers',
+         dict(pskd_teacher='snapshot')),
+        (RuntimeError, "a second loss in one batch.*use pskd_teacher='snapshot'", 'answers', {}),
+        (ValueError, "or use pskd_teacher='bank'", 'language', dict(trainer=Shifts, pskd_teacher='snapshot')),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             fit('pskd', task, tmp_path, **how)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from importlib import import_module
 
 import pytest
@@ -17,16 +18,24 @@ TOOL = ROOT / 'tools/benchmark.py'
 PAGE = ROOT / 'docs/performance.md'
 
 
-def test_benchmark_ratios_and_sections(tmp_path):
-    x = torch.randn(200, 200)
+def test_benchmark_ratios_and_sections(tmp_path, monkeypatch):
+    """By a clock that the steps move; the real one tells what else the machine does."""
+    clock, steps = [0.0], []
 
-    def work(n):
-        for _ in range(n):
-            x @ x
+    def step(name, seconds):
+        def work():
+            clock[0] += seconds * len(steps)  # ever slower, as on a machine that gets busy
+            steps.append(name)
+            torch.zeros(1000 * seconds)
 
-    costs = compare({'one': lambda: work(5), 'four': lambda: work(20)}, repeats=5)
-    assert costs[0].time_ratio == 1
-    assert costs[1].time_ratio > 1.5  # four times the work
+        return work
+
+    monkeypatch.setattr('selfkd.benchmark.time', types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    one, four = compare({'one': step('one', 1), 'four': step('four', 4)}, repeats=5)
+    assert steps == ['one', 'four'] * 8 + ['one', 'four']  # in turn: 3 to warm up, 5 timed, one for the memory
+    assert (one.time_ratio, one.memory_ratio, four.memory_ratio) == (1, 1, 4)
+    assert one.milliseconds == 1000 * 10  # the median: the third that is timed
+    assert four.time_ratio == 4 * 11 / 10  # the median over the pairs
     assert peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000)) == 3 * 4000
     page = tmp_path / 'page.md'
     page.write_text('a\n<!-- loss -->\nold\n<!-- end loss -->\nb\n')

@@ -188,11 +188,35 @@ def test_detectron2_names(tmp_path):
     assert 'PIXEL_MEAN: [123.675, 116.28, 103.53]' in found.usage
 
 
-def test_weights_that_do_not_arrive_are_noticed(tmp_path, monkeypatch):
+def test_weights_that_do_not_arrive_are_noticed_and_what_was_there_stays(tmp_path, monkeypatch, capsys):
     source, config = pretrained(tmp_path, 18)
+    target = tmp_path / 'b.pth'
+    target.write_bytes(b'the old one')
     monkeypatch.setattr(torch, 'save', lambda state, path, save=torch.save: save({'state_dict': {}}, path))
-    with pytest.raises(RuntimeError, match='features differ from those'):
-        tool.convert_backbone(source, str(tmp_path / 'b.pth'), to='mmdet', config=config)
+    with pytest.raises(RuntimeError, match='features differ from those of .*: not written'):
+        tool.convert_backbone(source, str(target), to='mmdet', config=config)
+    with pytest.raises(SystemExit, match='2'):
+        tool.main([source, str(target), '--to', 'mmdet', '--config', config])
+    assert 'features differ from those' in capsys.readouterr().err
+    assert target.read_bytes() == b'the old one'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['b.pth', 'config.py', 'epoch_1.pth']
+
+
+def test_files_that_cannot_be_read_or_written_end_the_command_with_a_message(tmp_path, capsys):
+    source, config = pretrained(tmp_path, 18)
+    (tmp_path / 'cut.pth').write_bytes((tmp_path / 'epoch_1.pth').read_bytes()[:-100])
+    (tmp_path / 'cut.py').write_text('model = dict(')
+    torch.save([1], tmp_path / 'list.pth')
+    for name, target, cfg, message in (
+        ('none.pth', 'b.pth', config, 'none.pth'),
+        ('cut.pth', 'b.pth', config, 'cut.pth: is no checkpoint, or not a whole one'),
+        ('list.pth', 'b.pth', config, 'list.pth holds a list instead of a checkpoint'),
+        ('epoch_1.pth', 'none/b.pth', config, 'none/b.pth'),
+        ('epoch_1.pth', 'b.pth', str(tmp_path / 'cut.py'), 'cut.py: is no config, or not a whole one'),
+    ):
+        with pytest.raises(SystemExit, match='2'):
+            tool.main([str(tmp_path / name), str(tmp_path / target), '--to', 'mmdet', '--config', cfg])
+        assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_converted_is_refused_by_name(tmp_path):

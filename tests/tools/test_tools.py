@@ -1,6 +1,5 @@
 """The scripts in tools/, run as a user runs them."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import run_script
 from mm_runs import digits_config, train
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
@@ -24,7 +24,7 @@ from selfkd_mmpretrain.report import measure, predict, table
 
 
 def run(*arguments, cwd=None, fails=False):
-    outcome = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    outcome = run_script(*arguments, folder=cwd)
     assert (outcome.returncode != 0) == fails, outcome.stderr[-3000:]
     return outcome.stderr if fails else outcome.stdout
 
@@ -46,6 +46,27 @@ def test_toy_digits_are_the_same_each_time_and_noise_moves_the_asked_share(tmp_p
     assert labels('noisy', 'test') == labels('clean', 'test')
     assert Image.open(next((tmp_path / 'clean/train/3').iterdir())).size == (8, 8)
     assert 'exists already' in run(tool, 'digits', tmp_path / 'clean', fails=True)
+
+
+@pytest.mark.parametrize('kind', ['digits', 'voc', 'crops', 'number_words'])
+def test_a_data_set_that_was_interrupted_is_not_there(tmp_path, monkeypatch, kind):
+    """Half a data set would be trained on without a word: `make demo` makes those that are missing only."""
+    import make_toy_data
+
+    if kind == 'number_words':
+        pytest.importorskip('num2words')
+
+    def interrupted(*args, calls=[], **options):  # noqa: B006
+        calls.append(args)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, 'save', interrupted)
+    monkeypatch.setattr(Path, 'write_text', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(make_toy_data, kind)(tmp_path / 'data', train_size=20)
+    assert [path for path in tmp_path.rglob('*') if path.name != 'data'] == []
+    assert not (tmp_path / 'data').exists() or kind == 'voc'  # a devkit has several years' data sets
 
 
 def test_toy_crops_show_the_digit_of_their_class(tmp_path):
@@ -119,7 +140,7 @@ def test_report_of_finished_runs(digits, tmp_path):
     assert [run['seed'] for run in runs] == [0, 1]
     predictions = predict(str(tmp_path / 'run0'))
     held_out, labels = predictions.held_out
-    assert (len(held_out), len(predictions.probs)) == (40, 1757)
+    assert (len(held_out), len(predictions.probs)) == (40, 150)
     assert runs[0]['temperature'] == pytest.approx(fit_temperature(held_out.log(), labels))
     scaled = apply_temperature(predictions.probs, runs[0]['temperature'])
     assert runs[0]['nll_scaled'] == pytest.approx(nll(scaled, predictions.labels))
@@ -187,8 +208,8 @@ def test_cifar100_configs_have_the_papers_network(method):
         [150, 225],
         128,
     )
-    assert [dict(hook) for hook in cfg.get('custom_hooks', [])] == (
-        [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)] if method == 'pskd' else []
+    assert cfg.default_hooks.get('pskd') == (
+        dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8) if method == 'pskd' else None
     )
 
 
@@ -215,9 +236,10 @@ def test_readmes_first_command(digits, tmp_path):
 
 
 def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location('evidence', ROOT / 'tools/evidence.py')
-    evidence = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evidence)
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import evidence
+    import experiments
+
     page, tables = (ROOT / 'docs/evidence.md').read_text(), evidence.sections()
     assert sorted(re.findall(r'<!-- end (.*) -->', page)) == sorted(tables)
     for name, text in tables.items():
@@ -227,6 +249,8 @@ def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
             for name, runs in groups.items():
                 seeds = [1, 2, 3] if path.stem.startswith('translation') else list(range(5))
                 assert sorted(run['seed'] for run in runs) == seeds, (path.name, title, name)
+    for name in filter(evidence.trained, experiments.EXPERIMENTS):
+        assert (ROOT / f'docs/evidence/{name}.md').read_text() == evidence.experiment_page(name)
 
     (tmp_path / 'evidence').mkdir()
     rows = [

@@ -48,7 +48,7 @@ train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=epochs)
 val_cfg, test_cfg = dict(), dict()
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=25),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
+    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
 randomness = dict(seed=0)

@@ -1,2 +1,5 @@
-# CS-KD for any MMPretrain classifier: name this file among a config's _base_.
+# CS-KD for any MMPretrain classifier. In a config of your own write
+#     default_hooks = dict(cskd=dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0))
+# which adds to the hooks there are. Or name this file among the _base_. Two of those may not set the same key, and most
+# configs set default_hooks, so it is custom_hooks here; beside a config that has custom_hooks mmengine refuses it.
 custom_hooks = [dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0)]

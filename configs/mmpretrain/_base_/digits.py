@@ -38,7 +38,7 @@ auto_scale_lr = dict(base_batch_size=50)
 
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=16),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
+    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
 randomness = dict(seed=0)

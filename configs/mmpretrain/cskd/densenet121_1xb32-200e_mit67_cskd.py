@@ -1,2 +1,2 @@
 _base_ = './densenet121_1xb32-200e_mit67_plain.py'
-custom_hooks = [dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=3.0)]
+default_hooks = dict(cskd=dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=3.0))

@@ -1,2 +1,2 @@
 _base_ = './preact-resnet18_1xb128-200e_tinyimagenet_plain.py'
-custom_hooks = [dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0)]
+default_hooks = dict(cskd=dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0))

@@ -1,2 +1,2 @@
 _base_ = './resnext29-8x64d_1xb128-300e_cifar100_plain.py'
-custom_hooks = [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)]
+default_hooks = dict(pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8))

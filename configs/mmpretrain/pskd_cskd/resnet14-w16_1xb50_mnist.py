@@ -1,2 +1,4 @@
 _base_ = '../_base_/mnist.py'
-custom_hooks = [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8), dict(type='selfkd_mmpretrain.CSKDHook')]
+default_hooks = dict(
+    pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8), cskd=dict(type='selfkd_mmpretrain.CSKDHook')
+)

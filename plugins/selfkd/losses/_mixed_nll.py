@@ -66,9 +66,9 @@ class _MixedNLL(torch.autograd.Function):
         terms = [logits.new_empty(samples, dtype=dtype) for _ in range(5)]
         for rows in row_slices(logits):
             log_probs = logits[rows] if normalized else log_softmax(logits[rows])
-            settings = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows))
-            settings += (of_rows(alpha, rows), smoothing, of_rows(ignored, rows))
-            for term, part in zip(terms, terms_of(log_probs, *settings)):
+            part_of = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows))
+            parts = terms_of(log_probs, *part_of, of_rows(alpha, rows), smoothing, of_rows(ignored, rows))
+            for term, part in zip(terms, parts):
                 term[rows] = part
         rest = terms.pop()
         of_tensor = alpha if isinstance(alpha, Tensor) else None
@@ -92,9 +92,10 @@ class _MixedNLL(torch.autograd.Function):
         gradient, dtype = torch.empty_like(logits), wide(logits.dtype)
         for rows in row_slices(logits):
             log_probs = None if ctx.normalized else log_softmax(logits[rows])
-            settings = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows), rest[rows])
-            settings += (ctx.smoothing, of_rows(ignored, rows), hard[rows].unsqueeze(1), soft[rows].unsqueeze(1))
-            gradient[rows] = gradient_of_terms(log_probs, logits[rows], *settings)
+            part_of = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows))
+            weights = (hard[rows].unsqueeze(1), soft[rows].unsqueeze(1))
+            settings = (rest[rows], ctx.smoothing, of_rows(ignored, rows), *weights)
+            gradient[rows] = gradient_of_terms(log_probs, logits[rows], *part_of, *settings)
         return (gradient, *[None] * 7)
 
 

@@ -1,5 +1,6 @@
 """Other methods of self-distillation, to compare with."""
 
+import functools
 from typing import Dict, Optional, Sequence
 
 import torch
@@ -58,10 +59,11 @@ def byot_loss(
     losses = {}
     if labels is not None:
         losses['loss_cls'] = (1 - alpha) * cross_entropy(logits, labels)
-        losses['loss_aux'] = (1 - alpha) * sum([cross_entropy(z, labels) for z in aux_logits])
-    losses['loss_kd'] = alpha * sum([distillation_kl(z, logits, temperature) for z in aux_logits])
+        losses['loss_aux'] = (1 - alpha) * functools.reduce(torch.add, [cross_entropy(z, labels) for z in aux_logits])
+    kls = [distillation_kl(z, logits, temperature) for z in aux_logits]
+    losses['loss_kd'] = alpha * functools.reduce(torch.add, kls)
     distances = [hint_loss(f, feats) * feats.shape[1:].numel() for f in aux_feats]
-    losses['loss_feature'] = beta * sum(distances)
+    losses['loss_feature'] = beta * functools.reduce(torch.add, distances)
     return losses
 
 

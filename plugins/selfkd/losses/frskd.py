@@ -1,5 +1,6 @@
 """FRSKD: what the network learns from its self-teacher's maps and logits."""
 
+import functools
 import math
 from typing import Dict, Optional, Sequence
 
@@ -145,7 +146,7 @@ def frskd_loss(
         terms = [FEATURE_LOSSES[feature_loss](f, t) for f, t in zip(feats, teacher_feats)]
         if feature_loss == 'overhaul':
             terms = [term / 2 ** (len(terms) - 1 - i) for i, term in enumerate(terms)]
-        losses['loss_feature'] = beta * sum(terms)
+        losses['loss_feature'] = beta * functools.reduce(torch.add, terms)
     return losses
 
 

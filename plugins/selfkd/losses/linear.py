@@ -118,9 +118,9 @@ class _LinearPSKD(torch.autograd.Function):
                 part = gradient_of_terms(log_probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
                 _add_gradients(gradients, part, hidden, weight, rows)
         ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) for g in gradients))
-        drawn = [torch.cat(parts) for parts in zip(*drawn)] if k else [loss.new_empty(0), labels.new_empty(0)]
-        ctx.mark_non_differentiable(*drawn)
-        return (loss, *drawn)
+        kept = [torch.cat(parts) for parts in zip(*drawn)] if k else [loss.new_empty(0), labels.new_empty(0)]
+        ctx.mark_non_differentiable(*kept)
+        return (loss, *kept)
 
     @staticmethod
     def backward(ctx, grad, *unused):

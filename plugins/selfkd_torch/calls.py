@@ -1,0 +1,187 @@
+"""Which call of a model a loss belongs to, and what the past model gives for the inputs of that call."""
+
+import copy
+from contextlib import nullcontext
+from typing import Callable, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from selfkd.teacher import SnapshotTeacher
+
+__all__ = ['Calls', 'Hook', 'copied', 'origin', 'origins']
+
+# What gives the same values in another form: where one tensor was shaped by two, these are two ways from one origin.
+RESHAPES = {
+    name + 'Backward'
+    for name in ('Alias', 'Clone', 'Permute', 'ReshapeAlias', 'Squeeze', 'T', 'ToCopy', 'Transpose', 'UnsafeView')
+}
+RESHAPES |= {'UnsqueezeBackward', 'ViewBackward'}
+
+Node = Tuple[object, int]  # of autograd's graph, and which of its outputs
+
+
+def origin(tensor: Tensor) -> Node:
+    """Where autograd's graph has a tensor's values from."""
+    node, output = tensor.grad_fn, tensor.output_nr
+    while type(node).__name__.rstrip('0123456789') in RESHAPES and len(node.next_functions) == 1:
+        node, output = node.next_functions[0]
+    return node, output
+
+
+def origins(start: Node, wanted) -> set:
+    """Which of the wanted nodes (with or without the number of the output) come first on the ways to a node."""
+    found, passed, ways = set(), set(), [start]
+    while ways:
+        way = ways.pop()
+        if way in passed or way[0] is None:
+            continue
+        passed.add(way)
+        hits = {way, way[0]} & set(wanted)
+        found |= hits
+        if not hits:
+            ways.extend(way[0].next_functions)
+    return found
+
+
+class Hook:
+    """A hook of a module's calls that copies and pickles of the module have no more: there it does nothing."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __reduce__(self):  # a function of Python's own that takes three arguments and gives None
+        return getattr, (nullcontext(), '__exit__')
+
+
+class _Call:
+    """Of the model, with gradients."""
+
+    def __init__(self, past: Optional[Tensor]):
+        self.past = past
+        self.logits: Optional[Node] = None  # where its logits are in autograd's graph
+        self.shape: Optional[torch.Size] = None  # theirs
+        self.inside: List[Node] = []  # the logits of losses that it computed itself
+
+
+class Calls:
+    """The calls of the model in the batch under way.
+
+    Args:
+        teacher: the past model.
+        outputs: gives the logits from what the model returns.
+        model_name: for messages.
+    """
+
+    def __init__(self, teacher: SnapshotTeacher, outputs: Callable, model_name: str):
+        self.teacher, self.outputs, self.model_name = teacher, outputs, model_name
+        self.teaches = False  # whether there is a past to run
+        self._calls: List[_Call] = []
+        self._open: List[Optional[_Call]] = []  # calls that have not returned yet
+        self._hooks: List = []
+
+    def watch(self, model: nn.Module, teaches: bool) -> None:
+        """From now on the calls of this module are noted, and with ``teaches`` the past model runs beside them."""
+        self.leave()
+        self.teaches = teaches
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._hooks = [
+            inner.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
+            inner.register_forward_hook(Hook(self._after)),
+        ]
+
+    def leave(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.forget()
+
+    def forget(self) -> None:
+        """The calls to come are another batch's."""
+        self._calls.clear()
+        self._open.clear()
+
+    def knows(self, logits: Tensor) -> bool:
+        """Whether logits come from what the model returned, or are of its call under way."""
+        return bool(self._open and self._open[-1]) or bool(self._sources(logits))
+
+    def of(self, logits: Tensor) -> _Call:
+        """The call that logits come from.
+
+        Raises:
+            RuntimeError: there is none, or more than one.
+        """
+        if self._open and self._open[-1]:  # a loss within the model
+            self._open[-1].inside.append(origin(logits))
+            return self._open[-1]
+        found = self._sources(logits)
+        if len(found) == 1:
+            return found[0]
+        if not self._calls:
+            raise RuntimeError(
+                f'PSKD: the {self.model_name} given as model= was not called before the loss, with gradients (in '
+                'checkpoint(..., use_reentrant=True) there are none), so its past copy was not either: give the module '
+                'that the loop calls'
+            )
+        raise RuntimeError(
+            f'PSKD: the logits of the loss come from {len(found) or "none"} of the {len(self._calls)} calls of the '
+            f'{self.model_name} in this batch, by what outputs= gives of each, so that it is not known what their past '
+            "is: give the loss a call's logits (further heads learn with the plain loss), or set outputs="
+        )
+
+    def _sources(self, logits: Tensor) -> List[_Call]:
+        if logits.grad_fn is None:  # no graph to go by
+            return list(self._calls)
+        known: Dict[Node, _Call] = {call.logits: call for call in self._calls if call.logits}
+        return [known[node] for node in origins(origin(logits), known)]
+
+    def _before(self, module: nn.Module, args, kwargs) -> None:
+        if not torch.is_grad_enabled():
+            self._open.append(None)
+            return
+        past = None
+        if self.teaches:
+            # Copies: a model may write into its inputs, and these are the student's.
+            args, kwargs = tree_map(copied, (args, kwargs))
+            past = self.outputs(self.teacher(*args, **kwargs))
+            if not isinstance(past, Tensor):
+                raise ValueError(
+                    f'PSKD: the {self.model_name} gives a {type(past).__name__}: say which part of it is the logits, '
+                    "as outputs=lambda output: output['out']"
+                )
+            past = past.float().softmax(1)
+        self._calls.append(_Call(past))
+        self._open.append(self._calls[-1])
+
+    def _after(self, module: nn.Module, args, output) -> None:
+        call = self._open.pop() if self._open else None
+        if call is None:
+            return
+        try:
+            logits = self.outputs(output)
+        except Exception:  # it does not give this in evaluation mode, say; a loss of it is refused
+            return
+        if not isinstance(logits, Tensor):
+            return
+        call.logits, call.shape = origin(logits), logits.shape
+        for inside in call.inside:
+            if not (origins(inside, {call.logits}) or origins(call.logits, {inside})):
+                raise RuntimeError(
+                    f'PSKD: the {self.model_name} computes a cross-entropy of other logits than outputs= gives, to '
+                    'which the past does not belong (an auxiliary head): set outputs=, or compute its loss outside'
+                )
+
+
+def copied(value):
+    """A tensor's copy, and a user's own batch type with copies of its tensors; for ``tree_map``."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    fields = {} if isinstance(value, nn.Module) else getattr(value, '__dict__', {})
+    if any(isinstance(field, Tensor) for field in fields.values()):  # a batch type of the user's own
+        value = copy.copy(value)
+        vars(value).update({name: tree_map(copied, field) for name, field in fields.items()})
+    return value

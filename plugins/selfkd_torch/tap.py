@@ -1,0 +1,132 @@
+"""For code that cannot be edited: the cross-entropy that it computes is softened from outside."""
+
+import copy
+import inspect
+from contextlib import ExitStack, contextmanager
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import _reduction
+from torch.overrides import TorchFunctionMode
+
+from selfkd.losses import soft_cross_entropy
+
+from .calls import Hook
+
+__all__ = ['tap']
+
+OPTIONS = ('weight', 'ignore_index', 'reduction', 'label_smoothing')
+
+
+@contextmanager
+def tap(pskd, loss_module: Optional[nn.Module] = None, *, check: bool = True):
+    """See :meth:`selfkd_torch.PSKD.tap`."""
+    before = pskd.count
+    with ExitStack() as stack:
+        if loss_module is None:
+            stack.enter_context(Softened(pskd))
+        else:
+            named = _Named(pskd)
+            stack.callback(loss_module.register_forward_pre_hook(Hook(named.before)).remove)
+            stack.callback(loss_module.register_forward_hook(Hook(named.after)).remove)
+            stack.callback(named.close)
+        yield
+    if check and pskd.count == before:
+        raise RuntimeError(
+            'PSKD: no training loss was computed inside tap(), so it was plain training: give the loss module, '
+            'tap(criterion), or call pskd.loss(logits, target)'
+        )
+
+
+class Softened(TorchFunctionMode):
+    """Softens the targets of torch's cross-entropy while gradients are computed."""
+
+    def __init__(self, pskd):
+        super().__init__()
+        self.pskd = pskd
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        pskd = self.pskd
+        if function is not F.cross_entropy or not pskd.listens():
+            return function(*args, **kwargs)
+        call = inspect.signature(F.cross_entropy).bind(*args, **kwargs).arguments
+        if not pskd.is_of_model(call['input']):  # an auxiliary head's, say
+            return function(*args, **kwargs)
+        kept = {name: call[name] for name in OPTIONS if name in call}
+        if call.get('size_average') is not None or call.get('reduce') is not None:  # torch's old names
+            kept['reduction'] = _reduction.legacy_get_string(call.get('size_average'), call.get('reduce'))
+        return pskd.loss(call['input'], call['target'], **kept)
+
+
+class _Named:
+    """Hooks of a loss module. What it computes by torch's cross-entropy is softened there, with its options; else its
+    value is mixed with the past's, once it has shown that it is a cross-entropy."""
+
+    def __init__(self, pskd):
+        self.pskd = pskd
+        self._mode: Optional[Softened] = None
+        self._count = 0
+
+    def before(self, module: nn.Module, args) -> None:
+        self.close()  # of a call that failed
+        self._mode, self._count = Softened(self.pskd), self.pskd.count
+        self._mode.__enter__()
+
+    def close(self) -> None:
+        if self._mode is not None:
+            mode, self._mode = self._mode, None
+            mode.__exit__(None, None, None)
+
+    def after(self, module: nn.Module, args, output: Tensor) -> Tensor:
+        self.close()
+        pskd = self.pskd
+        if pskd.count > self._count or not pskd.listens() or len(args) < 2 or not pskd.is_of_model(args[0]):
+            return output
+        logits, target = args[:2]
+        if module not in pskd.cross_entropies:
+            refuse_unless_cross_entropy(module, logits, target)
+            pskd.cross_entropies.add(module)
+        past, seen = pskd._past_of(logits, target)
+        if past is None:
+            return output
+        if output.dim():
+            alpha = pskd.current_alpha * (1 if seen is None else seen.to(output))
+            return output + alpha * (soft_cross_entropy(logits, past, reduction='none') - output)
+        share, hard = 1.0, output
+        if seen is not None and not seen.all():  # the others learn their labels alone
+            known = seen.nonzero().flatten().to(logits.device, non_blocking=True)
+            share = len(known) / len(logits)
+            logits, target, past = logits[known], target[known], past[known.to(past.device)]
+            hard = module.forward(logits, target)
+        return output + pskd.current_alpha * share * (soft_cross_entropy(logits, past) - hard)
+
+
+def refuse_unless_cross_entropy(module: nn.Module, logits: Tensor, target: Tensor) -> None:
+    """ValueError: the module is not, by what it computes, ``-sum(q * log_softmax(logits))``, a value for each sample or
+    their plain mean, with targets q that are distributions. Only then is it to be mixed with the past's cross-entropy.
+
+    The gradient of such a loss is ``softmax(logits) - q`` at any logits. It is looked at for two, on a copy.
+    """
+    module, kind = copy.deepcopy(module), type(module).__name__
+    shape = logits.shape
+    points = [torch.linspace(-2, 2, shape.numel()).view(shape).roll(shift, 1) for shift in (0, 1)]
+    found = []
+    with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+        for point in points:
+            point = point.to(logits.device).requires_grad_()
+            value = module.forward(point, target)
+            share = 1 if value.dim() else shape.numel() / shape[1]
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+            found.append(point.detach().softmax(1) - share * gradient)
+    targets = found[0]
+    sums = targets.sum(1)
+    same = torch.allclose(targets, found[1], atol=1e-3)
+    if not (same and torch.allclose(sums, torch.ones_like(sums), atol=1e-2) and targets.min() > -1e-2):
+        raise ValueError(
+            f'PSKD: tap({kind}()): for the logits of the first batch it is not the cross-entropy of a softmax, an even '
+            'mean over samples or a value for each (a binary or focal loss, class weights, a sum?), and is not mixed '
+            'with one: use nn.CrossEntropyLoss, which takes weights and any reduction, or pskd.loss(logits, target)'
+        )

@@ -1,0 +1,83 @@
+"""`selfkd train` and `selfkd report` on files that are not there, not whole, or in the way."""
+
+import pytest
+import torch
+from mm_runs import digits_config
+
+from selfkd.cli import main
+from selfkd_mmengine.report import check_runs, finished_run
+
+
+def finished(folder, digits, seed=0):
+    """What a finished run leaves: config, checkpoint and last_checkpoint. Its model was never trained."""
+    folder.mkdir()
+    cfg = digits_config(digits, folder, **{'randomness.seed': seed})
+    cfg.dump(folder / 'config.py')
+    torch.save({'meta': {}, 'state_dict': {'weight': torch.ones(3)}}, folder / 'epoch_1.pth')
+    (folder / 'last_checkpoint').write_text(str(folder / 'epoch_1.pth'))
+    return folder
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit, match='2'):
+        main([str(argument) for argument in arguments])
+    return capsys.readouterr().err
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def remove(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ('file', 'change', 'message'),
+    [
+        ('config.py', remove, 'found 0 configs'),
+        ('config.py', cut, 'config.py: is no config, or not a whole one'),
+        ('last_checkpoint', remove, 'last_checkpoint missing'),
+        ('last_checkpoint', lambda file: file.write_text(''), 'last_checkpoint empty'),
+        ('epoch_1.pth', remove, 'its checkpoint is not there any more'),
+        ('epoch_1.pth', cut, 'epoch_1.pth: is no checkpoint, or not a whole one'),
+    ],
+)
+def test_a_report_looks_at_all_runs_before_it_tests_the_first(
+    digits, tmp_path, capsys, monkeypatch, file, change, message
+):
+    """The last of the runs is broken. Nothing is tested, and the message names the run."""
+    monkeypatch.setattr('selfkd_mmpretrain.report.predict', lambda *args, **options: pytest.fail('tested a run'))
+    a, b = (finished(tmp_path / name, digits) for name in 'ab')
+    change(b / file)
+    text = refused(capsys, 'report', tmp_path / 'out', f'plain={a}', f'PS-KD={b}')
+    assert message in text
+    assert f'{tmp_path}/b' in text
+
+
+def test_a_report_that_could_not_be_compared_or_written_is_refused_before_the_tests(
+    digits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr('selfkd_mmpretrain.report.predict', lambda *args, **options: pytest.fail('tested a run'))
+    a, b, c = (finished(tmp_path / name, digits, seed) for name, seed in (('a', 0), ('b', 1), ('c', 1)))
+    text = refused(capsys, 'report', tmp_path / 'out', f'plain={a},{b}', f'PS-KD={b},{c}')
+    assert 'PS-KD: runs are compared seed by seed, and several have the same one: [1, 1]' in text
+    check_runs({'plain': [str(a), str(b)]})
+    assert finished_run(str(a))[1] == str(a / 'epoch_1.pth')
+    (tmp_path / 'file').write_text('')
+    assert f'{tmp_path}/file' in refused(capsys, 'report', tmp_path / 'file', f'plain={a}')
+    assert '--ood: none is no folder' in refused(capsys, 'report', tmp_path / 'out', f'plain={a}', '--ood', 'none')
+
+
+def test_training_does_not_start_from_a_checkpoint_that_is_not_whole(digits, tmp_path, capsys):
+    run = finished(tmp_path / 'run', digits)
+    train = ['train', run / 'config.py', '--work-dir', run]
+    assert 'none.pth' in refused(capsys, *train, '--resume', run / 'none.pth')
+    assert 'none.pth' in refused(capsys, *train, '--cfg-options', f'load_from={run}/none.pth')
+    cut(run / 'epoch_1.pth')
+    for options in (['--resume'], ['--resume', run / 'epoch_1.pth'], ['--cfg-options', f'load_from={run}/epoch_1.pth']):
+        assert f'{run}/epoch_1.pth: is not a whole checkpoint, it was cut' in refused(capsys, *train, *options)
+    (run / 'last_checkpoint').write_text('')
+    assert 'last_checkpoint: is empty, name a checkpoint after --resume' in refused(capsys, *train, '--resume')
+    (tmp_path / 'file').write_text('')
+    assert f'{tmp_path}/file' in refused(capsys, 'train', run / 'config.py', '--work-dir', tmp_path / 'file')

