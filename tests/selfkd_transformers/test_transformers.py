@@ -506,14 +506,8 @@ class Answers(Texts):
 def pad_answers(features):
     batch = pad([dict(feature, labels=0) for feature in features])
     del batch['labels']
-<<<<<<< HEAD
-    return dict(
-        batch, **{name: torch.tensor([f[name] for f in features]) for name in ('start_positions', 'end_positions')}
-    )
-=======
     positions = ('start_positions', 'end_positions')
     return dict(batch, **{name: torch.tensor([feature[name] for feature in features]) for name in positions})
->>>>>>> main
 
 
 class Masked(Texts):
