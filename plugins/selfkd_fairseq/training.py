@@ -170,8 +170,8 @@ def check_model(model) -> None:
     if isinstance(model, FairseqNATModel):
         raise ValueError(
             f'{type(model).__name__} is not autoregressive: it has losses of its own (--criterion nat_loss), and '
-            'predicts other things than the next token, so the criteria of selfkd_fairseq do not work with it: take '
-            'an autoregressive --arch, as transformer, or train it without them'
+            'predicts other things than the next token, so the criteria of selfkd_fairseq do not work with it: '
+            'take an autoregressive --arch, as transformer, or train it without them'
         )
     if getattr(getattr(model, 'decoder', model), 'adaptive_softmax', None) is not None:
         raise ValueError(

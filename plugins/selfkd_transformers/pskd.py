@@ -94,8 +94,8 @@ class PSKDMixin:
         order = cls.__mro__
         if Trainer in order and order.index(Trainer) < order.index(PSKDMixin):
             raise TypeError(
-                f'PSKD: {cls.__name__} has PSKDMixin after the Trainer, which would train plainly: write '
-                f'class {cls.__name__}(PSKDMixin, Trainer)'
+                f'PSKD: {cls.__name__} has PSKDMixin after the Trainer, which would train plainly: '
+                f'write class {cls.__name__}(PSKDMixin, Trainer)'
             )
 
     def __init__(self, *args, **kwargs):
@@ -225,8 +225,8 @@ def _number(loader) -> Dataset:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         what = type(getattr(loader, 'dataset', loader)).__name__
         raise ValueError(
-            f'PSKD: the training data come from a {what}, whose samples have no index: use '
-            "pskd_teacher='snapshot', or a DataLoader of a map-style data set"
+            f'PSKD: the training data come from a {what}, whose samples have no index: '
+            "use pskd_teacher='snapshot', or a DataLoader of a map-style data set"
         )
     dataset = loader.dataset
     if isinstance(dataset, _Numbered):  # of a loader that is used again
