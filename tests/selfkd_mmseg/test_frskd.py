@@ -429,7 +429,7 @@ def test_networks_of_fixed_size(voc, tmp_path):
     cfg.model.backbone.update(type='FixedSize', size=48)
     assert MODELS.build(cfg.model).self_teacher.in_channels == MAPS
     cfg.model.backbone.size = 50
-    message = 'not run on an empty image of 3 channels .*AssertionError: of fixed size.* set self_teacher.in_channels'
+    message = r'empty image of 3 channels .*AssertionError: of fixed size[\s\S]* set self_teacher.in_channels'
     with pytest.raises(ValueError, match=message):
         MODELS.build(cfg.model)
     cfg.model.self_teacher.in_channels = MAPS
@@ -490,7 +490,7 @@ def test_an_own_segmentor_is_asked_for_and_keeps_its_loss(voc, tmp_path):
     assert isinstance(runner.model, OwnSegmentor)
     for before, _, outputs in watch.steps:
         assert outputs['loss_own'] == pytest.approx(2 * before.decode_head.conv_seg.weight.abs().sum().item(), rel=1e-5)
-        assert outputs['decode.self_teacher.loss_kd'] > 0
+        assert outputs['self_teacher.loss_kd'] > 0
     cfg.model.type = 'OwnSegmentor'
     del cfg.model.self_teacher
     weights = {name: value for name, value in runner.model.state_dict().items() if 'self_teacher' not in name}
