@@ -103,4 +103,4 @@ def test_compiled_training_is_tapped(digits, tmp_path):
         log = train(cfg).message_hub.log_scalars
         losses.append(log['train/loss'].data[0].tolist())
         assert [soft > 0 for soft in log['train/pskd_soft'].data[0]] == [False] * 5 + [True] * 5
-    assert losses[1] == losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # compiled or not, a sum may be rounded in another order
