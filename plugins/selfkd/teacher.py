@@ -4,7 +4,7 @@ import copy
 import random
 import sys
 from contextlib import contextmanager
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .checks import one_of
 from .seeds import step_seed
 
-__all__ = ['SnapshotTeacher', 'random_state']
+__all__ = ['SnapshotTeacher', 'random_state', 'unwrap']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
 MODES = ('train', 'eval')
+WRAPPERS = {'DistributedDataParallel', 'FullyShardedDataParallel', 'DataParallel'}
 
 
 class SnapshotTeacher:
@@ -91,6 +92,15 @@ class SnapshotTeacher:
             mine.copy_(other)
         self._take_mode(model)
 
+    @torch.no_grad()
+    def average(self, model: nn.Module, decay: float) -> None:
+        """Moves the copy's parameters towards the model's, ``decay * own + (1 - decay) * the model's``; takes over its
+        buffers."""
+        for mine, other in zip(self.model.parameters(), _parameters(model)):
+            mine.lerp_(other.detach().to(mine.dtype), 1 - decay)
+        for mine, other in zip(self.model.buffers(), _buffers(model)):
+            mine.copy_(other)
+
     def __call__(self, *args, **kwargs):
         """The copy's forward pass."""
         return self.run(self.model, *args, **kwargs)
@@ -111,6 +121,16 @@ class SnapshotTeacher:
         self.model.load_state_dict(state)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, FSDP, DataParallel and torch.compile."""
+    while True:
+        wrapped = {kind.__name__ for kind in type(model).__mro__} & WRAPPERS
+        inner = getattr(model, '_orig_mod', model.module if wrapped else None)
+        if inner is None:
+            return model
+        model = inner
+
+
 def _frozen_copy(model: nn.Module) -> nn.Module:
     # torch's weight_norm keeps the computed weight as a plain, non-leaf attribute, which deepcopy refuses:
     # give the copy a detached one, the module recomputes it in its next forward pass.
@@ -125,9 +145,16 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).requires_grad_(False)
 
 
-def _tensors(model: nn.Module):
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return [tensor for name, tensor in named if SELF_TEACHER not in name.split('.')]
+def _tensors(model: nn.Module) -> List[Tensor]:
+    return _parameters(model) + _buffers(model)
+
+
+def _parameters(model: nn.Module) -> List[Tensor]:
+    return [tensor for name, tensor in model.named_parameters() if SELF_TEACHER not in name.split('.')]
+
+
+def _buffers(model: nn.Module) -> List[Tensor]:
+    return [tensor for name, tensor in model.named_buffers() if SELF_TEACHER not in name.split('.')]
 
 
 @contextmanager

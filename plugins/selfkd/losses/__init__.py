@@ -10,11 +10,12 @@ Everything that stands for a teacher (past predictions, partners) is treated as 
 """
 
 from ..topk import TopK
+from ._common import mix
 from .comparators import byot_loss, ddgsd_loss, sla_loss, tfkd_loss, tfkd_regularization
 from .cskd import cskd_loss
 from .frskd import FEATURE_LOSSES, attention_transfer, frskd_loss, hint_loss, overhaul_loss
 from .linear import linear_pskd_loss
-from .pskd import PSKDParts, mix, progressive_targets, pskd_cross_entropy, pskd_loss
+from .pskd import PSKDParts, progressive_targets, pskd_cross_entropy, pskd_loss
 from .soft import distillation_kl, quality_focal_loss, soft_cross_entropy
 
 __all__ = [

@@ -1,7 +1,7 @@
 """What the losses share: log-softmax, products in which 0 times infinity is 0, reductions."""
 
 import math
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,25 @@ def times(weight, losses: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         return (weight * losses).masked_fill(weight == 0, 0)
     return weight * losses if weight else torch.zeros_like(losses)
+
+
+def mix(hard: Tensor, soft: Tensor, alpha: Union[float, Tensor], *, keep_hard: bool = False) -> Tensor:
+    r"""PS-KD's mixture of two losses, :math:`(1-\alpha)\, \mathrm{hard} + \alpha\, \mathrm{soft}`.
+
+    The cross-entropy is linear in its target, so that mixing the losses is mixing the targets (ICCV 2021, eq. 2 and 3).
+
+    Args:
+        hard: loss against the labels, of any shape.
+        soft: loss against the past prediction, same shape.
+        alpha: share of the past in [0, 1]: a number, or a tensor of that shape (0 for samples that have no past).
+        keep_hard: the label's term stays whole: ``hard + alpha * soft``.
+
+    Example:
+        >>> hard, soft = torch.tensor([2.0, 2.0]), torch.tensor([1.0, torch.inf])
+        >>> mix(hard, soft, torch.tensor([0.5, 0.0]))  # what has no past may hold anything
+        tensor([1.5000, 2.0000])
+    """
+    return (hard if keep_hard else times(1 - alpha, hard)) + times(alpha, soft)
 
 
 def class_dot(probs: Tensor, log_probs: Tensor) -> Tensor:

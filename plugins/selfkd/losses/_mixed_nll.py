@@ -5,11 +5,11 @@ from torch import Tensor
 
 from ..checks import tracing, wide
 from ..topk import TopK
-from ._common import class_dot, log_softmax, of_rows, other_classes, row_slices, times
+from ._common import class_dot, log_softmax, mix, of_rows, other_classes, row_slices, times
 
 
-def mixed_nll(logits, labels, past, classes, alpha, smoothing=0.0, ignored=None, normalized=False):
-    """(1-a) hard + a soft per sample: hard = -log p_y (smoothed), soft = -sum_c q_c log p_c, and 0 where ignored.
+def mixed_nll(logits, labels, past, classes, alpha, smoothing=0.0, ignored=None, normalized=False, keep_hard=False):
+    """mix(hard, soft, alpha) per sample: hard = -log p_y (smoothed), soft = -sum_c q_c log p_c, and 0 where ignored.
 
     ``labels`` are class ids ``[N, ...]``, or probs y ``[N, C, ...]`` with hard = -sum_c y_c log p_c. q is ``past``,
     probs ``[N, C, ...]``, or with ``classes`` top-k values. Without ``labels`` hard is 0, without ``past`` soft.
@@ -17,15 +17,17 @@ def mixed_nll(logits, labels, past, classes, alpha, smoothing=0.0, ignored=None,
     """
     if tracing():  # torch.func and torch.compile differentiate (and compile) the plain operations
         log_probs = logits if normalized else log_softmax(logits)
-        return terms_of(log_probs, _constant(labels), _constant(past), classes, alpha, smoothing, ignored)[:4]
-    return _MixedNLL.apply(logits, labels, past, classes, alpha, smoothing, ignored, normalized)
+        return terms_of(log_probs, _constant(labels), _constant(past), classes, alpha, smoothing, ignored, keep_hard)[
+            :4
+        ]
+    return _MixedNLL.apply(logits, labels, past, classes, alpha, smoothing, ignored, normalized, keep_hard)
 
 
 def _constant(value):
     return value if value is None else value.detach()
 
 
-def terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored):
+def terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored, keep_hard=False):
     """What :func:`mixed_nll` returns, and the probability of each class that a top-k past has not kept."""
     zero = log_probs.new_zeros(()).expand(log_probs.shape[:1] + log_probs.shape[2:])
     total = log_probs.sum(1) if smoothing or classes is not None else None
@@ -45,7 +47,7 @@ def terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored):
         nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
         each = smoothing / other_classes(log_probs)
         hard = (1 - smoothing - each) * nll - each * total if smoothing else nll.clone()
-    terms = [times(1 - alpha, hard) + times(alpha, soft), hard, soft, nll]
+    terms = [mix(hard, soft, alpha, keep_hard=keep_hard), hard, soft, nll]
     if ignored is not None:
         terms = [term.masked_fill(ignored, 0) for term in terms]
     return (*terms, rest)
@@ -61,19 +63,19 @@ class _MixedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, past, classes, alpha, smoothing, ignored, normalized):
+    def forward(ctx, logits, labels, past, classes, alpha, smoothing, ignored, normalized, keep_hard):
         dtype, samples = wide(logits.dtype), logits.shape[:1] + logits.shape[2:]
         terms = [logits.new_empty(samples, dtype=dtype) for _ in range(5)]
         for rows in row_slices(logits):
             log_probs = logits[rows] if normalized else log_softmax(logits[rows])
             part_of = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows))
-            parts = terms_of(log_probs, *part_of, of_rows(alpha, rows), smoothing, of_rows(ignored, rows))
+            parts = terms_of(log_probs, *part_of, of_rows(alpha, rows), smoothing, of_rows(ignored, rows), keep_hard)
             for term, part in zip(terms, parts):
                 term[rows] = part
         rest = terms.pop()
         of_tensor = alpha if isinstance(alpha, Tensor) else None
         ctx.save_for_backward(logits, labels, past, classes, rest, of_tensor, ignored)
-        ctx.alpha, ctx.smoothing, ctx.normalized = alpha, smoothing, normalized
+        ctx.alpha, ctx.smoothing, ctx.normalized, ctx.keep_hard = alpha, smoothing, normalized, keep_hard
         ctx.mark_non_differentiable(*terms[1:])
         return tuple(terms)
 
@@ -84,11 +86,11 @@ class _MixedNLL(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for: by the plain operations
             log_probs = logits if ctx.normalized else log_softmax(logits)
             labels, past = (of_rows(x, slice(None), log_probs.dtype) for x in (labels, past))
-            losses = terms_of(log_probs, labels, past, classes, alpha, ctx.smoothing, ignored)[0]
-            return (*torch.autograd.grad(losses, logits, grad, create_graph=True), *[None] * 7)
+            losses = terms_of(log_probs, labels, past, classes, alpha, ctx.smoothing, ignored, ctx.keep_hard)[0]
+            return (*torch.autograd.grad(losses, logits, grad, create_graph=True), *[None] * 8)
         if ignored is not None:
             grad = grad.masked_fill(ignored, 0)
-        soft, hard = -alpha * grad, grad * (alpha - 1)
+        soft, hard = -alpha * grad, -grad if ctx.keep_hard else grad * (alpha - 1)
         gradient, dtype = torch.empty_like(logits), wide(logits.dtype)
         for rows in row_slices(logits):
             log_probs = None if ctx.normalized else log_softmax(logits[rows])
@@ -96,7 +98,7 @@ class _MixedNLL(torch.autograd.Function):
             weights = (hard[rows].unsqueeze(1), soft[rows].unsqueeze(1))
             settings = (rest[rows], ctx.smoothing, of_rows(ignored, rows), *weights)
             gradient[rows] = gradient_of_terms(log_probs, logits[rows], *part_of, *settings)
-        return (gradient, *[None] * 7)
+        return (gradient, *[None] * 8)
 
 
 def gradient_of_terms(log_probs, logits, labels, past, classes, rest, smoothing, ignored, hard, soft):

@@ -27,6 +27,7 @@ def linear_pskd_loss(
     bias: Optional[Tensor] = None,
     ignore_index: int = -100,
     reduction: str = 'mean',
+    keep_hard: bool = False,
     draw: Optional[Tuple[int, Tensor]] = None,
 ):
     r""":func:`pskd_loss` of ``hidden @ weight.T + bias``, for vocabularies whose logits would fill the memory.
@@ -44,6 +45,7 @@ def linear_pskd_loss(
         bias: of the output layer, ``[V]``.
         ignore_index: class ids of this value contribute nothing, and are not counted by ``'mean'``.
         reduction: ``'mean'`` or ``'sum'``.
+        keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
         draw: (k, uniform): also draw k classes of each new prediction with the random numbers ``uniform`` ``[N]``, as
             :func:`~selfkd.topk.draw_top_k` does. Nobody has the logits to do so afterwards.
 
@@ -79,12 +81,14 @@ def linear_pskd_loss(
     if tracing():
         logits = F.linear(hidden, weight, bias)
         labels = labels.masked_fill(ignored, ignore_index)
-        loss = pskd_loss(logits, labels, past, alpha, ignore_index=ignore_index, reduction=reduction)
+        loss = pskd_loss(
+            logits, labels, past, alpha, ignore_index=ignore_index, reduction=reduction, keep_hard=keep_hard
+        )
         return (loss, draw_top_k(logits, *draw)) if draw else loss
     k, uniform = draw or (0, None)
     values, classes = past or (None, None)
     loss, *drawn = _LinearPSKD.apply(
-        hidden, weight, bias, labels, values, classes, alpha, ignored, reduction == 'mean', k, uniform
+        hidden, weight, bias, labels, values, classes, alpha, ignored, reduction == 'mean', keep_hard, k, uniform
     )
     return (loss, TopK(*drawn)) if draw else loss
 
@@ -93,7 +97,7 @@ class _LinearPSKD(torch.autograd.Function):
     """The gradients are taken in the forward pass, where a chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, values, classes, alpha, ignored, mean, k, uniform):
+    def forward(ctx, hidden, weight, bias, labels, values, classes, alpha, ignored, mean, keep_hard, k, uniform):
         dtype = wide(hidden.dtype)
         counted = (~ignored).to(dtype)
         scale = counted / counted.sum().clamp(min=1) if mean else counted
@@ -108,13 +112,16 @@ class _LinearPSKD(torch.autograd.Function):
             logits = F.linear(hidden[rows], weight, bias)
             past = (of_rows(values, rows, dtype), of_rows(classes, rows))
             log_probs = log_softmax(logits)
-            losses, _, _, _, rest = terms_of(log_probs, labels[rows], *past, of_rows(alpha, rows), 0.0, ignored[rows])
+            settings = (of_rows(alpha, rows), 0.0, ignored[rows], keep_hard)
+            losses, _, _, _, rest = terms_of(log_probs, labels[rows], *past, *settings)
             loss += (losses * scale[rows]).sum()
             if k:
                 drawn.append(draw_top_k(log_probs, k, uniform[rows]))
             if any(ctx.needs_input_grad):
                 share = of_rows(alpha, rows)
-                hard, soft = ((-weight_of * scale[rows]).unsqueeze(1) for weight_of in (1 - share, share))
+                hard, soft = (
+                    (-weight_of * scale[rows]).unsqueeze(1) for weight_of in (1 if keep_hard else 1 - share, share)
+                )
                 part = gradient_of_terms(log_probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
                 _add_gradients(gradients, part, hidden, weight, rows)
         ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) for g in gradients))
@@ -126,7 +133,7 @@ class _LinearPSKD(torch.autograd.Function):
     def backward(ctx, grad, *unused):
         if torch.is_grad_enabled():
             raise RuntimeError('linear_pskd_loss: has no second derivative: use pskd_loss, which has one')
-        return (*(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), *[None] * 8)
+        return (*(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), *[None] * 9)
 
 
 def _add_gradients(gradients, of_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:

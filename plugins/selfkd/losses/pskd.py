@@ -8,20 +8,20 @@ from torch import Tensor
 
 from ..checks import check_alpha, check_labels, check_logits, check_probs, check_top_k, wide
 from ..topk import TopK
-from ._common import reduce, times
+from ._common import mix, reduce, times
 from ._mixed_nll import mixed_nll
 from .soft import soft_cross_entropy
 
-__all__ = ['PSKDParts', 'cross_entropy', 'mix', 'progressive_targets', 'pskd_cross_entropy', 'pskd_loss']
+__all__ = ['PSKDParts', 'cross_entropy', 'progressive_targets', 'pskd_cross_entropy', 'pskd_loss']
 
 
 class PSKDParts(NamedTuple):
     """What :func:`pskd_loss` is made of, reduced as the loss is, without gradient: for logs.
 
     Attributes:
-        hard: cross-entropy against the labels (smoothed, if asked for).
-        soft: cross-entropy against the past predictions.
-        nll: negative log-likelihood of the labels.
+        hard: the labels' part, ``(1 - alpha)`` times the cross-entropy against them (smoothed, if asked for).
+        soft: the past's part, ``alpha`` times the cross-entropy against it. The two sum to the loss.
+        nll: negative log-likelihood of class ids; 0 beside probs.
     """
 
     hard: Tensor
@@ -73,25 +73,6 @@ def progressive_targets(
     return hard + share * (past - hard)
 
 
-def mix(hard: Tensor, soft: Tensor, alpha: Union[float, Tensor], *, keep_hard: bool = False) -> Tensor:
-    r"""PS-KD's mixture of two losses, :math:`(1-\alpha)\, \mathrm{hard} + \alpha\, \mathrm{soft}`.
-
-    The cross-entropy is linear in its target, so that mixing the losses is mixing the targets (ICCV 2021, eq. 2 and 3).
-
-    Args:
-        hard: loss against the labels, of any shape.
-        soft: loss against the past prediction, same shape.
-        alpha: share of the past in [0, 1]: a number, or a tensor of that shape (0 for samples that have no past).
-        keep_hard: the label's term stays whole: ``hard + alpha * soft``.
-
-    Example:
-        >>> hard, soft = torch.tensor([2.0, 2.0]), torch.tensor([1.0, torch.inf])
-        >>> mix(hard, soft, torch.tensor([0.5, 0.0]))  # what has no past may hold anything
-        tensor([1.5000, 2.0000])
-    """
-    return (hard if keep_hard else times(1 - alpha, hard)) + times(alpha, soft)
-
-
 def pskd_loss(
     logits: Tensor,
     labels_or_probs: Tensor,
@@ -101,6 +82,7 @@ def pskd_loss(
     ignore_index: Optional[int] = None,
     reduction: str = 'mean',
     label_smoothing: float = 0.0,
+    keep_hard: bool = False,
     normalized: bool = False,
     return_parts: bool = False,
 ):
@@ -124,12 +106,13 @@ def pskd_loss(
             Where nothing is left to average, the result is a zero that is joined to the graph.
         label_smoothing: share of y that is spread evenly over the other C - 1 classes before mixing, for class ids. It
             is fairseq's epsilon; :func:`torch.nn.functional.cross_entropy` spreads over all C.
+        keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
         normalized: ``logits`` are log-probabilities already (log_softmax was applied), float32 or wider.
-        return_parts: return the pair (loss, :class:`PSKDParts`). For class ids.
+        return_parts: return the pair (loss, :class:`PSKDParts`).
 
     Raises:
-        ValueError: alpha outside [0, 1], shapes that do not match, an unknown reduction, ``ignore_index``,
-            ``label_smoothing`` or ``return_parts`` beside probs;
+        ValueError: alpha outside [0, 1], shapes that do not match, an unknown reduction, ``ignore_index``
+            or ``label_smoothing`` beside probs;
             on the CPU, where looking costs no device synchronisation, also probs that are not distributions
             and class ids out of range.
 
@@ -152,8 +135,8 @@ def pskd_loss(
     if labels.is_floating_point():
         if ignore_index is not None:
             raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
-        if label_smoothing or return_parts:
-            raise ValueError('label_smoothing, return_parts: need class ids, but labels_or_probs holds probs')
+        if label_smoothing:
+            raise ValueError('label_smoothing: needs class ids, but labels_or_probs holds probs')
         check_probs('labels_or_probs', labels, logits.shape)
     else:
         if not 0 <= label_smoothing < 1:
@@ -169,11 +152,13 @@ def pskd_loss(
     elif past is not None:
         check_probs('past_probs', past, logits.shape, ignored)
 
-    terms = mixed_nll(logits, labels, past, classes, alpha, label_smoothing, ignored, normalized)
-    loss = reduce(terms[0], reduction, ignored)
+    losses, *parts = mixed_nll(logits, labels, past, classes, alpha, label_smoothing, ignored, normalized, keep_hard)
+    loss = reduce(losses, reduction, ignored)
     if not return_parts:
         return loss
-    return loss, PSKDParts(*(reduce(term.detach(), reduction, ignored) for term in terms[1:]))
+    hard, soft, nll = (part.detach() for part in parts)
+    weighted = (hard if keep_hard else times(1 - alpha, hard), times(alpha, soft), nll)
+    return loss, PSKDParts(*(reduce(part, reduction, ignored) for part in weighted))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -191,7 +176,9 @@ def pskd_cross_entropy(
     ignore_index: int = -100,
     reduction: str = 'mean',
     label_smoothing: float = 0.0,
-) -> Tensor:
+    keep_hard: bool = False,
+    return_parts: bool = False,
+):
     """:func:`torch.nn.functional.cross_entropy` with its target softened by past predictions: :func:`pskd_loss` with
     the arguments, and the normalisation, of torch's own.
 
@@ -204,6 +191,8 @@ def pskd_cross_entropy(
         ignore_index: class ids of this value contribute nothing.
         reduction: ``'none'``, ``'mean'`` or ``'sum'``.
         label_smoothing: share of the target that is spread evenly over all C classes before mixing.
+        keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
+        return_parts: return the pair (loss, :class:`PSKDParts`).
 
     Example:
         >>> logits, target, past = torch.randn(4, 3), torch.tensor([0, 1, 2, -100]), torch.full((4, 3), 1 / 3)
@@ -213,27 +202,35 @@ def pskd_cross_entropy(
         True
     """
     ids, classes = not target.is_floating_point(), logits.shape[1]
+    common: Dict[str, Any] = dict(keep_hard=keep_hard, return_parts=return_parts)
     if weight is None and (ids or not label_smoothing):
         smoothing = label_smoothing * (classes - 1) / classes  # pskd_loss spreads over the other classes
         options: Dict[str, Any] = dict(ignore_index=ignore_index, label_smoothing=smoothing) if ids else {}
-        return pskd_loss(logits, target, past_probs, _per_sample(alpha, target, ids), reduction=reduction, **options)
+        alpha = _per_sample(alpha, target, ids)
+        return pskd_loss(logits, target, past_probs, alpha, reduction=reduction, **options, **common)
     past = past_probs.dense(classes) if isinstance(past_probs, TopK) else past_probs
     weight = weight if weight is None else weight.to(wide(logits.dtype))  # the model's half-precision buffer, say
     soft = soft_cross_entropy(logits, past, class_weight=weight, reduction='none')
     wide_logits = logits.to(wide(logits.dtype))
     options = dict(ignore_index=ignore_index) if ids else {}  # torch takes none beside probs
     hard = F.cross_entropy(wide_logits, target, weight, reduction='none', label_smoothing=label_smoothing, **options)
-    if ids:
-        soft = soft.masked_fill(target == ignore_index, 0)
+    valid = target != ignore_index if ids else None
+    if valid is not None:
+        soft = soft.masked_fill(~valid, 0)
     alpha = check_alpha(_per_sample(alpha, hard, True), logits)
-    losses = mix(hard, soft, alpha)
-    if reduction != 'mean':
-        return reduce(losses, reduction)
-    if not ids:
-        return losses.mean()
-    valid = target != ignore_index
-    total = valid.sum() if weight is None else (weight[target.masked_fill(~valid, 0)] * valid).sum()
-    return losses.sum() / total
+
+    def reduced(losses: Tensor) -> Tensor:
+        if reduction != 'mean' or valid is None:
+            return reduce(losses, reduction)
+        weights = valid if weight is None else weight[target.masked_fill(~valid, 0)] * valid
+        return losses.sum() / weights.sum()
+
+    loss = reduced(mix(hard, soft, alpha, keep_hard=keep_hard))
+    if not return_parts:
+        return loss
+    nll = F.nll_loss(wide_logits.log_softmax(1), target, reduction='none', **options) if ids else torch.zeros_like(hard)
+    parts = (hard if keep_hard else times(1 - alpha, hard), times(alpha, soft), nll)
+    return loss, PSKDParts(*(reduced(part.detach()) for part in parts))
 
 
 def _per_sample(alpha, like: Tensor, ids: bool):

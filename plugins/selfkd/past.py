@@ -1,0 +1,408 @@
+"""Where PS-KD's past predictions come from: a bank of predictions or tokens, a snapshot or an average of the weights.
+
+A plugin makes one of them, calls its moments, and says where rows, inputs, periods and the loss are. A period is an
+epoch, or an interval of iterations. In the first one there is no past, whatever its source.
+"""
+
+import logging
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .bank import PredictionBank
+from .bank_sync import exchange_rows
+from .seeds import row_uniform
+from .teacher import SnapshotTeacher
+from .topk import TopK, draw_top_k
+
+__all__ = ['TEACHERS', 'AveragePast', 'BankPast', 'CopyPast', 'Past', 'Prediction', 'SnapshotPast', 'TokenBankPast']
+__all__ += ['choose_teacher', 'copy_past', 'refuse_without_past']
+
+logger = logging.getLogger(__name__)
+
+TEACHERS = ('auto', 'bank', 'snapshot', 'ema')
+
+
+class Prediction(NamedTuple):
+    """Past predictions of a batch.
+
+    Attributes:
+        probs: ``[N, C, ...]``, or :class:`~selfkd.topk.TopK`; a constant.
+        known: which samples have one, bool ``[N]`` on the CPU; True: all.
+    """
+
+    probs: Union[Tensor, TopK]
+    known: Union[Tensor, bool]
+
+    def alpha(self, alpha: float) -> Union[Tensor, float]:
+        """The share of the past for each sample: 0 for those that have none."""
+        return alpha if self.known is True else alpha * self.known
+
+
+class Past:
+    """What the sources of the past have in common: by default they do nothing at each of these moments.
+
+    In the order of a training: :meth:`load_state_dict` (resumed), then for each period :meth:`begin_period`, for each
+    step :meth:`begin_step`, :meth:`begin_forward` before the student's forward pass, and at the loss :meth:`predict`
+    and then :meth:`observe`. ``ready`` says whether there is a past to learn from.
+    """
+
+    ready = False
+
+    def begin_period(self, model: nn.Module) -> None:
+        """At the start of each period but the first, in all processes. ``model`` is the student, unwrapped."""
+
+    def begin_step(self, step: int, rows: Optional[Tensor] = None) -> None:
+        """Before a training step. ``rows``: the batch's samples, int64 ``[B]`` on the CPU; only banks need them."""
+
+    def after_update(self, model: nn.Module) -> None:
+        """The student's weights have moved: after a step of the optimizer, in all processes."""
+
+    def begin_forward(self, forward: Callable[[nn.Module], Tensor]) -> None:
+        """Before the student's forward pass; ``forward(model)`` gives the probs of the same inputs, ``[N, C, ...]``."""
+
+    def predict(self, target: Tensor) -> Optional[Prediction]:
+        """Past predictions of the batch under way, or None: of no sample there is one."""
+        raise NotImplementedError
+
+    def observe(self, logits: Tensor) -> None:
+        """Is shown what the student predicts for that batch in training."""
+
+    def synchronize(self) -> None:
+        """Called by all processes together at the end of an epoch, and before one of them saves a checkpoint."""
+
+    def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:
+        """What a resumed run could not work out again, loadable with ``weights_only=True``.
+
+        ``mid_period``: training goes on within a period. Else the next one is about to begin, with
+        :meth:`begin_period`, so that a snapshot would be the saved weights themselves.
+        """
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`; ``{}`` where a checkpoint has nothing.
+
+        Raises:
+            ValueError: the state is another source's, or a bank's with other settings.
+        """
+
+
+class BankPast(Past):
+    """What the student predicted for each sample when it was last trained on it: the paper's way. No forward pass more.
+
+    Args:
+        bank: with a row for each sample.
+        momentum: m in [0, 1): a row becomes ``m * row + (1 - m) * softmax(logits)``, an average over epochs. 0, the
+            paper's, keeps the newest. For banks of whole rows.
+        way_out: the end of messages, as ``"set teacher='snapshot'"``.
+
+    Raises:
+        ValueError: a momentum out of range, or beside ``top_k``, whose rows cannot be averaged.
+
+    Example:
+        >>> past = BankPast(PredictionBank(4, 2), way_out="set teacher='snapshot'")
+        >>> rows, labels = torch.tensor([3, 1]), torch.tensor([0, 1])
+        >>> for step in range(2):
+        ...     past.begin_step(step, rows)
+        ...     prediction = past.predict(labels)
+        ...     past.observe(torch.zeros(2, 2))
+        >>> prediction.probs, prediction.known
+        (tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]]), tensor([True, True]))
+    """
+
+    def __init__(self, bank: PredictionBank, *, momentum: float = 0.0, way_out: str):
+        if not 0 <= momentum < 1:
+            raise ValueError(f'bank_momentum: must lie in [0, 1), got {momentum}')
+        if momentum and bank.top_k:
+            raise ValueError(
+                f'bank_momentum: rows of which a few classes are kept cannot be averaged, got {momentum} beside '
+                f'top_k={bank.top_k}: remove one of the two'
+            )
+        self.bank, self.momentum, self.way_out = bank, momentum, way_out
+        self.step, self.rows = 0, torch.zeros(0, dtype=torch.long)
+        self._past: Optional[Prediction] = None
+        self._unsent: List[Tuple[Tensor, int]] = []  # rows written since the last exchange, and when
+
+    @property
+    def skipped(self) -> int:
+        """Predictions that were not finite, and so did not enter the bank."""
+        return self.bank.skipped
+
+    def begin_step(self, step: int, rows: Optional[Tensor] = None) -> None:
+        self.step, self.rows, self._past = step, rows, None
+
+    def predict(self, target: Tensor) -> Optional[Prediction]:
+        """Past predictions of samples with these labels.
+
+        Raises:
+            ValueError: a label is not that of its row: the samples are not those of the rows.
+        """
+        self.bank.check_labels(self.rows, target, way_out=self.way_out)
+        return self._read(self.rows)
+
+    def _read(self, rows: Tensor, real: Union[Tensor, bool] = True) -> Optional[Prediction]:
+        probs, known = (self.bank.read_top_k if self.bank.top_k else self.bank.read)(rows, return_seen=True)
+        known = known & real
+        self._past = Prediction(probs, known) if known.any() else None
+        self.ready = self.ready or self._past is not None
+        return self._past
+
+    def observe(self, logits: Tensor) -> None:
+        probs = logits.detach().float().softmax(1)
+        if self.momentum and self._past is not None:
+            past, known = self._past.probs.to(probs.device), self._past.known.to(probs.device)[:, None]
+            probs = torch.where(known, self.momentum * past + (1 - self.momentum) * probs, probs)
+        self._write(self.rows, probs)
+
+    def _write(self, rows: Tensor, probs: Union[Tensor, TopK]) -> None:
+        self.bank.write(rows, probs)
+        self._unsent.append((rows, self.step))
+
+    def synchronize(self) -> None:
+        none = torch.zeros(0, dtype=torch.long)  # a process may have written nothing
+        rows = torch.cat([none, *(rows for rows, _ in self._unsent)])
+        steps = torch.cat([none, *(torch.full_like(rows, step) for rows, step in self._unsent)])
+        exchange_rows(self.bank, rows, steps)
+        self._unsent = []
+
+    def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:
+        return {'bank': self.bank.state_dict()}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        _check_kind(state, 'bank')
+        if 'bank' in state:
+            self.bank.load_state_dict(state['bank'])
+
+
+class TokenBankPast(BankPast):
+    """A few tokens of what the student predicted at each labelled position of each sample, drawn so that on average
+    they are the prediction (:func:`~selfkd.topk.draw_top_k`).
+
+    A position's row is its place among the sample's labelled ones, counted from the last, so that padding on either
+    side changes nothing (padded on the left, a causal model predicts a sample's first token, too).
+
+    Args:
+        lengths: how many labelled positions each sample can have, ``[S]``.
+        num_classes: V, the vocabulary.
+        top_k: tokens kept of a position.
+        dtype: of the stored probabilities.
+        device: where the bank lives.
+        ignore_index: the label of positions that have none (padding).
+        way_out: the end of messages.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        num_classes: int,
+        *,
+        top_k: int,
+        dtype: torch.dtype = torch.float16,
+        device: Union[str, torch.device] = 'cpu',
+        ignore_index: int = -100,
+        way_out: str,
+    ):
+        self.ends = torch.as_tensor(lengths).long().cumsum(0)
+        bank = PredictionBank(int(self.ends[-1]), num_classes, top_k=top_k, dtype=dtype, device=device)
+        super().__init__(bank, way_out=way_out)
+        self.ignore_index = ignore_index
+        self._real = torch.zeros(0, dtype=torch.bool)
+        logger.info('PS-KD: the token bank takes %.1f MB for %d samples', bank.nbytes / 1e6, len(self.ends))
+
+    def begin_step(self, step: int, rows: Optional[Tensor] = None) -> None:
+        """``rows``: the samples, as of :class:`BankPast`."""
+        super().begin_step(step)
+        self.samples = rows
+
+    def predict(self, target: Tensor) -> Optional[Prediction]:
+        """Past predictions of all positions, N = B * T.
+
+        Args:
+            target: labels ``[B, T]``, or ``[B * T]``.
+
+        Raises:
+            ValueError: a label is not that of its row, or a sample has more than when the bank was made.
+        """
+        labels = target.detach().cpu().view(len(self.samples), -1)
+        real = labels != self.ignore_index
+        end = self.ends[self.samples][:, None]
+        first = torch.where(self.samples > 0, self.ends[self.samples - 1], 0)[:, None]
+        rows = end - real.flip(1).cumsum(1).flip(1)
+        if (rows < first)[real].any():
+            raise ValueError(
+                'PS-KD: a sample has more labels than when the bank was made. Do the data set or the collate function '
+                f'move or change samples? Leave them as they are, or {self.way_out}'
+            )
+        self.bank.check_labels(rows[real], labels[real], way_out=self.way_out)
+        self._real = real.flatten()
+        self.rows = torch.where(real, rows, first).flatten()  # without a label: any row, its loss is ignored
+        return self._read(self.rows, self._real)
+
+    def observe(self, logits: Tensor) -> None:
+        """``logits``: ``[B * T, V]``, or log-probabilities."""
+        drawn = draw_top_k(logits, self.bank.top_k, row_uniform(self.rows, self.step))
+        here = self._real.to(logits.device)
+        self._write(self.rows[self._real], TopK(*(part[here] for part in drawn)))
+
+
+class CopyPast(Past):
+    """A past that is a frozen copy of the model, asked about the student's own inputs.
+
+    Make it before torch hooks are registered on the model, which would be copied, too.
+
+    Attributes:
+        teacher: the copy, with a random state of its own.
+    """
+
+    def __init__(self, model: nn.Module, *, mode: str = 'train'):
+        self.teacher = SnapshotTeacher(model, mode=mode)
+        self._probs: Optional[Tensor] = None
+
+    def run(self, function: Callable, *args, **kwargs):
+        """Calls a function of the copy (``past.model.extract_feat``) without gradients, with its own noise."""
+        return self.teacher.run(function, *args, **kwargs)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.teacher.model
+
+    def begin_step(self, step: int, rows: Optional[Tensor] = None) -> None:
+        self._probs = None
+        self.teacher.begin_step(step)
+
+    def begin_forward(self, forward: Callable[[nn.Module], Tensor]) -> None:
+        if self.ready:
+            self._probs = self.run(forward, self.model)
+
+    def predict(self, target: Tensor) -> Optional[Prediction]:
+        if not self.ready:
+            return None
+        if self._probs is None:
+            raise RuntimeError('PS-KD: a loss was computed without a forward pass that the past copy could follow')
+        return Prediction(self._probs, True)
+
+    def _share_buffers(self) -> None:
+        """Batch norms' statistics differ between processes: all learn from the first one's, a checkpoint's."""
+        if dist.is_available() and dist.is_initialized():
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, 0)
+
+
+class SnapshotPast(CopyPast):
+    """The weights as they were when the present period began."""
+
+    def begin_period(self, model: nn.Module) -> None:
+        self.teacher.update(model)
+        self._share_buffers()
+        self.ready = True
+
+    def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:
+        return {'teacher': _saved(self.model)} if self.ready and mid_period else {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        _check_kind(state, 'teacher')
+        if 'teacher' in state:
+            self.teacher.load_state_dict(state['teacher'])
+            self.ready = True
+
+
+class AveragePast(CopyPast):
+    """An exponential moving average of the weights, which changes with each step of the optimizer.
+
+    Args:
+        decay: of the average, in [0, 1). It begins lower, at ``(1 + t) / (10 + t)`` after t steps, so that the initial
+            weights are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float = 0.999, mode: str = 'train'):
+        if not 0 <= decay < 1:
+            raise ValueError(f'ema_decay: must lie in [0, 1), got {decay}')
+        super().__init__(model, mode=mode)
+        self.decay, self.updates = decay, 0
+
+    def after_update(self, model: nn.Module) -> None:
+        self.updates += 1
+        self.teacher.average(model, min(self.decay, (1 + self.updates) / (10 + self.updates)))
+        if self.teacher.mode == 'eval':
+            self._share_buffers()
+
+    def begin_period(self, model: nn.Module) -> None:
+        self.ready = True
+
+    def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:
+        return {'average': _saved(self.model), 'updates': self.updates, 'ready': self.ready}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        _check_kind(state, 'average')
+        if 'average' in state:
+            self.teacher.load_state_dict(state['average'])
+            self.updates, self.ready = state['updates'], state['ready']
+
+
+def copy_past(teacher: str, model: nn.Module, *, mode: str, ema_decay: float) -> CopyPast:
+    """The copy that ``teacher='snapshot'`` or ``'ema'`` asks for."""
+    if teacher == 'ema':
+        return AveragePast(model, decay=ema_decay, mode=mode)
+    return SnapshotPast(model, mode=mode)
+
+
+def choose_teacher(teacher: str, obstacle: Optional[str]) -> str:
+    """What ``teacher='auto'`` comes to, and says so in the log: the bank, or the snapshot if it cannot be.
+
+    Args:
+        teacher: the setting; anything but ``'auto'`` is taken as it is.
+        obstacle: why a prediction would belong to no single sample, as ``'Mixup mixes samples'``; None: it does belong.
+    """
+    if teacher != 'auto':
+        return teacher
+    if obstacle is None:
+        logger.info("PS-KD: teacher='auto' takes the bank: each sample keeps its identity")
+        return 'bank'
+    logger.info("PS-KD: teacher='auto' takes the snapshot: %s", obstacle)
+    return 'snapshot'
+
+
+def refuse_without_past(
+    user: str, period: float, total: float, unit: str, *, period_is: str, way_out: str, alpha: str = 'alpha=0'
+) -> None:
+    """Refuses a training that ends before there is a past to learn from.
+
+    Args:
+        user: what the message begins with.
+        period: how long the first period is.
+        total: how long training is.
+        unit: of both, as ``'iterations'``.
+        period_is: what the period is, as ``'one pass over the training set'``.
+        way_out: what to change, as ``'raise max_iters'``.
+        alpha: the setting that switches the method off.
+
+    Raises:
+        ValueError: with all of these.
+    """
+    if period >= total:
+        raise ValueError(
+            f'{user}: the first {period} {unit} ({period_is}) have no past, and training ends after {total}, so it '
+            f'would be plain: {way_out}, or set {alpha} if plain is what you want'
+        )
+
+
+def _saved(model: nn.Module) -> Dict[str, Tensor]:
+    copies: Dict[Any, Tensor] = {}  # tied weights are saved once
+    return {
+        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().cpu().clone())
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _check_kind(state: Dict[str, Any], ours: str) -> None:
+    kinds = {'bank': 'bank', 'teacher': 'snapshot', 'average': 'ema'}
+    saved = next((kind for kind in kinds if kind in state), ours)
+    if saved != ours:
+        raise ValueError(
+            f"PS-KD: the checkpoint's past is of teacher={kinds[saved]!r}, and this run's of teacher={kinds[ours]!r}: "
+            'resume with the same teacher, or load the weights without resuming'
+        )
