@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fairseq_runs import fairseq  # noqa: F401  (a fixture)
+from helpers.fairseq import fairseq  # noqa: F401  (a fixture)
 
 sys.path.append(str(Path(__file__).parent))  # behind: there is another conftest
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from mm_runs import digits_config, train_in_processes
+from helpers.mmengine import digits_config, train_in_processes
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
+from helpers.mmengine import train
+from helpers.mmseg import config
 from matplotlib.figure import Figure
-from mm_runs import ROOT, train
 from PIL import Image
-from seg_runs import config
 
 from selfkd_mmseg.draw import colors, draw_attention, draw_predictions, load, predict
 
