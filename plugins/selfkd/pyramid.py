@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checks import tracing
 from .depthwise import Depthwise3x3
 
-__all__ = ['BiFPN', 'SelfTeacherPyramid']
+__all__ = ['BiFPN', 'SelfTeacherPyramid', 'dry_run']
 
 
 class BiFPN(nn.Module):
