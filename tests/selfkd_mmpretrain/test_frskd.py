@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, Recorder, assert_same_state, digits_config, find_hook, train
+from helpers import ROOT
+from helpers.mmengine import Recorder, assert_same_state, digits_config, find_hook, train
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.hub import get_config

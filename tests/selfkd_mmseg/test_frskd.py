@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, assert_same_state, train
+from helpers import ROOT
+from helpers.mmengine import assert_same_state, train
+from helpers.mmseg import BASES, MAPS, config, tiny
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -15,7 +17,6 @@ from mmengine.structures import PixelData
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from seg_runs import BASES, MAPS, config, tiny
 from torch import nn
 
 

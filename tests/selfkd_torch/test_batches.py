@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import in_processes
+from helpers.processes import in_processes
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -16,6 +16,7 @@ from torch.utils.data import (
     RandomSampler,
     Subset,
     TensorDataset,
+    WeightedRandomSampler,
     default_collate,
     get_worker_info,
 )
@@ -408,3 +409,69 @@ def test_a_sampler_that_counts_epochs_is_the_users_own():
     assert lent.batch_sampler.sampler is sampler
     lent.batch_sampler.sampler.set_epoch(3)
     assert sampler.epoch == 3
+
+
+class Indexed(Dataset):
+    """Samples that say which they are."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return {'which': index, 'x': torch.full((3,), float(index))}
+
+
+class Fetched(Indexed):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+class Batch:
+    """A batch type of the user's own."""
+
+    def __init__(self, samples):
+        self.which = torch.tensor([sample['which'] for sample in samples])
+
+
+@pytest.mark.parametrize('data', [Indexed(), Fetched(), Subset(Indexed(), range(29, -1, -1))])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(batch_size=4, shuffle=True),
+        dict(batch_size=4, num_workers=2, persistent_workers=True, drop_last=True),
+        dict(batch_size=4, sampler='weighted'),
+        dict(batch_size=7, sampler='distributed', num_workers=1),
+        dict(batch_size=4, collate_fn=Batch, shuffle=True),
+        dict(batch_size=None, sampler='random'),
+    ],
+    ids=['shuffled', 'workers', 'weighted', 'distributed', 'own batches', 'no batches'],
+)
+def test_rows_travel_with_their_batches(data, options):
+    samplers = {
+        'weighted': lambda: WeightedRandomSampler(torch.rand(30) + 0.1, 30),
+        'distributed': lambda: DistributedSampler(data, 2, rank=1),
+        'random': lambda: RandomSampler(data),
+    }
+    options = {**options, **({'sampler': samplers[options['sampler']]()} if 'sampler' in options else {})}
+    loader = DataLoader(data, **options)
+    pskd = PSKD(loader, num_classes=3, max_epochs=5)
+    assert len(pskd.batches()) == len(loader)
+    assert pskd.batches().dataset is data
+    for _ in range(2):
+        count = 0
+        for batch in pskd.batches():
+            which = batch.which if isinstance(batch, Batch) else torch.as_tensor(batch['which']).reshape(-1)
+            where = pskd._rows if not isinstance(data, Subset) else 29 - pskd._rows
+            assert torch.equal(which, where)
+            pskd.loss(torch.randn(len(which), 3), torch.zeros(len(which), dtype=torch.long))
+            count += 1
+        assert count == len(loader)
+
+
+def test_the_loader_draws_its_seeds_when_the_users_own_would():
+    loader, states = loader_of(shuffle=True), []
+    for each in (loader, PSKD(loader, 10, max_epochs=2).batches().lend()):
+        torch.manual_seed(0)
+        iter(each)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

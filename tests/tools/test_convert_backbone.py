@@ -9,13 +9,13 @@ import sys
 import make_toy_data
 import pytest
 import torch
-from mm_runs import train
+from helpers import ROOT
+from helpers.mmengine import train
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
-from conftest import ROOT
-from selfkd_mmengine import backbone as tool
+from selfkd_mmpretrain import backbone as tool
 
 PREPROCESSOR = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 
 import mmengine.runner.loops
 import torch.multiprocessing as mp
-from forks import free_port
-from mm_runs import by_iterations, digits_config, find_hook, train
 from mmengine.config import Config
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
 
+from helpers.mmengine import by_iterations, digits_config, find_hook, train
+from helpers.processes import free_port
 from selfkd_mmengine.launch import leave_group, prepare_cpu_launch
 
 GLOBAL_BATCH = 8

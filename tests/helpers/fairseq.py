@@ -7,13 +7,13 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from forks import free_port
 
-REPO = Path(__file__).resolve().parents[1]
-USER_DIR = str(REPO / 'plugins' / 'selfkd_fairseq')
+from helpers import ROOT
+from helpers.processes import free_port
+
+USER_DIR = str(ROOT / 'plugins/selfkd_fairseq')
 MODEL = {
     'transformer': (
         '--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32 '
@@ -34,8 +34,9 @@ class Fairseq:
     def __init__(self, folder):
         self.folder, self.count = folder, 0
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'CUDA_VISIBLE_DEVICES': ''}
+        env['PYTHONPATH'] = os.pathsep.join([str(ROOT / 'tests'), env.get('PYTHONPATH', '')])
         self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name('fairseq_forker.py'))],
+            [sys.executable, '-m', 'helpers.fairseq_forker'],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=env,
