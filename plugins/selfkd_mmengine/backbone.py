@@ -173,7 +173,14 @@ def _width(backbone: nn.Module) -> Dict[str, int]:
 
 
 def _mmdet_backbone(options: Dict[str, object], target: str) -> nn.Module:
-    from mmdet.models.backbones import ResNet
+    try:
+        from mmdet.models.backbones import ResNet
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'to: mmdet builds the backbone from the file to compare its features, and needs {error.name}, which is '
+            "not installed here: install MMDetection (docs/detection.md), or convert with to='detectron2', which "
+            'needs no other toolkit'
+        ) from error
 
     backbone = ResNet(**options, init_cfg=dict(type='Pretrained', checkpoint=target))
     backbone.init_weights()

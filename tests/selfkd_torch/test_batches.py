@@ -1,6 +1,5 @@
 """Which sample is which, what an epoch is, and what the loader does, whatever a loop does with ``batches()``."""
 
-import copy
 import logging
 
 import pytest
@@ -21,7 +20,6 @@ from torch.utils.data import (
 )
 
 from selfkd_torch import CSKD, PSKD, Batches
-from selfkd_torch.batches import Numbered
 
 N, CLASSES = 24, 4
 X, Y = torch.arange(float(N))[:, None].repeat(1, 3), torch.arange(N) % CLASSES
@@ -191,10 +189,6 @@ def test_a_worker_init_fn_sets_attributes_of_the_users_data_set():
         assert torch.equal(x, expected)
         pskd.loss(torch.randn(6, CLASSES), y)
     assert pskd.batches().lend().dataset is data
-    numbered = Numbered(data)
-    numbered.noise = 7
-    assert data.noise == 7
-    assert copy.deepcopy(numbered).noise == 7
 
 
 def test_a_batch_that_fails_takes_its_rows_along():

@@ -468,6 +468,40 @@ def test_a_loader_of_ones_own(trainer, tmp_path):
     assert done.got == pytest.approx(done.expected, rel=1e-5)
 
 
+class Marks(Texts):
+    mark = 0
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return dict(sample, input_ids=[self.mark, *sample['input_ids'][1:]])
+
+
+def mark(worker):
+    torch.utils.data.get_worker_info().dataset.mark = 1 + worker
+
+
+class Workers(MyTrainer):
+    def get_train_dataloader(self):
+        options = dict(num_workers=2, worker_init_fn=mark, collate_fn=self.note)
+        return torch.utils.data.DataLoader(self.train_dataset, 6, **options)
+
+    def note(self, features):
+        return {**pad(features), 'marks': [feature['input_ids'][0] for feature in features]}
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.marks = getattr(self, 'marks', set()) | set(inputs.pop('marks'))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_what_is_set_on_the_loaders_data_set_arrives_there(tmp_path):
+    """By a worker_init_fn, or in the training process."""
+    data = Marks('class')
+    trainer = fit('pskd', 'text', tmp_path, trainer=Workers, data=data)
+    assert trainer.marks == {1, 2}
+    trainer.callback_handler.train_dataloader.dataset.mark = 7
+    assert data.mark == 7
+
+
 class Forgets(MyTrainer):
     """A training step that does not call the one that it overrides."""
 
