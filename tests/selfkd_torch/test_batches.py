@@ -344,6 +344,7 @@ def test_lengths_that_cannot_work_are_refused():
 
 def accelerated(prepare_first):
     accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
+    torch.distributed.init_process_group('gloo')
     accelerator, model = accelerate.Accelerator(cpu=True), network()
     loader = loader_of(shuffle=True)
     pskd = bank_of(accelerator.prepare(loader) if prepare_first else loader)
@@ -364,7 +365,7 @@ def accelerated(prepare_first):
 @pytest.mark.parametrize('processes', [1, 2])
 def test_accelerate_prepares_the_loader(tmp_path, processes, prepare_first):
     pytest.importorskip('accelerate', reason='accelerate is not installed')
-    ranks = in_processes(tmp_path, lambda rank: _with_group(accelerated, prepare_first), processes)
+    ranks = in_processes(tmp_path, lambda rank: accelerated(prepare_first), processes)
     if processes == 2 and not prepare_first:
         assert all('prepare the loader first' in problem for problem in ranks)
         return
@@ -373,14 +374,6 @@ def test_accelerate_prepares_the_loader(tmp_path, processes, prepare_first):
         half = len(losses) // 2
         assert losses[:half] == [0] * half
         assert all(losses[half:])
-
-
-def _with_group(function, *args):
-    torch.distributed.init_process_group('gloo')
-    try:
-        return function(*args)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_fabric_sets_the_loader_up():

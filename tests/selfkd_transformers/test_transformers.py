@@ -213,6 +213,19 @@ def test_it_is_the_papers_loss(task, tmp_path):
     assert int(bank.seen(torch.arange(rows)).sum()) == sum(len(past) for past in trainer.past.values())
 
 
+@pytest.mark.parametrize('task', ['language', 'translation'])
+def test_tokens_in_batches_with_one_label_for_each_sample(task, tmp_path):
+    """The first text and the last have a single label that counts, and each is a batch of its own."""
+    data = Texts('language', count=6)
+    for sample in data.samples[::5]:
+        for name in ('input_ids', 'labels'):
+            sample[name] = sample[name][: 2 if task == 'language' else 1]
+    options = dict(data=data, per_device_train_batch_size=1, pskd_top_k={'language': 20, 'translation': 24}[task])
+    trainer = fit('pskd', task, tmp_path, trainer=Keeps, **options)
+    assert trainer.got == pytest.approx(trainer.expected, rel=1e-3)
+    assert trainer.pskd.bank.num_samples == sum(len(sample['labels']) for sample in data.samples)
+
+
 @pytest.mark.parametrize('when', ['epoch', 'steps', 'last step'])
 @pytest.mark.parametrize(('task', 'teacher'), [('text', 'bank'), ('language', 'bank'), ('language', 'snapshot')])
 def test_resume_is_exact(task, teacher, when, tmp_path):
@@ -233,6 +246,24 @@ def test_resume_is_exact(task, teacher, when, tmp_path):
         resumed = fit('pskd', task, tmp_path, resume=str(tmp_path / f'checkpoint-{done}'), **how)
     assert resumed.losses == straight.losses[done:]
     assert same(resumed, straight)
+
+
+def test_a_save_that_fails_leaves_the_past_that_was_saved_before(tmp_path, monkeypatch):
+    trainer = fit('pskd', 'text', tmp_path, save_strategy='epoch')
+    folder = max(tmp_path.glob('checkpoint-*'))
+    saved = (folder / 'selfkd.pt').read_bytes()
+
+    def full(value, path, save=torch.save, **options):
+        if 'selfkd' in str(path):
+            with open(path, 'wb') as file:
+                file.write(b'half')
+            raise RuntimeError('unexpected pos')
+        return save(value, path, **options)
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError, match='selfkd.pt: could not be written: unexpected pos'):
+        trainer._save_optimizer_and_scheduler(str(folder))
+    assert (folder / 'selfkd.pt').read_bytes() == saved
 
 
 class StopAt(transformers.TrainerCallback):
