@@ -177,9 +177,8 @@ def _mmdet_backbone(options: Dict[str, object], target: str) -> nn.Module:
         from mmdet.models.backbones import ResNet
     except ModuleNotFoundError as error:
         raise ValueError(
-            f'to: mmdet builds the backbone from the file to compare its features, and needs {error.name}, which is '
-            "not installed here: install MMDetection (docs/detection.md), or convert with to='detectron2', which "
-            'needs no other toolkit'
+            f'to: mmdet needs {error.name} to compare the features, which is not installed here: '
+            'install MMDetection (docs/detection.md)'
         ) from error
 
     backbone = ResNet(**options, init_cfg=dict(type='Pretrained', checkpoint=target))
