@@ -175,7 +175,13 @@ def _width(backbone: nn.Module) -> Dict[str, int]:
 
 
 def _mmdet_backbone(options: Dict[str, object], target: str) -> nn.Module:
-    from mmdet.models.backbones import ResNet
+    try:
+        from mmdet.models.backbones import ResNet
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'to: mmdet needs {error.name} to compare the features, which is not installed here: '
+            'install MMDetection (docs/detection.md)'
+        ) from error
 
     backbone = ResNet(**options, init_cfg=dict(type='Pretrained', checkpoint=target))
     backbone.init_weights()

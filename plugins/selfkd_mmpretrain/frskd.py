@@ -46,7 +46,7 @@ class FRSKDImageClassifier(ImageClassifier):
 
     Losses: ``loss_cls`` (the head's own), ``loss_teacher`` (the self-teacher on the labels), ``loss_kd``,
     ``loss_feature``; with SLA also ``loss_joint`` and ``loss_sla``, each the sum over both classifiers. In evaluation
-    mode (a validation loss) they are those of the plain model.
+    mode or without gradients (a validation loss) they are those of the plain model.
 
     Raises:
         ValueError: the config is no ``ImageClassifier``'s, the head does not train one softmax over classes as
@@ -97,7 +97,7 @@ class FRSKDImageClassifier(ImageClassifier):
 
     def loss(self, inputs: Tensor, data_samples: List[DataSample]) -> dict:
         """Losses of a batch, see the class."""
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
             return super().loss(inputs, data_samples)
         teacher, calls = self.self_teacher, []
         if self.head.loss_module is not teacher.loss_module:  # MMPretrain's SwitchRecipeHook exchanges it

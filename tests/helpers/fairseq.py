@@ -47,13 +47,15 @@ class Fairseq:
         print(json.dumps(command), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
-    def start(self, *argv, out_of_memory_at=None):
-        """Process id and log file of a program that is now running, and maybe fails once in that training step."""
+    def start(self, *argv, out_of_memory_at=None, killed_at=None):
+        """Process id and log file of a program that is now running, and maybe fails once in that training step, or is
+        killed in it."""
         self.count += 1
         log = self.folder / f'log{self.count}'
         log.touch()
         argv = [str(a) for arg in argv for a in (arg.split() if isinstance(arg, str) else [arg])]
-        return self.ask(start=argv, log=str(log), cwd=str(self.folder), out_of_memory_at=out_of_memory_at), log
+        moments = dict(out_of_memory_at=out_of_memory_at, killed_at=killed_at)
+        return self.ask(start=argv, log=str(log), cwd=str(self.folder), **moments), log
 
     def wait(self, pid):
         return self.ask(wait=pid)

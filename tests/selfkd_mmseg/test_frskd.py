@@ -133,6 +133,18 @@ def test_student_and_its_losses_are_the_vanilla_models(voc, tmp_path):
         assert torch.equal(value, losses[name]), name
 
 
+def test_a_validation_loss_is_the_plain_one(voc, tmp_path):
+    """In evaluation mode, or without gradients."""
+    label = torch.randint(0, 11, (2, 48, 48))
+    losses, model = step(frskd_config(voc, tmp_path), label)
+    plain = {name for name in losses if not name.startswith('self_teacher.')}
+    assert plain < set(losses)
+    data = [torch.randn(2, 3, 48, 48), [SegDataSample(gt_sem_seg=PixelData(data=each[None])) for each in label]]
+    with torch.no_grad():
+        assert set(model(*data, mode='loss')) == plain
+    assert set(model.eval()(*data, mode='loss')) == plain
+
+
 def test_the_self_teacher_has_the_decode_heads_settings_unless_given_others(voc, tmp_path):
     options = {
         'ignore_index': 3,

@@ -1,6 +1,5 @@
 """Which sample is which, what an epoch is, and what the loader does, whatever a loop does with ``batches()``."""
 
-import copy
 import logging
 
 import pytest
@@ -22,7 +21,6 @@ from torch.utils.data import (
 )
 
 from selfkd_torch import CSKD, PSKD, Batches
-from selfkd_torch.batches import Numbered
 
 N, CLASSES = 24, 4
 X, Y = torch.arange(float(N))[:, None].repeat(1, 3), torch.arange(N) % CLASSES
@@ -192,10 +190,6 @@ def test_a_worker_init_fn_sets_attributes_of_the_users_data_set():
         assert torch.equal(x, expected)
         pskd.loss(torch.randn(6, CLASSES), y)
     assert pskd.batches().lend().dataset is data
-    numbered = Numbered(data)
-    numbered.noise = 7
-    assert data.noise == 7
-    assert copy.deepcopy(numbered).noise == 7
 
 
 def test_a_batch_that_fails_takes_its_rows_along():
@@ -351,6 +345,7 @@ def test_lengths_that_cannot_work_are_refused():
 
 def accelerated(prepare_first):
     accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
+    torch.distributed.init_process_group('gloo')
     accelerator, model = accelerate.Accelerator(cpu=True), network()
     loader = loader_of(shuffle=True)
     pskd = bank_of(accelerator.prepare(loader) if prepare_first else loader)
@@ -371,7 +366,7 @@ def accelerated(prepare_first):
 @pytest.mark.parametrize('processes', [1, 2])
 def test_accelerate_prepares_the_loader(tmp_path, processes, prepare_first):
     pytest.importorskip('accelerate', reason='accelerate is not installed')
-    ranks = in_processes(tmp_path, lambda rank: _with_group(accelerated, prepare_first), processes)
+    ranks = in_processes(tmp_path, lambda rank: accelerated(prepare_first), processes)
     if processes == 2 and not prepare_first:
         assert all('prepare the loader first' in problem for problem in ranks)
         return
@@ -380,14 +375,6 @@ def test_accelerate_prepares_the_loader(tmp_path, processes, prepare_first):
         half = len(losses) // 2
         assert losses[:half] == [0] * half
         assert all(losses[half:])
-
-
-def _with_group(function, *args):
-    torch.distributed.init_process_group('gloo')
-    try:
-        return function(*args)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_fabric_sets_the_loader_up():

@@ -249,12 +249,24 @@ def test_mixup_accumulation_autocast_average_and_compiled_models(digits):
     assert not {*model._forward_pre_hooks, *compiled._forward_pre_hooks, *compiled._forward_hooks}
 
 
+def one_ahead(batches):
+    """A prefetcher: the next batch is taken before one is handed out."""
+    batches = iter(batches)
+    batch = next(batches)
+    for following in batches:
+        yield batch
+        batch = following
+    yield batch
+
+
 def test_what_cannot_work_is_refused(digits):
     loader, model = loader_of(digits), network()
     for error, message, make in (
         (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot'",
          lambda: PSKD(DataLoader(Stream(digits)), num_classes=10, max_epochs=3)),
         (ValueError, 'loader must be a torch DataLoader, got list', lambda: PSKD([1], num_classes=10, max_epochs=3)),
+        (ValueError, "got Prefetcher, whose batches come from an __iter__ of its own, .* use teacher='snapshot'",
+         lambda: PSKD(type('Prefetcher', (), {'loader': loader, '__iter__': one_ahead})(), 10, max_epochs=3)),
         (ValueError, 'max_epochs must be a whole number from 2 on, got 1', lambda: PSKD(loader, 10, max_epochs=1)),
         (ValueError, r'alpha must lie in \[0, 1\], got 1.5', lambda: PSKD(loader, 10, alpha=1.5, max_epochs=3)),
         (ValueError, "teacher='snapshot' copies the model", lambda: PSKD(loader, max_epochs=3, teacher='snapshot')),
@@ -281,6 +293,10 @@ def test_what_cannot_work_is_refused(digits):
             with pytest.raises(error, match=message):
                 pskd.loss(*arguments)
             break
+    for options in (dict(num_classes=10), dict(teacher='snapshot', model=model)):
+        pskd = PSKD(loader, max_epochs=2, **options)
+        with pytest.raises(RuntimeError, match=r'A prefetcher .* goes inside: PSKD\(prefetcher, teacher='):
+            train(model, one_ahead(pskd.batches()), pskd.loss, epochs=1)
     pskd = PSKD(loader, num_classes=10, max_epochs=2)
     for _ in pskd.batches():
         pskd.loss(logits, target)

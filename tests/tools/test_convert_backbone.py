@@ -219,6 +219,15 @@ def test_files_that_cannot_be_read_or_written_end_the_command_with_a_message(tmp
         assert message in capsys.readouterr().err
 
 
+def test_where_mmdetection_is_not_installed(tmp_path, monkeypatch, capsys):
+    source, config = pretrained(tmp_path, 18)
+    monkeypatch.setitem(sys.modules, 'mmdet.models.backbones', None)
+    with pytest.raises(SystemExit, match='2'):
+        tool.main([source, str(tmp_path / 'b.pth'), '--to', 'mmdet', '--config', config])
+    assert 'which is not installed here: install MMDetection' in capsys.readouterr().err
+    assert not (tmp_path / 'b.pth').exists()
+
+
 def test_what_cannot_be_converted_is_refused_by_name(tmp_path):
     source, config = pretrained(tmp_path, 18)
     with pytest.raises(ValueError, match='Detectron2 reads such weights from a file that ends in .pkl'):
