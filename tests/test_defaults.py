@@ -15,14 +15,13 @@ from selfkd import defaults
 BANK = ('top_k', 'bank_dtype', 'bank_device', 'bank_momentum')
 
 
-def constructor(path: str) -> Callable[[], Dict[str, Any]]:
-    """Options of a class, ``'module:Class'``; those by name only from the second on."""
+def constructor(path: str, positional: int = 1) -> Callable[[], Dict[str, Any]]:
+    """Options of a class, ``'module:Class'``; all but the first few by name only."""
 
     def options() -> Dict[str, Any]:
         module, name = path.split(':')
         parameters = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters.values())
-        named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        assert len(parameters) - len(named) <= 2, f'{path}: more than the first is positional'
+        assert sum(p.kind is not p.KEYWORD_ONLY for p in parameters) <= positional
         return {p.name: p.default for p in parameters}
 
     return options
@@ -87,7 +86,9 @@ PLACES = {
         'translation',
         ('ema_decay', 'background', 'bank_dtype', 'bank_device', 'bank_momentum'),  # fairseq has --ema-decay
     ),
-    'torch PSKD': Place('torch', constructor('selfkd_torch:PSKD'), 'PSKD', 'classification', ['background']),
+    'torch PSKD': Place(
+        'torch', constructor('selfkd_torch:PSKD', positional=2), 'PSKD', 'classification', ['background']
+    ),
     'lightning PSKD': Place(
         'lightning', constructor('selfkd_lightning:PSKD'), 'PSKD', 'classification', ['background']
     ),
@@ -103,9 +104,20 @@ PLACES = {
     'mmdet CSKD': Place('mmdet', constructor('selfkd_mmdet:CSKDHook'), 'CSKD', 'detection'),
     'detectron2 CSKD': Place('detectron2', constructor('selfkd_detectron2:CSKDHook'), 'CSKD', 'detection'),
     'detectron2 SELFKD.CSKD': Place('detectron2', node('CSKD'), 'CSKD', 'detection', (), ('weight', 'temperature')),
-    'fairseq CSKD': Place('fairseq', fields('selfkd_fairseq.cskd:CSKDConfig', 'cskd_'), 'CSKD', 'translation'),
+    'fairseq CSKD': Place(
+        'fairseq',
+        fields('selfkd_fairseq.cskd:CSKDLabelSmoothedCrossEntropyCriterionConfig', 'cskd_'),
+        'CSKD',
+        'translation',
+    ),
     'torch CSKD': Place('torch', constructor('selfkd_torch:CSKD'), 'CSKD', 'classification'),
-    'torch FRSKD': Place('torch', constructor('selfkd_torch:FRSKD'), 'FRSKD', 'classification'),
+    'mmpretrain FRSKD': Place(
+        'mmpretrain', constructor('selfkd_mmpretrain.frskd:SelfTeacher', positional=20), 'FRSKD', 'classification'
+    ),
+    'mmseg FRSKD': Place(
+        'mmseg', constructor('selfkd_mmseg.frskd:SelfTeacher', positional=20), 'FRSKD', 'segmentation'
+    ),
+    'torch FRSKD': Place('torch', constructor('selfkd_torch:FRSKD', positional=2), 'FRSKD', 'classification'),
     'detectron2 SELFKD.FRSKD': Place(
         'detectron2', node('FRSKD'), 'FRSKD', 'detection', (), ('alpha', 'beta', 'temperature')
     ),
