@@ -117,7 +117,7 @@ PLACES = {
     'mmseg FRSKD': Place(
         'mmseg', constructor('selfkd_mmseg.frskd:SelfTeacher', positional=20), 'FRSKD', 'segmentation'
     ),
-    'torch FRSKD': Place('torch', constructor('selfkd_torch:FRSKD', positional=2), 'FRSKD', 'classification'),
+    'torch FRSKD': Place('torch', constructor('selfkd_torch:FRSKD', positional=3), 'FRSKD', 'classification'),
     'detectron2 SELFKD.FRSKD': Place(
         'detectron2', node('FRSKD'), 'FRSKD', 'detection', (), ('alpha', 'beta', 'temperature')
     ),
