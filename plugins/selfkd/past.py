@@ -387,7 +387,7 @@ def options_without_effect(teacher: str, task: str, options: Dict[str, Any]) -> 
         ['top_k']
     """
     foreign = {name for names in OPTIONS.values() for name in names}.difference(OPTIONS[teacher])
-    defaults = {name: default[task] if isinstance(default, dict) else default for name, default in PSKD.items()}
+    defaults = {name: default.get(task) if isinstance(default, dict) else default for name, default in PSKD.items()}
     return [name for name, value in options.items() if name in foreign and value != defaults[name]]
 
 
