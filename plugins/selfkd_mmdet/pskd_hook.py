@@ -1,7 +1,7 @@
 """PS-KD for MMDetection."""
 
 from functools import partial
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -47,11 +47,7 @@ class PSKDHook(PSKDHookBase):
         alpha: final weight of the past's term, in [0, 1].
         teacher: ``'snapshot'``, the weights at the end of the previous epoch, or ``'ema'``, a moving average of the
             weights. ``'auto'`` is the snapshot: regions and anchors keep no identity that a bank could go by.
-        teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
-            batch unless frozen), or ``'eval'``.
-        interval: in iteration-based loops: iterations between two refreshes of the snapshot; for ``'ema'`` the length
-            of the first period, in which there is no past. Defaults to one pass over the training set.
-        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        teacher_mode, interval, ema_decay: of the past copy, see :class:`selfkd_mmengine.PSKDHookBase`.
         keep_hard: two-stage: False weighs the label's term by ``1 - alpha_t``, as the paper does in classification: the
             target is then ``(1 - alpha_t) * label + alpha_t * past``.
         background: two-stage: also soften the target of background regions, whose class is one like the others. False
@@ -66,6 +62,7 @@ class PSKDHook(PSKDHookBase):
     """
 
     task = 'detection'
+    no_bank = 'regions and anchors keep no identity from one epoch to the next'
     fires_every_step = False  # mmdet leaves out the loss of a batch without regions
 
     def __init__(
@@ -79,15 +76,8 @@ class PSKDHook(PSKDHookBase):
         keep_hard: bool = True,
         background: bool = True,
     ):
-        super().__init__(
-            alpha,
-            teacher=teacher,
-            teacher_mode=teacher_mode,
-            interval=interval,
-            ema_decay=ema_decay,
-            keep_hard=keep_hard,
-            background=background,
-        )
+        copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
+        super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, background=background, **copy)
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         return [model.bbox_head.loss_cls] if self.many_calls else [head.loss_cls for head in region_heads(model)]
@@ -100,9 +90,6 @@ class PSKDHook(PSKDHookBase):
                 raise ValueError(f'PSKDHook: {name}=False is for two-stage detectors: remove it')
         self.many_calls = one_stage
         super().check(runner, model)
-
-    def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
-        return 'regions and anchors keep no identity from one epoch to the next', " or 'ema'"
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)

@@ -1,6 +1,7 @@
 """FRSKD for MMSegmentation's encoder-decoders: a self-teacher beside the decode head, in training only."""
 
 import inspect
+from functools import partial
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -290,18 +291,10 @@ class SelfTeacher(BaseModule):
         label, ramp, none = label.squeeze(1), self.ramp(), student_logits.new_zeros(())
         losses = {'loss_kd': none, 'loss_feature': none, 'ramp': torch.tensor(ramp)}
         if ramp and (self.alpha or self.beta):
-            terms = frskd_loss(
-                student_logits,
-                logits,
-                self.select(feats),
-                maps,
-                None,
-                alpha=self.alpha * ramp,
-                beta=self.beta * ramp,
-                temperature=self.temperature,
-                average=lambda kl: self.average(kl, label, avg_non_ignore),
-            )
-            losses.update(terms)
+            weights = dict(alpha=self.alpha * ramp, beta=self.beta * ramp, temperature=self.temperature)
+            average = partial(self.average, label=label, avg_non_ignore=avg_non_ignore)
+            chosen = self.select(feats)
+            losses.update(frskd_loss(student_logits, logits, chosen, maps, None, **weights, average=average))
         # As BaseDecodeHead.loss_by_feat, without the accuracy, which costs a twelfth of a step on a CPU.
         for module in losses_of(self.head):
             own = module(logits, label, weight=weight, ignore_index=self.head.ignore_index)

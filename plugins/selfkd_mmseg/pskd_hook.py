@@ -1,6 +1,6 @@
 """PS-KD per pixel for MMSegmentation's encoder-decoders."""
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +40,7 @@ class PSKDHook(PSKDHookBase):
             With 0.8, the paper's for classification, a small network was worse calibrated (docs/evidence.md).
         teacher: ``'snapshot'``, the weights at the end of the previous period, or ``'ema'``, a moving average of the
             weights. ``'auto'`` is the snapshot: pixels of random crops have no identity that a bank could go by.
-        teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
-            batch), or ``'eval'``.
-        interval: iterations between two refreshes of the snapshot; for ``'ema'`` the length of the first period, in
-            which there is no past. Defaults to one pass over the training set.
-        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        teacher_mode, interval, ema_decay: of the past copy, see :class:`selfkd_mmengine.PSKDHookBase`.
         keep_hard: keep the whole weight of the label's loss, 1 instead of ``1 - alpha_t``.
 
     Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two weighted parts of the
@@ -56,6 +52,7 @@ class PSKDHook(PSKDHookBase):
     """
 
     task = 'segmentation'
+    no_bank = 'pixels of random crops keep no identity from one epoch to the next'
 
     def __init__(
         self,
@@ -67,14 +64,8 @@ class PSKDHook(PSKDHookBase):
         ema_decay: float = 0.999,
         keep_hard: bool = False,
     ):
-        super().__init__(
-            alpha,
-            teacher=teacher,
-            teacher_mode=teacher_mode,
-            interval=interval,
-            ema_decay=ema_decay,
-            keep_hard=keep_hard,
-        )
+        copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
+        super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, **copy)
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         return [loss for loss in losses_of(model.decode_head) if isinstance(loss, CrossEntropyLoss)]
@@ -95,9 +86,6 @@ class PSKDHook(PSKDHookBase):
                 f'PSKDHook: {type(head).__name__} trains with {names}, but a past prediction is a softmax over '
                 'classes: decode_head.loss_decode must hold one CrossEntropyLoss with use_sigmoid=False'
             )
-
-    def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
-        return 'pixels of random crops keep no identity from one epoch to the next', " or 'ema'"
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
