@@ -88,12 +88,8 @@ class PSKDHook(PSKDHookBase):
         for name in ('background', 'keep_hard'):
             if one_stage and not getattr(self, name):
                 raise ValueError(f'PSKDHook: {name}=False is for two-stage detectors: remove it')
-        self.many_calls = one_stage
+        self.many_calls, self.student = one_stage, model
         super().check(runner, model)
-
-    def setup(self, runner: Runner, model: nn.Module) -> None:
-        super().setup(runner, model)
-        self.student = model
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)

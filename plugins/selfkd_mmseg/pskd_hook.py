@@ -79,6 +79,7 @@ class PSKDHook(PSKDHookBase):
                 'EncoderDecoder whose decode head computes its loss as BaseDecodeHead does (FCN, PSP, DeepLabV3+, '
                 'UPerNet, SegFormer, ...)'
             )
+        self.align_corners, self.ignore_index = head.align_corners, head.ignore_index
         tapped = self.loss_modules(model)
         if len(tapped) != 1 or tapped[0].use_sigmoid or tapped[0].use_mask:
             names = [type(loss).__name__ for loss in losses_of(head)]
@@ -86,10 +87,6 @@ class PSKDHook(PSKDHookBase):
                 f'PSKDHook: {type(head).__name__} trains with {names}, but a past prediction is a softmax over '
                 'classes: decode_head.loss_decode must hold one CrossEntropyLoss with use_sigmoid=False'
             )
-
-    def setup(self, runner: Runner, model: nn.Module) -> None:
-        super().setup(runner, model)
-        self.align_corners, self.ignore_index = model.decode_head.align_corners, model.decode_head.ignore_index
 
     def _tap(self, module, args, kwargs, output):
         return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)

@@ -28,7 +28,7 @@ PSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
 SNAPSHOT = dict(PSKD, teacher='snapshot')
 
 
-def expected_losses(steps, alpha_of, hard_target, keep_hard=False, momentum=0.0):
+def expected_losses(steps, alpha_of, hard_target, keep_hard=False, bank_momentum=0.0):
     """Each step's loss, restated from the paper in float64, out of the logits that were captured on the way."""
     past, losses = {}, []
     for step in steps:
@@ -39,7 +39,8 @@ def expected_losses(steps, alpha_of, hard_target, keep_hard=False, momentum=0.0)
         share = 1 if keep_hard else 1 - alpha
         losses.append(-((share * hard + alpha * before) * log_probs).sum(1).mean().item())
         for path, probs in zip(step['paths'], log_probs.exp()):
-            past[path] = momentum * past[path] + (1 - momentum) * probs if path in past else probs
+            old = past.get(path, probs)
+            past[path] = bank_momentum * old + (1 - bank_momentum) * probs
     return losses
 
 
