@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checks import one_of
 from .seeds import step_seed
 
-__all__ = ['SnapshotTeacher', 'random_state', 'unwrap']
+__all__ = ['MODES', 'SnapshotTeacher', 'random_state', 'unwrap']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
@@ -99,8 +99,8 @@ class SnapshotTeacher:
         buffers."""
         for mine, other in zip(self.model.parameters(), _parameters(model)):
             mine.lerp_(other.detach().to(mine.dtype), 1 - decay)
-        for mine, other in zip(self.model.buffers(), _buffers(model)):
-            mine.copy_(other)
+        for own, other in zip(self.model.buffers(), _buffers(model)):
+            own.copy_(other)
 
     def __call__(self, *args, **kwargs):
         """The copy's forward pass."""
