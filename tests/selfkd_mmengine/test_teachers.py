@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mm_runs import digits_config, find_hook, train
+from helpers.mmengine import digits_config, find_hook, train
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmpretrain.registry import DATASETS
