@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from selfkd.bank import PredictionBank
 from selfkd.checks import one_of
 from selfkd.losses import TopK, soft_cross_entropy
-from selfkd.past import BankPast
+from selfkd.past import BankPast, check_momentum
 from selfkd_mmengine import PSKDHookBase, SampleIndex
 
 from .heads import ClassifierHook, logits_and_target, logits_of
@@ -77,6 +77,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
         bank_momentum: float = 0.0,
     ):
         one_of('PSKDHook', list(DTYPES), bank_dtype=bank_dtype)
+        check_momentum(bank_momentum, top_k)
         copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
         bank = dict(top_k=top_k, bank_dtype=bank_dtype, bank_device=bank_device, bank_momentum=bank_momentum)
         super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, **copy, **bank)
@@ -150,14 +151,12 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
             return self.mix(loss)
         probs = past.probs.dense(logits.shape[1]) if isinstance(past.probs, TopK) else past.probs
         probs = probs.to(logits.device, non_blocking=True)
-        soft, entropy = self._losses(logits, probs), torch.special.entr(probs).sum(1)
-        known = torch.as_tensor(past.known)
+        soft, known = self._losses(logits, probs), torch.as_tensor(past.known)
         if not known.all():  # a sample without a past: its hard part counts whole
-            here = known.to(logits.device, non_blocking=True)
             hard = self._losses(logits, _hard_targets(self.tapped, label, logits.shape[1]))
+            here = known.to(logits.device, non_blocking=True)
             soft = torch.where(here, soft, torch.zeros_like(hard) if self.keep_hard else hard)
-            entropy = entropy * here * (len(known) / int(known.sum()))
-        self.logs['pskd_entropy'] = entropy.mean()
+        self.logs['pskd_entropy'] = past.entropy(logits.shape[1])
         return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments))
 
 
