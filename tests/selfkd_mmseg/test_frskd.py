@@ -57,6 +57,7 @@ CASES = {
         {
             'in_index': [0, 1],
             'repeats': 1,
+            'temperature': 2.0,
             'loss_decode': dict(type='CrossEntropyLoss', loss_weight=0.4),
         },
         {},
@@ -85,8 +86,9 @@ def test_losses_recomputed(voc, tmp_path, case):
         assert valid.any()
         assert not valid.all()
         count = valid.sum() if case == 'avg_non_ignore' else valid.numel()
-        p, log_q = self_teacher.softmax(1), student.log_softmax(1)
-        kl = (p * (p.log() - log_q)).sum(1)[valid].sum() / count
+        t = teacher.get('temperature', 1.0)
+        p, log_q = (self_teacher / t).softmax(1), (student / t).log_softmax(1)
+        kl = t**2 * (p * (p.log() - log_q)).sum(1)[valid].sum() / count
         attention = 0
         for f, m in zip(chosen, maps):
             a, b = (F.normalize(x.double().pow(2).mean(1).flatten(1)) for x in (f, m))
