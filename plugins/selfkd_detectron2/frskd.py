@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from selfkd.checks import at_least_zero, positive
 from selfkd.defaults import FRSKD
-from selfkd.losses import cross_entropy, frskd_loss
+from selfkd.losses import frskd_loss
+from selfkd.losses.pskd import cross_entropy
 from selfkd.pyramid import BiFPN
 
 __all__ = ['FRSKDCascadeROIHeads', 'FRSKDROIHeads']

@@ -13,7 +13,7 @@ from selfkd.checks import at_least_zero, one_of, positive, share
 from selfkd.defaults import CSKD, PSKD
 from selfkd.losses import distillation_kl, mix
 from selfkd.pairing import same_class_partners
-from selfkd.past import TEACHERS, CopyPast, choose_teacher, copy_past, refuse_without_past
+from selfkd.past import TEACHERS, CopyPast, copy_past, refuse_without_past
 from selfkd.schedule import linear_growth
 from selfkd.seeds import step_generator
 from selfkd.teacher import MODES, unwrap
@@ -202,11 +202,14 @@ class PSKDHook(SelfKDHook):
                 way_out=f'set interval (SELFKD.PSKD.INTERVAL) well below that, to {max(1, end // 10)}, say',
                 alpha='alpha (SELFKD.PSKD.ALPHA) to 0',
             )
-        teacher = choose_teacher(self.teacher, 'regions and anchors are others in each step')
+        teacher = 'snapshot' if self.teacher == 'auto' else self.teacher
         self.past = copy_past(teacher, model, mode=self.teacher_mode, ema_decay=self.ema_decay)
         self.past.load_state_dict(self._resumed)
         self._resumed = {}
-        logger.info(f'PS-KD: alpha grows to {self.alpha}, and a period has {period} iterations')
+        logger.info(
+            f'PS-KD: teacher={teacher!r}, a past copy of the detector, as regions and anchors are others in each step; '
+            f'alpha grows to {self.alpha}, and a period has {period} iterations'
+        )
         if start > period and start % period and not self.past.ready:
             logger.warning(
                 'PS-KD: training resumes without a past copy (PS-KD was off in the run that saved the checkpoint, '

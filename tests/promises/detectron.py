@@ -89,7 +89,7 @@ class Driver:
         return [sum(losses.values()) for losses in trainer.validation.losses]
 
     def _result(self, model, steps, hooks, checkpoint):
-        teacher = next((hook.teacher for hook in hooks if getattr(hook, 'teacher', None)), None)
+        teacher = next((hook.past.teacher for hook in hooks if getattr(hook, 'past', None)), None)
         return {
             'weights': {name: value.clone() for name, value in model.state_dict().items()},
             'steps': steps.steps,

@@ -156,12 +156,15 @@ ROWS = [
         options=dict(args='--criterion cskd_label_smoothed_cross_entropy --cskd-weight 1'),
         zero=dict(args='--criterion cskd_label_smoothed_cross_entropy --cskd-weight 0'),
     ),
-    Row(
-        'PSKD',
-        DETECTRON2,
-        options=dict(args='SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3'),
-        zero=dict(args='SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3 SELFKD.PSKD.ALPHA 0'),
-        acts_at_once=False,
+    *(
+        Row(
+            f'PSKD-{teacher}',
+            DETECTRON2,
+            options=dict(args=f'SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3 SELFKD.PSKD.TEACHER {teacher}'),
+            zero=dict(args='SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3 SELFKD.PSKD.ALPHA 0'),
+            acts_at_once=False,
+        )
+        for teacher in ('snapshot', 'ema')
     ),
     Row(
         'CSKD',
