@@ -151,15 +151,14 @@ class ProgressiveRefinement:
                 'PS-KD follows the training of one whole model by fairseq-train; this task or program trains parts of '
                 "a model by themselves, or does not call the task's begin_epoch and train_step: use --pskd-alpha 0"
             )
-        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
-        past, alpha = None, 0.0
         if not run.is_dummy:
             run.past.begin_forward(lambda copy: self.past_probs(copy, sample))
+        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+        past = None
+        if not run.is_dummy:
             past = run.past.predict(target)
             run.past.observe(lprobs)
-        if past is not None:
-            alpha = run.alpha()
-        probs = past and past.probs
+        alpha, probs = (run.alpha(), past.probs) if past else (0.0, None)
         if isinstance(probs, TopK):
             probs = TopK(*(part.to(lprobs.device) for part in probs))
         loss, parts = pskd_loss(

@@ -70,19 +70,19 @@ class Training:
         original(epoch, model)
         self.train_itr = self.started_itr  # an epoch begins with its iterator
         mid_epoch = self.train_itr.iterations_in_epoch > 0
-        if self.past is None:
+        first = self.past is None
+        if first:
             check_model(model)
             self.warn_of_early_stops()
             if epoch == 1 and not mid_epoch:
                 self.check_length()
             self.past = make_past(self.cfg, self.task, model)
             self.past.load_state_dict(self.saved or {})
-        new_period = epoch > 1 and not mid_epoch and not self.cfg.pskd_interval
-        if new_period:
+        if epoch > 1 and not mid_epoch and not self.cfg.pskd_interval:
             self.past.begin_period(model)
-        if self.model is None and epoch > 1 and not self.saved and not self.past.ready:
+        if first and epoch > 1 and not self.saved and not self.past.ready:
             logger.warning('PS-KD: the checkpoint holds no past predictions: plain training until there are some')
-        self.epoch, self.model = epoch, model
+        self.epoch, self.model, self.saved = epoch, model, None
 
     def train_step(self, original, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         self.updates, self.is_dummy, self.step_model = update_num, ignore_grad, model

@@ -167,8 +167,10 @@ def test_old_names_of_options():
 
 
 def test_auto_takes_the_snapshot_and_says_what_does_nothing(caplog):
-    trainer, _ = make_trainer(['--pskd-top-k', '4'], criterion='pskd_label_smoothed_cross_entropy', **SMALL)
+    with caplog.at_level('INFO'):
+        trainer, _ = make_trainer(['--pskd-top-k', '4'], **SMALL)
     assert isinstance(trainer.criterion.training_run.past, SnapshotPast)
+    assert "teacher='auto' takes the snapshot: on larger corpora the translations were better" in caplog.text
     assert '--pskd-top-k: is for --pskd-teacher bank, not snapshot: it does nothing' in caplog.text
 
 
