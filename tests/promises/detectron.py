@@ -94,7 +94,8 @@ class Driver:
             'weights': {name: value.clone() for name, value in model.state_dict().items()},
             'steps': steps.steps,
             'bank': None,
-            'teacher': teacher and {name: value.clone() for name, value in teacher.state_dict().items()},
+            # without statistics: a moving average has each rank's own, which it does not look at in training mode
+            'teacher': teacher and {name: value.clone() for name, value in teacher.model.named_parameters()},
             'checkpoint': checkpoint,
         }
 
