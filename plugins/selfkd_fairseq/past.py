@@ -3,6 +3,7 @@
 import logging
 from typing import Optional
 
+import numpy as np
 import torch
 from fairseq.data import LanguagePairDataset, MonolingualDataset
 
@@ -65,6 +66,7 @@ def make_past(cfg, task, model) -> Past:
         raise ValueError(f'--pskd-teacher bank: {obstacle}; {OTHERS}')
     pairs = isinstance(dataset, LanguagePairDataset)
     lengths = dataset.tgt_sizes if pairs else dataset.sizes + int(dataset.add_bos_token)
+    lengths = np.asarray(lengths, np.int64)  # uint16 of some data sets, which torch does not take
     return TokenBank(lengths, len(words), top_k=cfg.pskd_top_k, ignore_index=words.pad(), way_out=OTHERS)
 
 
