@@ -19,7 +19,8 @@ from .teacher import SnapshotTeacher
 from .topk import TopK, draw_top_k
 
 __all__ = ['TEACHERS', 'AveragePast', 'BankPast', 'CopyPast', 'Past', 'Prediction', 'SnapshotPast', 'TokenBankPast']
-__all__ += ['check_momentum', 'choose_teacher', 'copy_past', 'options_without_effect', 'refuse_without_past']
+__all__ += ['check_kind', 'check_momentum', 'choose_teacher', 'copy_past', 'options_without_effect']
+__all__ += ['refuse_without_past']
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class BankPast(Past):
         return {'bank': self.bank.state_dict()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        _check_kind(state, 'bank')
+        check_kind(state, 'bank')
         if 'bank' in state:
             self.bank.load_state_dict(state['bank'])
 
@@ -317,7 +318,7 @@ class SnapshotPast(CopyPast):
         return {'teacher': _saved(self.model)} if self.ready and mid_period else {}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        _check_kind(state, 'teacher')
+        check_kind(state, 'teacher')
         if 'teacher' in state:
             self.teacher.load_state_dict(state['teacher'])
             self.ready = True
@@ -351,7 +352,7 @@ class AveragePast(CopyPast):
         return {'average': _saved(self.model), 'updates': self.updates, 'ready': self.ready}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        _check_kind(state, 'average')
+        check_kind(state, 'average')
         if 'average' in state:
             self.teacher.load_state_dict(state['average'])
             self.updates, self.ready = state['updates'], state['ready']
@@ -441,7 +442,8 @@ def _saved(model: nn.Module) -> Dict[str, Tensor]:
     }
 
 
-def _check_kind(state: Dict[str, Any], ours: str) -> None:
+def check_kind(state: Dict[str, Any], ours: str) -> None:
+    """Refuses the state of another source of the past than the one that keeps its own under the key ``ours``."""
     kinds = {'bank': 'bank', 'teacher': 'snapshot', 'average': 'ema'}
     saved = next((kind for kind in kinds if kind in state), ours)
     if saved != ours:

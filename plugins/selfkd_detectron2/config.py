@@ -26,10 +26,12 @@ def add_selfkd_config(cfg: CfgNode) -> None:
     cfg.SELFKD.PSKD = CfgNode()
     cfg.SELFKD.PSKD.ENABLED = False
     cfg.SELFKD.PSKD.ALPHA = None  # 0.8: final weight of the past's term, in [0, 1]
-    cfg.SELFKD.PSKD.INTERVAL = None  # iterations between two refreshes of the past copy: a pass over the data
+    cfg.SELFKD.PSKD.TEACHER = 'auto'  # what the past copy is: 'snapshot' (which 'auto' takes) or 'ema'
+    cfg.SELFKD.PSKD.TEACHER_MODE = 'train'  # or 'eval': the mode that the past copy predicts in
+    cfg.SELFKD.PSKD.INTERVAL = None  # iterations of a period, between two snapshots: a pass over the data
+    cfg.SELFKD.PSKD.EMA_DECAY = None  # 0.999: of 'ema', in [0, 1)
     cfg.SELFKD.PSKD.KEEP_HARD = True  # False weighs the label's term by 1 - alpha, as the paper does in classification
     cfg.SELFKD.PSKD.BACKGROUND = True  # False leaves the label of background regions hard
-    cfg.SELFKD.PSKD.TEACHER_MODE = 'train'  # or 'eval': the mode that the past copy predicts in
 
     cfg.SELFKD.CSKD = CfgNode()
     cfg.SELFKD.CSKD.ENABLED = False

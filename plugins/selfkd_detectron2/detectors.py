@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
-from selfkd.teacher import SnapshotTeacher
+from selfkd.past import CopyPast
 
 from .frskd import FRSKDCascadeROIHeads, FRSKDROIHeads
 
@@ -107,14 +107,12 @@ class RegionTap:
         self._rewrite(images.tensor, calls, output[1])
         self.boxes, self.logits = [], []  # lets go of the graph
 
-    def past_losses(
-        self, teacher: SnapshotTeacher, images: Tensor, calls: List[Classified], background: bool
-    ) -> List[Tensor]:
+    def past_losses(self, copy: CopyPast, images: Tensor, calls: List[Classified], background: bool) -> List[Tensor]:
         """The cross-entropy with what the past copy says of the same regions, for each stage."""
-        heads, losses = teacher.model.roi_heads, []
-        features = teacher.run(teacher.model.backbone, images)
+        heads, losses = copy.model.roi_heads, []
+        features = copy.run(copy.model.backbone, images)
         for stage, (call, boxes) in enumerate(zip(calls, self.boxes)):
-            past = teacher.run(_classify, heads, stage, features, boxes).float().softmax(1)
+            past = copy.run(_classify, heads, stage, features, boxes).float().softmax(1)
             if not background:
                 labels = call.match().labels
                 hard = torch.zeros_like(past).scatter_(1, labels[:, None], 1)
@@ -174,13 +172,11 @@ class DenseTap:
             self._rewrite(self.images, [call], losses)
         self.images = self.features = self.logits = self.targets = None
 
-    def past_losses(
-        self, teacher: SnapshotTeacher, images: Tensor, calls: List[Classified], background: bool
-    ) -> List[Tensor]:
+    def past_losses(self, copy: CopyPast, images: Tensor, calls: List[Classified], background: bool) -> List[Tensor]:
         """The quality focal loss towards what the past copy says of the same anchors, those ignored left out."""
         (call,), model = calls, self.model
-        features = teacher.run(teacher.model.backbone, images)
-        past = teacher.run(teacher.model.head, [features[f] for f in model.head_in_features])[0]
+        features = copy.run(copy.model.backbone, images)
+        past = copy.run(copy.model.head, [features[f] for f in model.head_in_features])[0]
         labels, _ = model.label_anchors(model.anchor_generator(self.features), self.targets)
         counted = torch.stack(labels) >= 0
         student, past = (

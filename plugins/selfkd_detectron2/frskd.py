@@ -17,7 +17,9 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from selfkd.checks import at_least_zero, positive
+from selfkd.defaults import FRSKD
 from selfkd.losses import frskd_loss
+from selfkd.losses.pskd import cross_entropy
 from selfkd.pyramid import BiFPN
 
 __all__ = ['FRSKDCascadeROIHeads', 'FRSKDROIHeads']
@@ -39,9 +41,9 @@ class SelfTaught:
         self,
         *,
         in_channels: int,
-        alpha: float = 0.5,
-        beta: float = 1.0,
-        temperature: float = 1.0,
+        alpha: float = FRSKD['alpha']['detection'],
+        beta: float = FRSKD['beta']['detection'],
+        temperature: float = FRSKD['temperature']['detection'],
         depth: int = 1,
         repeats: int = 1,
         **kwargs,
@@ -113,22 +115,23 @@ class SelfTaught:
             pooled = self.self_teacher['pooler'](refined, boxes)
             # As Cascade R-CNN's own features: what is shared by the stages learns from their mean.
             pooled = _ScaleGradient.apply(pooled, 1 / len(regions))
+            teacher_logits = self.self_teacher['classifier'][stage](pooled)
             terms = frskd_loss(
                 logits[stage],
-                self.self_teacher['classifier'][stage](pooled),
+                teacher_logits,
                 maps,
                 refined,
-                labels,
+                None,  # the head's own cross-entropy is among the losses
                 alpha=self.alpha,
                 beta=self.beta if stage == 0 else 0.0,
                 temperature=self.temperature,
             )
-            del terms['loss_cls']  # the head's own is among the losses
-            terms['loss_teacher'] *= predictors[stage].loss_weight.get('loss_cls', 1.0)
             if 'loss_feature' in terms:  # it is the maps', and no stage's
-                losses['loss_feature'] = terms.pop('loss_feature')
+                losses['loss_feature'] = terms['loss_feature']
+            weight = predictors[stage].loss_weight.get('loss_cls', 1.0)
             suffix = f'_stage{stage}' if isinstance(self, CascadeROIHeads) else ''
-            losses.update({f'{name}{suffix}': term for name, term in terms.items()})
+            losses[f'loss_teacher{suffix}'] = weight * cross_entropy(teacher_logits, labels)
+            losses[f'loss_kd{suffix}'] = terms['loss_kd']
         return losses
 
 

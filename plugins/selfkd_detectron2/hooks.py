@@ -4,22 +4,24 @@ import logging
 from typing import Dict, List, Optional
 
 import torch
-import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from selfkd.checks import at_least_zero, one_of, positive, share
-from selfkd.losses import distillation_kl
+from selfkd.defaults import CSKD, PSKD
+from selfkd.losses import distillation_kl, mix
 from selfkd.pairing import same_class_partners
+from selfkd.past import TEACHERS, CopyPast, copy_past, refuse_without_past
 from selfkd.schedule import linear_growth
 from selfkd.seeds import step_generator
-from selfkd.teacher import MODES, SnapshotTeacher
+from selfkd.teacher import MODES, unwrap
 
 from .detectors import Classified, make_tap
 from .frskd import SelfTaught
+
+logger = logging.getLogger('detectron2.selfkd')  # below the logger that Detectron2 sets up
 
 __all__ = ['CSKDHook', 'FRSKDHook', 'PSKDHook', 'StepHook']
 
@@ -72,7 +74,7 @@ class SelfKDHook(StepHook):
                 f'{name} is registered twice, by SELFKD in the config and by the script, perhaps: the two would act on '
                 "each other's loss. Remove one"
             )
-        model = _unwrap(self.trainer.model)
+        model = unwrap(self.trainer.model)
         self.tap = make_tap(model, name, self.dense)
         self.setup(model)
         self._handles = self.tap.attach(self._rewrite)
@@ -119,20 +121,24 @@ class PSKDHook(SelfKDHook):
 
     Args:
         alpha: final weight of the past's term, in [0, 1].
-        interval: iterations between two refreshes of the past copy (a period). Defaults to one pass over the training
-            set, which Detectron2's own data loaders can tell.
-        background: also soften the target of background regions, whose class is one like the others. False leaves
-            their label hard. One-stage detectors have no such class.
+        teacher: what the past copy is: ``'snapshot'``, the detector as it was when the present period began (and what
+            ``'auto'`` takes), or ``'ema'``, a moving average of its weights. There is no bank: regions are others in
+            each step.
         teacher_mode: ``'train'``: the past copy predicts as the student does in training (batch norm by the batch's
             statistics, dropout drawn anew); ``'eval'``: in evaluation mode.
+        interval: iterations of a period, between two snapshots. Defaults to one pass over the training set, which
+            Detectron2's own data loaders can tell. The first period has no past, whatever the teacher.
+        ema_decay: of the moving average, in [0, 1).
         keep_hard: regions: False weighs the label's term by ``1 - alpha_t``, as the paper does in classification: the
             target is then ``(1 - alpha_t) * label + alpha_t * past``.
+        background: also soften the target of background regions, whose class is one like the others. False leaves
+            their label hard. One-stage detectors have no such class.
 
     Logged: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of the loss), with the prefix ``stage0/``,
     ``stage1/``, ... for the stages of Cascade R-CNN.
 
     A checkpoint of the middle of a period holds the past copy. Training that is resumed there without one (PS-KD was
-    off until then) takes the resumed weights as its past copy, and says so in the log.
+    off until then) is plain until the next period, and says so in the log.
 
     Raises:
         ValueError: a setting out of range; at the start of training, for detectors that it does not support, periods
@@ -143,25 +149,39 @@ class PSKDHook(SelfKDHook):
 
     def __init__(
         self,
-        alpha: float = 0.8,
-        interval: Optional[int] = None,
-        background: bool = True,
-        teacher_mode: str = 'train',
-        keep_hard: bool = True,
+        alpha: float = PSKD['alpha']['detection'],
+        *,
+        teacher: str = PSKD['teacher'],
+        teacher_mode: str = PSKD['teacher_mode'],
+        interval: Optional[int] = PSKD['interval'],
+        ema_decay: float = PSKD['ema_decay'],
+        keep_hard: bool = PSKD['keep_hard']['detection'],
+        background: bool = PSKD['background'],
     ):
         super().__init__()
         user = 'PSKDHook (SELFKD.PSKD)'
         share(user, alpha=alpha)
+        one_of(user, TEACHERS, teacher=teacher)
         one_of(user, MODES, teacher_mode=teacher_mode)
+        if teacher == 'bank':
+            raise ValueError(
+                f"{user}: teacher='bank' keeps a prediction for each sample, and regions are others in each step: set "
+                "'snapshot' or 'ema'"
+            )
+        if ema_decay != PSKD['ema_decay'] and teacher != 'ema':
+            says = f"{user}: ema_decay is for teacher='ema', not {teacher!r}"
+            if teacher != 'auto':
+                raise ValueError(f'{says}: remove it')
+            logger.warning('%s: it does nothing', says)
         if interval is not None and (type(interval) is not int or interval < 1):
             raise ValueError(
                 f'PSKDHook: interval (SELFKD.PSKD.INTERVAL) must be a positive number of iterations, got {interval}'
             )
-        self.alpha, self.interval, self.teacher_mode = alpha, interval, teacher_mode
-        self.background, self.keep_hard = background, keep_hard
+        self.alpha, self.teacher, self.teacher_mode, self.interval = alpha, teacher, teacher_mode, interval
+        self.ema_decay, self.keep_hard, self.background = ema_decay, keep_hard, background
         self.current_alpha = 0.0
-        self.teacher: Optional[SnapshotTeacher] = None
-        self._resumed: Optional[dict] = None
+        self.past: Optional[CopyPast] = None
+        self._resumed: dict = {}
 
     def setup(self, model: nn.Module) -> None:
         for name in ('background', 'keep_hard'):
@@ -170,26 +190,31 @@ class PSKDHook(SelfKDHook):
                     f'PSKDHook: {name}=False (SELFKD.PSKD.{name.upper()}) is for regions, and {type(model).__name__} '
                     'has none: remove it'
                 )
-        self.period = self.interval or _epoch_length(self.trainer.data_loader)
+        self.period = period = self.interval or _epoch_length(self.trainer.data_loader)
         start, end = self.trainer.start_iter, self.trainer.max_iter
-        if self.alpha > 0 and self.period >= end:
-            period = 'interval (SELFKD.PSKD.INTERVAL)' if self.interval else 'a pass over the training set'
-            raise ValueError(
-                f'PSKDHook: {period} is {self.period} iterations, and the whole training {end}: the past copy would '
-                'never teach, and training would be the plain one. Set interval (SELFKD.PSKD.INTERVAL) well below '
-                f'that, to {max(1, end // 10)}, say'
+        if self.alpha > 0:
+            refuse_without_past(
+                'PSKDHook',
+                period,
+                end,
+                'iterations',
+                period_is='interval (SELFKD.PSKD.INTERVAL)' if self.interval else 'a pass over the training set',
+                way_out=f'set interval (SELFKD.PSKD.INTERVAL) well below that, to {max(1, end // 10)}, say',
+                alpha='alpha (SELFKD.PSKD.ALPHA) to 0',
             )
-        self.teacher = SnapshotTeacher(model, mode=self.teacher_mode)
-        logger = logging.getLogger('detectron2.selfkd')  # below the logger that Detectron2 sets up
-        logger.info(f'PS-KD: alpha grows to {self.alpha}, the past copy is refreshed every {self.period} iterations')
-        if self._resumed is not None:
-            self.teacher.load_state_dict(self._resumed)
-            self._resumed = None
-        elif start > self.period and start % self.period:
+        teacher = 'snapshot' if self.teacher == 'auto' else self.teacher
+        self.past = copy_past(teacher, model, mode=self.teacher_mode, ema_decay=self.ema_decay)
+        self.past.load_state_dict(self._resumed)
+        self._resumed = {}
+        logger.info(
+            f'PS-KD: teacher={teacher!r}, a past copy of the detector, as regions and anchors are others in each step; '
+            f'alpha grows to {self.alpha}, and a period has {period} iterations'
+        )
+        if start > period and start % period and not self.past.ready:
             logger.warning(
                 'PS-KD: training resumes without a past copy (PS-KD was off in the run that saved the checkpoint, '
                 'or PSKDHook was registered after the checkpoint was loaded): '
-                f'until iteration {(start // self.period + 1) * self.period} the weights as resumed are the past copy'
+                f'it is plain until iteration {(start // period + 1) * period}'
             )
 
     def before_step(self) -> None:
@@ -199,33 +224,30 @@ class PSKDHook(SelfKDHook):
         self.current_alpha = linear_growth(self.alpha, start / trainer.max_iter)
         trainer.storage.put_scalar('pskd_alpha', self.current_alpha, smoothing_hint=False)
         if trainer.iter == start and start > 0:
-            self.teacher.update(_unwrap(trainer.model))
-            if comm.get_world_size() > 1:  # batch-norm statistics differ between ranks: all learn from rank 0's
-                for buffer in self.teacher.model.buffers():
-                    dist.broadcast(buffer, 0)
-        self.teacher.begin_step(trainer.iter)
+            self.past.begin_period(unwrap(trainer.model))
+        self.past.begin_step(trainer.iter)
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.past.after_update(unwrap(self.trainer.model))
 
     def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
-        alpha = self.current_alpha
-        past = self.tap.past_losses(self.teacher, images, calls, self.background) if alpha > 0 else None
+        alpha = self.current_alpha if self.past.ready else 0.0
+        past = self.tap.past_losses(self.past, images, calls, self.background) if alpha > 0 else None
         storage = get_event_storage()
         for i, call in enumerate(calls):
-            hard, soft = losses[call.name], 0.0
+            soft = 0.0
             if past is not None:
-                hard, soft = (hard if self.keep_hard else (1 - alpha) * hard), alpha * past[i]
-                losses[call.name] = hard + soft
-            storage.put_scalar(f'{call.scope}pskd_hard', float(hard))
-            storage.put_scalar(f'{call.scope}pskd_soft', float(soft))
+                losses[call.name] = mix(losses[call.name], past[i], alpha, keep_hard=self.keep_hard)
+                soft = alpha * float(past[i])
+            storage.put_scalar(f'{call.scope}pskd_hard', float(losses[call.name]) - soft)
+            storage.put_scalar(f'{call.scope}pskd_soft', soft)
 
     def state_dict(self) -> dict:
-        # In the first period nobody asks the copy; at the start of another it is about to become the saved weights.
-        following = self.trainer.iter + 1
-        if following <= self.period or following % self.period == 0:
-            return {}
-        return {'teacher': {name: value.cpu() for name, value in self.teacher.state_dict().items()}}
+        return self.past.state_dict(mid_period=(self.trainer.iter + 1) % self.period != 0)
 
     def load_state_dict(self, state: dict) -> None:
-        self._resumed = state['teacher']
+        self._resumed = state
 
 
 class CSKDHook(SelfKDHook):
@@ -247,7 +269,7 @@ class CSKDHook(SelfKDHook):
         ValueError: a setting out of range; at the start of training, for detectors that it does not support.
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 4.0):
+    def __init__(self, weight: float = CSKD['weight'], *, temperature: float = CSKD['temperature']):
         super().__init__()
         at_least_zero('CSKDHook (SELFKD.CSKD)', weight=weight)
         positive('CSKDHook (SELFKD.CSKD)', temperature=temperature)
@@ -303,10 +325,6 @@ class FRSKDHook(StepHook):
     def _teach(self, teaches: bool) -> None:
         for heads in self.heads:
             heads.teaches = teaches
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _epoch_length(data_loader) -> int:

@@ -17,8 +17,8 @@ __all__ = ['step_suite']
 VANILLA = 'label_smoothed_cross_entropy'
 METHODS = {
     VANILLA: [],
-    'PS-KD, snapshot': ['--pskd-past', 'snapshot'],
-    'PS-KD, token bank': ['--pskd-past', 'bank'],
+    'PS-KD, snapshot': ['--pskd-teacher', 'snapshot'],
+    'PS-KD, token bank': ['--pskd-teacher', 'bank'],
 }
 
 

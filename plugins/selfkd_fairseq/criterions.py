@@ -4,9 +4,10 @@ Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets"
 https://arxiv.org/abs/2006.12000
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
-from typing import List
+from typing import List, Optional
 
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
@@ -18,45 +19,56 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
 from omegaconf import II
 
-from selfkd.losses import pskd_loss
+from selfkd.defaults import PSKD
+from selfkd.losses import TopK, pskd_loss
 from selfkd.metrics import calibration_gaps, confidence_of
+from selfkd.past import TEACHERS, BankPast, choose_teacher
+from selfkd.renamed import warn_renamed
 
-from .past import Average, Snapshot, TokenBank
 from .training import Training
 
+logger = logging.getLogger(__name__)
+
 ECE_BINS = 10
+RENAMED = {'pskd_past': 'pskd_teacher', 'pskd_snapshot_interval': 'pskd_interval'}
+# docs/translation.md has the numbers
+NO_BANK = 'on larger corpora the translations were better than with the bank, which saves a forward pass'
 
 
 @dataclass
 class PSKDConfig(FairseqDataclass):
     pskd_alpha: float = field(
-        default=0.3,
+        default=PSKD['alpha']['translation'],
         metadata={
             'help': 'share of the past prediction in the target at the end of training; grows linearly up to it with '
             'the epochs of --max-epoch or the updates of --max-update, whichever ends first. 0: no PS-KD'
         },
     )
-    pskd_past: ChoiceEnum(['snapshot', 'ema', 'bank']) = field(
-        default='snapshot',
+    pskd_teacher: ChoiceEnum(list(TEACHERS)) = field(
+        default=PSKD['teacher'],
         metadata={
-            'help': 'where past predictions come from: the weights at the end of the previous epoch (snapshot), the '
-            'moving average of the weights that --store-ema keeps (ema), or tokens of what was predicted for the '
-            'sentence in the previous epoch (bank: no second forward pass)'
+            'help': 'where past predictions come from: the weights at the end of the previous epoch (snapshot, and '
+            'auto), the moving average of the weights that --store-ema keeps (ema), or tokens of what was predicted '
+            'for the sentence in the previous epoch (bank: no second forward pass)'
         },
     )
-    pskd_snapshot_interval: int = field(
-        default=0,
-        metadata={'help': 'take the snapshot every so many updates instead of at the end of each epoch (0)'},
-    )
     pskd_teacher_mode: ChoiceEnum(['train', 'eval']) = field(
-        default='train',
+        default=PSKD['teacher_mode'],
         metadata={
             'help': 'how the snapshot or average predicts: as in training, with dropout drawn anew (train), or without '
             '(eval), which is sharper on sentences it has learnt'
         },
     )
+    pskd_interval: Optional[int] = field(
+        default=PSKD['interval'],
+        metadata={'help': 'take the snapshot every so many updates instead of at the end of each epoch'},
+    )
+    pskd_keep_hard: bool = field(
+        default=PSKD['keep_hard']['translation'],
+        metadata={'help': "keep the whole weight of the label's loss, 1 instead of 1 - alpha"},
+    )
     pskd_top_k: int = field(
-        default=8,
+        default=PSKD['top_k']['translation'],
         metadata={
             'help': 'tokens that the bank keeps for each target position: the likeliest, and for the rest of the mass '
             'others, drawn in proportion to their probability'
@@ -68,6 +80,8 @@ class PSKDConfig(FairseqDataclass):
             'help': 'report the expected calibration error of the predicted tokens in validation, in percent (10 bins)'
         },
     )
+    pskd_past: Optional[str] = field(default=None, metadata={'help': 'old name of --pskd-teacher'})
+    pskd_snapshot_interval: Optional[int] = field(default=None, metadata={'help': 'old name of --pskd-interval'})
     # what fairseq was told elsewhere
     max_epoch: int = II('optimization.max_epoch')
     max_update: int = II('optimization.max_update')
@@ -107,20 +121,16 @@ class ProgressiveRefinement:
 
     def setup(self, cfg):
         """Raises ValueError for settings that cannot work."""
-        self.report_ece = cfg.report_ece
+        self.report_ece, self.keep_hard = cfg.report_ece, cfg.pskd_keep_hard
         self.training_run = None
         if not 0 <= cfg.pskd_alpha <= 1:
             raise ValueError(f'--pskd-alpha: must lie in [0, 1], got {cfg.pskd_alpha}')
         if cfg.pskd_alpha == 0:
             return
         check_config(cfg)
-        if cfg.pskd_past == 'snapshot':
-            past = Snapshot(cfg.pskd_snapshot_interval, cfg.pskd_teacher_mode)
-        elif cfg.pskd_past == 'ema':
-            past = Average(cfg, self.task)
-        else:
-            past = TokenBank(cfg.pskd_top_k, self.task)
-        self.training_run = Training(cfg, self.task, past)
+        take_options(cfg, len(self.task.target_dictionary))
+        self.task.uses_ema = cfg.pskd_teacher == 'ema'  # fairseq then gives it to the task
+        self.training_run, self.skipped = Training(cfg, self.task), 0
 
     def forward(self, model, sample, reduce=True):
         self.extra_log = {}
@@ -141,29 +151,43 @@ class ProgressiveRefinement:
                 'PS-KD follows the training of one whole model by fairseq-train; this task or program trains parts of '
                 "a model by themselves, or does not call the task's begin_epoch and train_step: use --pskd-alpha 0"
             )
-        past = None if run.is_dummy else run.past.predict(sample, self.ignore_prefix_size)
-        probs, known, alpha = (None, True, 0.0) if past is None else (*past, run.alpha())
-        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
         if not run.is_dummy:
-            run.past.observe(sample, self.ignore_prefix_size, lprobs)
-        loss, (hard, soft, nll_loss) = pskd_loss(
+            run.past.begin_forward(lambda copy: self.past_probs(copy, sample))
+        lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+        past = None
+        if not run.is_dummy:
+            past = run.past.predict(target)
+            run.past.observe(lprobs)
+        alpha, probs = (run.alpha(), past.probs) if past else (0.0, None)
+        if isinstance(probs, TopK):
+            probs = TopK(*(part.to(lprobs.device) for part in probs))
+        loss, parts = pskd_loss(
             lprobs,
             target,
             probs,
-            alpha if known is True else alpha * known,
+            past.alpha(alpha) if past else 0.0,
             ignore_index=self.padding_idx,
             reduction='sum' if reduce else 'none',
             label_smoothing=self.eps,
+            keep_hard=self.keep_hard,
             normalized=True,
             return_parts=True,
         )
         self.extra_log = {
-            'alpha': alpha * sample['ntokens'],
-            'nll_loss': nll_loss.sum(),
-            'hard_loss': hard.sum(),
-            'soft_loss': soft.sum(),
+            'pskd_alpha': alpha * sample['ntokens'],
+            'pskd_hard': parts.hard.sum(),
+            'pskd_soft': parts.soft.sum(),
+            'nll_loss': parts.nll.sum(),
         }
-        return loss, nll_loss
+        if isinstance(run.past, BankPast):
+            before, self.skipped = self.skipped, run.past.skipped
+            self.extra_log['pskd_skipped'] = self.skipped - before
+        return loss, parts.nll
+
+    def past_probs(self, copy, sample):
+        """What a past copy of the model predicts at the target positions, [N, V]."""
+        probs = copy.get_normalized_probs(copy(**sample['net_input']), log_probs=False, sample=sample)
+        return probs[:, self.ignore_prefix_size :].reshape(-1, probs.size(-1))
 
     def calibration(self, model, net_output, sample):
         """What ECE is computed from, as sums: accuracy minus confidence in each bin, and the number of tokens."""
@@ -174,7 +198,7 @@ class ProgressiveRefinement:
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
-        mixed = any('alpha' in log for log in logging_outputs)
+        mixed = any('pskd_alpha' in log for log in logging_outputs)
         # CrossEntropyCriterion would take `loss` for the label's: a mixed one is logged as a smoothed one is
         fairseqs = LabelSmoothedCrossEntropyCriterion if mixed else super()
         fairseqs.reduce_metrics(logging_outputs)
@@ -184,9 +208,11 @@ class ProgressiveRefinement:
 
         if mixed:
             ntokens, sample_size = total('ntokens'), total('sample_size')
-            metrics.log_scalar('alpha', total('alpha') / ntokens, ntokens, round=4)
-            for part in ('hard_loss', 'soft_loss'):
+            metrics.log_scalar('pskd_alpha', total('pskd_alpha') / ntokens, ntokens, round=4)
+            for part in ('pskd_hard', 'pskd_soft'):
                 metrics.log_scalar(part, total(part) / sample_size / math.log(2), sample_size, round=3)
+        if any('pskd_skipped' in log for log in logging_outputs):
+            metrics.log_scalar_sum('pskd_skipped', total('pskd_skipped'))
         if any('ece_tokens' in log for log in logging_outputs):
             keys = ['ece_tokens', *(f'ece_gap_{i}' for i in range(ECE_BINS))]
             for key in keys:
@@ -214,12 +240,45 @@ def check_config(cfg) -> None:
             '--tpu, and --bf16 which fairseq-train takes for it: PS-KD was never run on one; for bfloat16 on a GPU use '
             'fairseq-hydra-train with common.bf16=true, or --amp'
         )
-    if cfg.pskd_past == 'bank' and cfg.pskd_teacher_mode != 'train':
+
+
+def take_options(cfg, vocabulary) -> None:
+    """Gives ``cfg`` its options by their new names, and the teacher that ``auto`` comes to.
+
+    Raises:
+        ValueError: an option out of range, or of another teacher than the one that was asked for.
+    """
+    for old, new in RENAMED.items():
+        if cfg[old] is not None:
+            warn_renamed('fairseq', flag(old), flag(new))
+            if cfg[new] not in (None, 'auto'):
+                raise ValueError(f'{flag(old)}: is the old name of {flag(new)}, and both were given: remove it')
+            cfg[new], cfg[old] = cfg[old] or None, None
+    asked = cfg.pskd_teacher
+    cfg.pskd_teacher = teacher = choose_teacher(asked, NO_BANK)
+    others = {  # of the options that not every teacher has: whether it was given, and whose it is
+        'pskd_interval': (cfg.pskd_interval is not None, ['snapshot']),
+        'pskd_teacher_mode': (cfg.pskd_teacher_mode != PSKD['teacher_mode'], ['snapshot', 'ema']),
+        'pskd_top_k': (cfg.pskd_top_k != PSKD['top_k']['translation'], ['bank']),
+    }
+    for option, (given, teachers) in others.items():
+        if given and teacher not in teachers:
+            says = f'{flag(option)}: is for --pskd-teacher {" or ".join(teachers)}, not {teacher}'
+            if asked != 'auto':
+                raise ValueError(f'{says}: leave it out')
+            logger.warning(f'PS-KD: {says}: it does nothing')
+    if cfg.pskd_interval is not None and cfg.pskd_interval < 1:
+        raise ValueError(f'--pskd-interval: must be a positive number of updates, got {cfg.pskd_interval}')
+    if teacher == 'bank' and not 1 <= cfg.pskd_top_k <= vocabulary:
+        raise ValueError(f'--pskd-top-k: must lie in [1, {vocabulary}] (the target vocabulary), got {cfg.pskd_top_k}')
+    if teacher == 'ema' and not cfg.store_ema:
         raise ValueError(
-            '--pskd-teacher-mode eval: is for --pskd-past snapshot or ema; the bank keeps what training predicted'
+            '--pskd-teacher ema: uses the average that fairseq keeps, so it needs --store-ema (and --ema-decay)'
         )
-    if cfg.pskd_snapshot_interval and cfg.pskd_past != 'snapshot':
-        raise ValueError(f'--pskd-snapshot-interval: is for --pskd-past snapshot, not {cfg.pskd_past}: leave it out')
+
+
+def flag(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
 
 
 @register_criterion('pskd_cross_entropy', dataclass=PSKDCrossEntropyCriterionConfig)

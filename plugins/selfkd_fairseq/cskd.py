@@ -16,6 +16,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.logging import metrics
 
 from selfkd.checks import at_least_zero, positive
+from selfkd.defaults import CSKD
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
 
@@ -24,8 +25,8 @@ from .training import check_model
 
 @dataclass
 class CSKDLabelSmoothedCrossEntropyCriterionConfig(LabelSmoothedCrossEntropyCriterionConfig):
-    cskd_weight: float = field(default=1.0, metadata={'help': 'weight of the class-wise KL; 0: none'})
-    cskd_temperature: float = field(default=4.0, metadata={'help': 'temperature T of the class-wise KL'})
+    cskd_weight: float = field(default=CSKD['weight'], metadata={'help': 'weight of the class-wise KL; 0: none'})
+    cskd_temperature: float = field(default=CSKD['temperature'], metadata={'help': 'temperature T of that KL'})
 
 
 @register_criterion('cskd_label_smoothed_cross_entropy', dataclass=CSKDLabelSmoothedCrossEntropyCriterionConfig)
@@ -62,13 +63,14 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
         anchors, partners = same_class_partners(target, images=sentences, ignore=self.padding_idx)
         # log-probabilities serve as logits: they differ by a constant a row
         kl = distillation_kl(lprobs[anchors], lprobs[partners], self.temperature, reduction='sum')
-        self.extra_log = {'kl_loss': kl.detach()}
-        return loss + self.weight * kl, nll_loss
+        weighted = self.weight * kl
+        self.extra_log = {'loss_cskd': weighted.detach()}
+        return loss + weighted, nll_loss
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
         super().reduce_metrics(logging_outputs)
-        if any('kl_loss' in log for log in logging_outputs):
+        if any('loss_cskd' in log for log in logging_outputs):
             sample_size = sum(log.get('sample_size', 0) for log in logging_outputs)
-            kl = sum(log.get('kl_loss', 0) for log in logging_outputs)
-            metrics.log_scalar('kl_loss', kl / sample_size / math.log(2), sample_size, round=3)
+            total = sum(log.get('loss_cskd', 0) for log in logging_outputs)
+            metrics.log_scalar('loss_cskd', total / sample_size / math.log(2), sample_size, round=3)

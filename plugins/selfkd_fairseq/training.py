@@ -10,9 +10,13 @@ import functools
 import logging
 import math
 
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models.nat import FairseqNATModel
 
-from selfkd.schedule import linear_growth
+from selfkd.past import BankPast, refuse_without_past
+from selfkd.schedule import linear_growth, may_end_early
+
+from .past import make_past, warn_of_slow_average
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +24,10 @@ STATE_KEY = 'selfkd'  # beside the position of the train iterator in a checkpoin
 
 
 class Training:
-    """Follows the training of a task: calls ``past`` at the right moments and saves its state.
+    """Follows the training of a task: makes the past, calls it at the right moments and saves its state.
 
     Attributes:
+        past: where past predictions come from; None before the training has begun.
         epoch: from 1; None before the training has begun.
         updates: number of parameter updates done.
         is_dummy: the present batch only fills up this process's share, and its gradient is dropped.
@@ -30,13 +35,13 @@ class Training:
         step_model: the same as the criterion gets it, wrapped for several processes or not.
     """
 
-    def __init__(self, cfg, task, past):
+    def __init__(self, cfg, task):
         if not cfg.max_epoch and not cfg.max_update:
             raise ValueError('--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update')
-        self.cfg, self.task, self.past = cfg, task, past
-        self.epoch = self.updates = self.model = self.step_model = None
+        self.cfg, self.task = cfg, task
+        self.past = self.saved = self.epoch = self.updates = self.model = self.step_model = None
         self.train_itr = self.started_itr = self.position = None
-        self.is_dummy = False
+        self.is_dummy = self.exchanged = False
         for name in ('get_batch_iterator', 'begin_epoch', 'train_step', 'valid_step'):
             setattr(task, name, functools.partial(getattr(self, name), getattr(task, name)))
 
@@ -57,7 +62,6 @@ class Training:
         itr = original(dataset, *args, **kwargs)
         # It need not be for training: --valid-subset can name the training set, too.
         if dataset is self.task.datasets.get(self.cfg.train_subset) and 'state_dict' not in vars(itr):
-            self.past.begin_training(self.task, dataset)
             for name in ('next_epoch_itr', 'state_dict', 'load_state_dict'):
                 setattr(itr, name, functools.partial(getattr(self, name), getattr(itr, name), itr))
         return itr
@@ -66,21 +70,33 @@ class Training:
         original(epoch, model)
         self.train_itr = self.started_itr  # an epoch begins with its iterator
         mid_epoch = self.train_itr.iterations_in_epoch > 0
-        if self.model is None:
+        first = self.past is None
+        if first:
             check_model(model)
             self.warn_of_early_stops()
             if epoch == 1 and not mid_epoch:
-                self.past.check_length(self.updates_of_epoch(1), self.total_updates())
-        self.epoch, self.model = epoch, model
-        self.past.begin_epoch(epoch, model, mid_epoch)
+                self.check_length()
+            self.past = make_past(self.cfg, self.task, model)
+            self.past.load_state_dict(self.saved or {})
+        if epoch > 1 and not mid_epoch and not self.cfg.pskd_interval:
+            self.past.begin_period(model)
+        if first and epoch > 1 and not self.saved and not self.past.ready:
+            logger.warning('PS-KD: the checkpoint holds no past predictions: plain training until there are some')
+        self.epoch, self.model, self.saved = epoch, model, None
 
     def train_step(self, original, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         self.updates, self.is_dummy, self.step_model = update_num, ignore_grad, model
         ema_model = kwargs.pop('ema_model', None)
         position = (self.epoch, self.train_itr.iterations_in_epoch)
-        if position != self.position:  # and not the next of --update-freq batches
-            self.position = position
-            self.past.begin_step(update_num, self.model, ema_model)
+        begins, self.position = position != self.position, position  # and is not the next of --update-freq batches
+        if begins and ema_model is not None:
+            self.past.follow(ema_model)
+        if begins and self.cfg.pskd_interval and update_num and update_num % self.cfg.pskd_interval == 0:
+            self.past.begin_period(self.model)
+        if isinstance(self.past, BankPast):
+            self.past.begin_step(update_num, sample['id'].cpu())
+        elif begins:
+            self.past.begin_step(update_num)
         try:
             result = original(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
         except RuntimeError as error:
@@ -95,7 +111,8 @@ class Training:
         """Lets the processes exchange what the first of them may save after this step."""
         interval, done = self.cfg.save_interval_updates, (updates, updates + 1)  # fp16 may skip this update
         on_interval = interval > 0 and any(n % interval == 0 for n in done)
-        if self.train_itr.end_of_epoch() or self.cfg.max_update in done or on_interval:
+        self.exchanged = self.train_itr.end_of_epoch() or self.cfg.max_update in done or on_interval
+        if self.exchanged:
             self.past.synchronize()
 
     def valid_step(self, original, *args, ema_model=None, **kwargs):
@@ -108,21 +125,19 @@ class Training:
         return original(*args, **kwargs)
 
     def state_dict(self, original, itr):
-        past = self.past.state_dict(itr.end_of_epoch())
-        return {**original(), STATE_KEY: {'totals': self.totals, 'kind': str(self.cfg.pskd_past), 'past': past}}
+        processes = distributed_utils.get_data_parallel_world_size()
+        if isinstance(self.past, BankPast) and not self.exchanged and processes > 1:
+            logger.warning(
+                'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks what '
+                'the other processes predicted in this epoch'
+            )
+        past = self.past.state_dict(mid_period=bool(self.cfg.pskd_interval) or not itr.end_of_epoch())
+        return {**original(), STATE_KEY: {'totals': self.totals, 'past': past}}
 
     def load_state_dict(self, original, itr, state):
         original(state)
         saved = state.get(STATE_KEY, {})
-        past, kind = saved.get('past'), saved.get('kind', self.cfg.pskd_past)
-        if past is not None and kind != self.cfg.pskd_past:
-            logger.warning(
-                'PS-KD: the checkpoint was made with --pskd-past %s, and --pskd-past %s cannot use what it holds: it '
-                'begins without a past',
-                *(kind, self.cfg.pskd_past),
-            )
-            past = None
-        self.past.load_state_dict(past)
+        self.saved = None if 'kind' in saved else saved.get('past')  # of versions that had 'kind' it has another form
         totals = saved.get('totals', self.totals)
         if totals != self.totals:
             logger.warning(
@@ -132,6 +147,22 @@ class Training:
             )
 
     # How long training is.
+
+    def check_length(self):
+        teacher, interval, total = self.cfg.pskd_teacher, self.cfg.pskd_interval, self.total_updates()
+        if teacher == 'ema':  # there at once
+            warn_of_slow_average(self.cfg, total)
+            return
+        way_out = 'raise --max-epoch or --max-update'
+        refuse_without_past(
+            f'--pskd-teacher {teacher}',
+            interval or self.updates_of_epoch(1),
+            total,
+            'updates',
+            period_is='--pskd-interval' if interval else 'the first epoch',
+            way_out=f'{way_out}, or set a lower --pskd-interval' if teacher == 'snapshot' else way_out,
+            alpha='--pskd-alpha 0',
+        )
 
     def updates_of_epoch(self, epoch: int) -> int:
         """As many as in this epoch, had it as many batches as the present one."""
@@ -152,11 +183,7 @@ class Training:
         }
         given = [name for name, is_given in stops.items() if is_given]
         if given:
-            logger.warning(
-                'PS-KD: alpha grows up to --pskd-alpha %s over %s. Where %s ends training earlier, it does not get '
-                'there; the log shows how far it got',
-                *(self.cfg.pskd_alpha, as_options(self.totals), ', '.join(given)),
-            )
+            logger.warning(may_end_early('PS-KD', self.cfg.pskd_alpha, as_options(self.totals), given))
 
 
 def as_options(totals) -> str:

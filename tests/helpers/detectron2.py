@@ -216,7 +216,7 @@ def two_processes(voc, out, methods, rank):
         hooks = selfkd_hooks(cfg)
         trainer.register_hooks(hooks)
         trainer.train(0, 6)
-        teacher = hooks[0].teacher.state_dict() if 'PSKD' in options else {}
+        teacher = hooks[0].past.teacher.state_dict() if 'PSKD' in options else {}
         torch.save({'model': model.module.state_dict(), 'teacher': teacher}, out / f'{name}{rank}.pth')
     torch.save(default_period(cfg), out / f'period{rank}.pth')
 

@@ -89,12 +89,13 @@ class Driver:
         return [sum(losses.values()) for losses in trainer.validation.losses]
 
     def _result(self, model, steps, hooks, checkpoint):
-        teacher = next((hook.teacher for hook in hooks if getattr(hook, 'teacher', None)), None)
+        teacher = next((hook.past.teacher for hook in hooks if getattr(hook, 'past', None)), None)
         return {
             'weights': {name: value.clone() for name, value in model.state_dict().items()},
             'steps': steps.steps,
             'bank': None,
-            'teacher': teacher and {name: value.clone() for name, value in teacher.state_dict().items()},
+            # without statistics: a moving average has each rank's own, which it does not look at in training mode
+            'teacher': teacher and {name: value.clone() for name, value in teacher.model.named_parameters()},
             'checkpoint': checkpoint,
         }
 

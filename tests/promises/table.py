@@ -105,6 +105,8 @@ LIGHTNING = Toolkit('lightning', _lightning, ('epoch',), passes=True)  # with ma
 TRANSFORMERS = Toolkit('transformers', _transformers, passes=True)
 PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
 BANK = dict(knows_samples=True, **PAST)
+PSKD_IN_FAIRSEQ = '--criterion pskd_label_smoothed_cross_entropy --pskd-teacher'
+AVERAGE = '--store-ema --ema-decay 0.9'
 
 ROWS = [
     Row('PSKD-bank', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8),), **BANK),
@@ -142,14 +144,20 @@ ROWS = [
     ),
     *(
         Row(
-            f'PSKD-{past}',
+            f'PSKD-{teacher}',
             FAIRSEQ,
-            options=dict(args=f'--criterion pskd_label_smoothed_cross_entropy --pskd-past {past} --pskd-alpha 0.8'),
-            zero=dict(args=f'--criterion pskd_label_smoothed_cross_entropy --pskd-past {past} --pskd-alpha 0'),
+            options=dict(args=f'{PSKD_IN_FAIRSEQ} {teacher} --pskd-alpha 0.8'),
+            zero=dict(args=f'{PSKD_IN_FAIRSEQ} {teacher} --pskd-alpha 0'),
             acts_at_once=False,
-            knows_samples=past == 'bank',
+            knows_samples=teacher == 'bank',
         )
-        for past in ('snapshot', 'bank')
+        for teacher in ('snapshot', 'bank')
+    ),
+    Row(
+        'PSKD-ema',
+        FAIRSEQ,
+        options=dict(args=f'{PSKD_IN_FAIRSEQ} ema {AVERAGE} --pskd-alpha 0.8'),
+        zero=dict(args=f'{PSKD_IN_FAIRSEQ} ema {AVERAGE} --pskd-alpha 0'),
     ),
     Row(
         'CSKD',
@@ -157,12 +165,15 @@ ROWS = [
         options=dict(args='--criterion cskd_label_smoothed_cross_entropy --cskd-weight 1'),
         zero=dict(args='--criterion cskd_label_smoothed_cross_entropy --cskd-weight 0'),
     ),
-    Row(
-        'PSKD',
-        DETECTRON2,
-        options=dict(args='SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3'),
-        zero=dict(args='SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3 SELFKD.PSKD.ALPHA 0'),
-        acts_at_once=False,
+    *(
+        Row(
+            f'PSKD-{teacher}',
+            DETECTRON2,
+            options=dict(args=f'SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3 SELFKD.PSKD.TEACHER {teacher}'),
+            zero=dict(args='SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 3 SELFKD.PSKD.ALPHA 0'),
+            acts_at_once=False,
+        )
+        for teacher in ('snapshot', 'ema')
     ),
     Row(
         'CSKD',

@@ -76,7 +76,9 @@ class Driver:
         assert re.search(r'begin training epoch 3\b', log.read_text())
 
     def _result(self, save, log, resumed):
-        epochs = [{'loss': entry['train_loss'], 'alpha': entry.get('train_alpha')} for entry in log.stats('train')]
+        epochs = [
+            {'loss': entry['train_loss'], 'pskd_alpha': entry.get('train_pskd_alpha')} for entry in log.stats('train')
+        ]
         return {
             'weights': self.fairseq.weights(save),
             'steps': epochs[1:] if resumed else epochs,  # one resumed within is not logged as a whole

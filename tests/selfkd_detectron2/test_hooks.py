@@ -64,6 +64,7 @@ def region_logits(heads, features, proposals, stage):
 
 
 BESIDE = {'faster, FRSKD': FRSKD, 'cascade, FRSKD': FRSKD}
+EMA = {'faster, ema': 'SELFKD.PSKD.TEACHER ema SELFKD.PSKD.EMA_DECAY 0.9'}
 EVAL = 'SELFKD.PSKD.TEACHER_MODE eval '
 
 
@@ -246,7 +247,7 @@ def test_checkpoint_is_the_vanilla_detectors_and_predicts_the_same(voc, tmp_path
 @pytest.mark.parametrize('frskd', ['', FRSKD])
 def test_past_copy_costs_the_vanilla_weights_alone(voc, tmp_path, frskd):
     trainer = train(config(voc, tmp_path, options=PSKD + frskd))
-    past = next(hook for hook in trainer._hooks if isinstance(hook, PSKDHook)).teacher.model
+    past = next(hook for hook in trainer._hooks if isinstance(hook, PSKDHook)).past.model
     assert all(p.grad is None and not p.requires_grad for p in past.parameters())
     ours = {id(p) for p in past.parameters()}
     assert not ours & {id(p) for group in trainer.optimizer.param_groups for p in group['params']}
@@ -257,11 +258,13 @@ def test_past_copy_costs_the_vanilla_weights_alone(voc, tmp_path, frskd):
     assert len(trainer.optimizer.state) == len(list(vanilla.parameters()))
 
 
-@pytest.fixture(scope='module', params=['faster', 'cascade, FRSKD'])
+@pytest.fixture(scope='module', params=['faster', 'faster, ema', 'cascade, FRSKD'])
 def straight(request, voc, tmp_path_factory):
     """A run with checkpoints: the name of the detector, the options, and the folder."""
     case, folder = request.param, tmp_path_factory.mktemp('straight')
-    options = f'{PSKD} {CSKD} {DROPOUT} {BESIDE.get(case, "")} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD 2'
+    options = (
+        f'{PSKD} {CSKD} {DROPOUT} {BESIDE.get(case, EMA.get(case, ""))} SOLVER.MAX_ITER 8 SOLVER.CHECKPOINT_PERIOD 2'
+    )
     model = case.split(',')[0]
     train(config(voc, folder, model, options), Reseed())
     return model, options, folder
@@ -275,7 +278,7 @@ def test_resume_is_exact(voc, tmp_path, start, straight):
     saved = f'model_{start - 1:07d}.pth'
     shutil.copy(folder / saved, tmp_path)
     (tmp_path / 'last_checkpoint').write_text(saved)
-    assert ('PSKDHook' in torch.load(folder / saved)['trainer']['hooks']) == (start == 4)
+    assert ('PSKDHook' in torch.load(folder / saved)['trainer']['hooks']) == (start == 4 or 'TEACHER ema' in options)
     train(cfg, Reseed(), resume=True)
     straight, resumed = (torch.load(run / 'model_final.pth') for run in (folder, tmp_path))
     for key in ('model', 'iteration'):
@@ -283,22 +286,58 @@ def test_resume_is_exact(voc, tmp_path, start, straight):
     assert_same_state(resumed['trainer']['_trainer']['optimizer'], straight['trainer']['_trainer']['optimizer'])
 
 
-def test_resumed_without_a_past_copy_it_learns_from_the_resumed_weights(voc, tmp_path, caplog):
-    """PS-KD switched on at --resume, between two refreshes: alpha is above 0, so there must be a past."""
-    options = 'SOLVER.CHECKPOINT_PERIOD 5 '
+def test_resumed_without_a_past_copy_it_is_plain_until_the_next_period(voc, tmp_path, caplog):
+    """PS-KD switched on at --resume, between two refreshes: alpha is above 0, and there is no past."""
+    options = 'SOLVER.CHECKPOINT_PERIOD 5 SOLVER.MAX_ITER 8 '
     train(config(voc, tmp_path, options=options), Reseed())
     (tmp_path / 'last_checkpoint').write_text('model_0000004.pth')
     logging.getLogger('detectron2.selfkd').addHandler(caplog.handler)
     cfg = config(voc, tmp_path, options=options + PSKD)
     train(cfg, spy := Spy(), Reseed(), resume=True)
     assert 'training resumes without a past copy' in caplog.text
-    assert 'until iteration 6' in caplog.text
-    (step, ((logits, _), _)), losses = spy.calls[0], spy.losses[0]
-    assert step == 5
-    # The copy is the student itself as resumed, on the same regions: the soft part is alpha times its entropy.
-    p = logits.double().softmax(1)
-    assert losses['pskd_alpha'] == pytest.approx(0.8 * 3 / 6)
-    assert losses['pskd_soft'] == pytest.approx(-0.8 * 3 / 6 * (p * p.log()).sum(1).mean().item(), rel=1e-4)
+    assert 'it is plain until iteration 6' in caplog.text
+    assert [step for step, _ in spy.calls] == [5, 6, 7]
+    (_, ((logits, _), proposals)), losses = spy.calls[0], spy.losses[0]
+    plain = F.cross_entropy(logits, torch.cat([p.gt_classes for p in proposals])).item()
+    assert losses['loss_cls'] == pytest.approx(plain, rel=1e-5)
+    assert [step['pskd_soft'] > 0 for step in spy.losses] == [False, True, True]
+
+
+def test_the_moving_average(voc, tmp_path):
+    """Of the weights after each iteration, with a decay that grows to the one asked for; it learns no statistics."""
+    weights, averages = [], []
+
+    class Watch(HookBase):
+        def after_step(self):
+            hook = next(hook for hook in self.trainer._hooks if isinstance(hook, PSKDHook))
+            for kept, model in ((weights, self.trainer.model), (averages, hook.past.model)):
+                kept.append([p.detach().clone() for p in model.parameters()])
+
+        def before_train(self):
+            self.initial = [p.detach().clone() for p in self.trainer.model.parameters()]
+
+    options = f'{PSKD} SELFKD.PSKD.TEACHER ema SELFKD.PSKD.EMA_DECAY 0.3'
+    train(config(voc, tmp_path, options=options), watch := Watch())
+    expected = watch.initial
+    for step, (now, average) in enumerate(zip(weights, averages), 1):
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now)]
+        torch.testing.assert_close(average, expected)
+
+
+def test_the_log_says_what_auto_takes_and_what_does_nothing(voc, tmp_path, caplog):
+    logging.getLogger('detectron2.selfkd').addHandler(caplog.handler)
+    train(config(voc, tmp_path, options=PSKD + 'SELFKD.PSKD.EMA_DECAY 0.9'))
+    assert "teacher='snapshot', a past copy of the detector, as regions and anchors are others" in caplog.text
+    assert "ema_decay is for teacher='ema', not 'auto': it does nothing" in caplog.text
+
+
+def test_resuming_with_another_teacher_is_refused(voc, tmp_path):
+    options = 'SOLVER.CHECKPOINT_PERIOD 5 SOLVER.MAX_ITER 8 ' + PSKD
+    train(config(voc, tmp_path, options=options))
+    (tmp_path / 'last_checkpoint').write_text('model_0000004.pth')
+    with pytest.raises(ValueError, match="of teacher='snapshot', and this run's of teacher='ema'"):
+        train(config(voc, tmp_path, options=options + EMA['faster, ema']), resume=True)
 
 
 def test_two_processes_train_one_detector(voc, tmp_path):
@@ -345,7 +384,19 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
             'SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 2.5',
             'SELFKD.PSKD.INTERVAL.* positive number of iterations, got 2.5',
         ),
-        ('faster', PSKD + 'SELFKD.PSKD.INTERVAL 6', 'SELFKD.PSKD.INTERVAL. is 6 iterations, and the whole training 6'),
+        (
+            'faster',
+            PSKD + 'SELFKD.PSKD.INTERVAL 6',
+            r'the first 6 iterations \(interval \(SELFKD.PSKD.INTERVAL\)\) have no past, and training ends after 6',
+        ),
+        ('faster', PSKD + 'SELFKD.PSKD.TEACHER bank', "teacher='bank' keeps a prediction .* set 'snapshot' or 'ema'"),
+        ('faster', PSKD + 'SELFKD.PSKD.TEACHER past', 'teacher must be one of'),
+        ('faster', PSKD + 'SELFKD.PSKD.TEACHER ema SELFKD.PSKD.EMA_DECAY 1.0', r'ema_decay: must lie in \[0, 1\)'),
+        (
+            'faster',
+            PSKD + 'SELFKD.PSKD.TEACHER snapshot SELFKD.PSKD.EMA_DECAY 0.9',
+            "ema_decay is for teacher='ema', not 'snapshot': remove it",
+        ),
         (
             'faster',
             PSKD + 'SELFKD.PSKD.TEACHER_MODE test',
@@ -379,7 +430,9 @@ def test_what_cannot_work_is_refused_at_the_start(voc, tmp_path, model, options,
 
 def test_run_shorter_than_a_pass_over_the_data_is_refused(voc, tmp_path):
     cfg = config(voc, tmp_path, options='SELFKD.PSKD.ENABLED True SOLVER.MAX_ITER 2')
-    with pytest.raises(ValueError, match='a pass over the training set is 2 iterations, .* training 2.*INTERVAL'):
+    with pytest.raises(
+        ValueError, match=r'the first 2 iterations \(a pass over the training set\) .* ends after 2.*INTERVAL'
+    ):
         d2_runs.script.Trainer(cfg).train()
 
 

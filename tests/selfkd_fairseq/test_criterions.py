@@ -12,6 +12,7 @@ from fairseq.data import Dictionary  # noqa: E402
 from selfkd.bank import PredictionBank  # noqa: E402
 from selfkd.losses import distillation_kl  # noqa: E402
 from selfkd.metrics import calibration_error, calibration_gaps, confidence_of  # noqa: E402
+from selfkd.past import SnapshotPast  # noqa: E402
 from selfkd_fairseq.benchmark import make_trainer  # noqa: E402
 from selfkd_fairseq.criterions import check_config  # noqa: E402
 
@@ -28,7 +29,8 @@ def smoothed(target, vocabulary):
 @pytest.mark.parametrize('past', ['snapshot', 'bank'])
 def test_loss_and_gradient_are_those_of_the_mixed_target(past):
     """-sum_c ((1 - a) y_c + a p_c) log p(c) over the tokens that are not padding."""
-    trainer, batches = make_trainer(['--pskd-past', past, '--pskd-top-k', '50'], **SMALL)
+    whole = ['--pskd-top-k', '50'] if past == 'bank' else []
+    trainer, batches = make_trainer(['--pskd-teacher', past, *whole], **SMALL)
     pad = Dictionary().pad()
     batch = next(batch for batch in batches if (batch['target'] == pad).any())
     model, criterion = trainer.get_model(), trainer.criterion
@@ -44,7 +46,8 @@ def test_loss_and_gradient_are_those_of_the_mixed_target(past):
         )
         assert difference > 0  # one update into the epoch they are not the same any more
     else:
-        p = teacher.predict(batch, 0)[0].dense(50)
+        teacher.begin_step(1, batch['id'])
+        p = teacher.predict(batch['target']).probs.dense(50)
 
     model.train()
     criterion.train()
@@ -58,7 +61,7 @@ def test_loss_and_gradient_are_those_of_the_mixed_target(past):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
     assert sample_size == real.sum() == log['ntokens']
-    torch.testing.assert_close(log['soft_loss'], -(p * lprobs).sum(1)[real].sum().detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(log['pskd_soft'], -ALPHA * (p * lprobs).sum(1)[real].sum().detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(log['nll_loss'], -lprobs.gather(1, target[:, None])[real].sum().detach())
 
 
@@ -67,7 +70,7 @@ def test_loss_and_gradient_are_those_of_the_mixed_target(past):
 def test_the_mode_of_the_past_copy(past, mode):
     """In training it has dropout, drawn anew, whatever mode validation left the model in; the student's is the same."""
     settings = {**SMALL, 'dropout': 0.3}
-    trainer, batches = make_trainer(['--pskd-past', *past, '--pskd-teacher-mode', mode], **settings)
+    trainer, batches = make_trainer(['--pskd-teacher', *past, '--pskd-teacher-mode', mode], **settings)
     trainer.get_model().eval()
     trainer.begin_epoch(3)
     trainer.train_step(batches[:1])
@@ -75,7 +78,8 @@ def test_the_mode_of_the_past_copy(past, mode):
     model = teacher.teacher.model
     assert {module.training for module in model.modules()} == {mode == 'train'}
     states = [torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()]
-    first, second = (teacher.predict(batches[0], 0)[0] for _ in range(2))
+    criterion = trainer.criterion
+    first, second = (teacher.run(criterion.past_probs, teacher.model, batches[0]) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert [np.random.get_state()[1].tolist(), random.getstate()] == states[1:]
     assert torch.equal(first, second) == (mode == 'eval')
@@ -98,7 +102,7 @@ def test_tokens_are_paired_across_sentences():
         return distillation_kl(lprobs[[token]], lprobs[[partner]], 4.0, reduction='sum').item()
 
     certain = kl(0, 5) + kl(1, 5) + kl(3, 6) + kl(6, 3)
-    drawn = [trainer.criterion(model, sample)[2]['kl_loss'].item() - certain for _ in range(30)]
+    drawn = [trainer.criterion(model, sample)[2]['loss_cskd'].item() - certain for _ in range(30)]
     distance = [[abs(value - kl(5, partner)) for partner in (0, 1)] for value in drawn]
     assert max(map(min, distance)) < 1e-4
     assert {pair.index(min(pair)) for pair in distance} == {0, 1}
@@ -107,15 +111,15 @@ def test_tokens_are_paired_across_sentences():
 def test_bank_holds_what_the_model_predicted():
     """All tokens of it, or of fewer in all updates together what was predicted in all of them."""
     for top_k, updates in ((50, 1), (12, 400)):
-        trainer, batches = make_trainer(['--pskd-past', 'bank', '--pskd-top-k', str(top_k)], **SMALL)
+        trainer, batches = make_trainer(['--pskd-teacher', 'bank', '--pskd-top-k', str(top_k)], **SMALL)
         model, batch, past = trainer.get_model(), batches[1], trainer.criterion.training_run.past
         trainer.criterion.train()
         model.train()
         kept = 0
         for update in range(updates):
-            past.begin_step(update, model, None)
+            past.begin_step(update, batch['id'])
             trainer.criterion(model, batch)
-            kept = kept + past.predict(batch, 0)[0].dense(50) / updates
+            kept = kept + past.predict(batch['target']).probs.dense(50) / updates
         with torch.no_grad():
             probs = model(**batch['net_input'])[0].softmax(-1).view(-1, 50)
         real = batch['target'].flatten() != Dictionary().pad()
@@ -125,14 +129,13 @@ def test_bank_holds_what_the_model_predicted():
 
 def test_bank_refuses_sentences_that_change():
     """Noise in the targets, drawn anew each time: a row was kept for another token."""
-    trainer, batches = make_trainer(['--pskd-past', 'bank'], **SMALL)
+    trainer, batches = make_trainer(['--pskd-teacher', 'bank'], **SMALL)
     model, criterion, batch = trainer.get_model().train(), trainer.criterion.train(), batches[0]
+    criterion.training_run.past.begin_step(1, batch['id'])
     criterion(model, batch)
     noisy = batch['target'].clone()
     noisy[0, 0] = noisy[0, 0] - 1 if noisy[0, 0] > Dictionary().nspecial else noisy[0, 0] + 1
-    with pytest.raises(
-        ValueError, match=r'--pskd-past bank: a target token .* \(1 of \d+ rows differ\).*use --pskd-past'
-    ):
+    with pytest.raises(ValueError, match=r'the sample of row .* \(1 of \d+ rows differ\).*use --pskd-teacher'):
         criterion(model, {**batch, 'target': noisy})
     criterion(model, batch)
 
@@ -145,11 +148,42 @@ def test_bank_of_160k_sentences_fits():
 
 
 def test_a_criterion_that_nobody_trains_is_no_silent_plain_run():
-    trainer, batches = make_trainer(['--pskd-past', 'snapshot'], **SMALL)
+    trainer, batches = make_trainer(['--pskd-teacher', 'snapshot'], **SMALL)
     part = torch.nn.ModuleList([trainer.get_model()])[0]
     trainer.criterion.training_run.step_model = None
     with pytest.raises(RuntimeError, match='trains parts of a model'):
         trainer.criterion(part.train(), batches[0])
+
+
+def test_old_names_of_options():
+    """For one release they work, and say the new ones."""
+    with pytest.warns(DeprecationWarning, match='fairseq: --pskd-past is now called --pskd-teacher'):
+        trainer, _ = make_trainer(['--pskd-past', 'bank'], **SMALL)
+    assert trainer.criterion.training_run.cfg.pskd_teacher == 'bank'
+    for interval, is_now in (('5', 5), ('0', None)):
+        with pytest.warns(DeprecationWarning, match='--pskd-snapshot-interval is now called --pskd-interval'):
+            trainer, _ = make_trainer(['--pskd-snapshot-interval', interval], **SMALL)
+        assert trainer.criterion.training_run.cfg.pskd_interval == is_now
+
+
+def test_auto_takes_the_snapshot_and_says_what_does_nothing(caplog):
+    with caplog.at_level('INFO'):
+        trainer, _ = make_trainer(['--pskd-top-k', '4'], **SMALL)
+    assert isinstance(trainer.criterion.training_run.past, SnapshotPast)
+    assert "teacher='auto' takes the snapshot: on larger corpora the translations were better" in caplog.text
+    assert '--pskd-top-k: is for --pskd-teacher bank, not snapshot: it does nothing' in caplog.text
+
+
+def test_keep_hard():
+    """The label's part weighs 1 instead of 1 - alpha."""
+    logs = []
+    for option in ([], ['--pskd-keep-hard']):
+        trainer, batches = make_trainer(['--pskd-teacher', 'snapshot', *option], **SMALL)
+        trainer.criterion.train()
+        logs.append(trainer.criterion(trainer.get_model().train(), batches[0])[2])
+    mixed, kept = logs
+    torch.testing.assert_close(mixed['pskd_hard'], (1 - ALPHA) * kept['pskd_hard'], rtol=1e-3, atol=0)
+    assert kept['loss'] == pytest.approx(float(kept['pskd_hard'] + kept['pskd_soft']), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +195,7 @@ def test_a_criterion_that_nobody_trains_is_no_silent_plain_run():
     ],
 )
 def test_no_process_may_hold_a_part_of_the_model_only(setting, value, message):
-    trainer, _ = make_trainer(['--pskd-past', 'snapshot'], **SMALL)
+    trainer, _ = make_trainer(['--pskd-teacher', 'snapshot'], **SMALL)
     cfg = trainer.cfg.criterion.copy()
     check_config(cfg)
     cfg[setting] = value

@@ -18,9 +18,9 @@ REPO = Path(__file__).resolve().parents[2]
 PSKD = '--criterion pskd_label_smoothed_cross_entropy --label-smoothing 0.1 --pskd-alpha 0.8'
 PASTS = {
     'snapshot': '',
-    'interval': '--pskd-snapshot-interval 5',
-    'ema': '--pskd-past ema --store-ema --ema-decay 0.9',
-    'bank': '--pskd-past bank --pskd-top-k 4',
+    'interval': '--pskd-interval 5',
+    'ema': '--pskd-teacher ema --store-ema --ema-decay 0.9',
+    'bank': '--pskd-teacher bank --pskd-top-k 4',
 }
 NO_CLOCK = ('wps', 'ups', 'train_wall', 'wall')  # the entries of a log that differ from run to run
 
@@ -43,16 +43,17 @@ def test_the_command_of_the_readme(fairseq, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert '"train_alpha": "0.3"' in result.stdout + result.stderr
+    assert '"train_pskd_alpha": "0.3"' in result.stdout + result.stderr
 
 
 def test_usage_shows_the_options(fairseq):
     """fairseq's --help stops before it knows the criterion, for its own options too; its usage message does not."""
     options = (
         '--pskd-alpha',
-        '--pskd-past {snapshot,ema,bank}',
-        '--pskd-snapshot-interval',
+        '--pskd-teacher {auto,bank,snapshot,ema}',
+        '--pskd-interval',
         '--pskd-teacher-mode {train,eval}',
+        '--pskd-keep-hard',
         '--pskd-top-k',
         '--report-ece',
     )
@@ -76,14 +77,13 @@ def test_logs(fairseq):
     log = fairseq.train('logs', PSKD, '--max-epoch 4 --report-ece')
     train = log.stats('train')
     # The first epoch has no past; then alpha = 0.8 t / 4.
-    assert [entry['train_alpha'] for entry in train] == pytest.approx([0, 0.4, 0.6, 0.8])
-    assert train[0]['train_loss'] == train[0]['train_hard_loss']
+    assert [entry['train_pskd_alpha'] for entry in train] == pytest.approx([0, 0.4, 0.6, 0.8])
+    assert train[0]['train_loss'] == train[0]['train_pskd_hard']
     for entry in train:
-        alpha = entry['train_alpha']
-        mixed = (1 - alpha) * entry['train_hard_loss'] + alpha * entry['train_soft_loss']
+        mixed = entry['train_pskd_hard'] + entry['train_pskd_soft']
         assert entry['train_loss'] == pytest.approx(mixed, abs=2e-3)  # logged with three decimals
     for entry in log.stats('valid'):
-        assert not any('alpha' in key or 'hard' in key or 'gap' in key for key in entry)
+        assert not any('pskd' in key or 'gap' in key for key in entry)
         assert entry['valid_ppl'] == pytest.approx(2 ** entry['valid_nll_loss'], rel=1e-2)
         assert 0 < entry['valid_ece'] < 100
 
@@ -93,7 +93,7 @@ def test_alpha_grows_with_updates_where_there_is_no_max_epoch(fairseq):
     entries = log.stats('train_inner')
     updates = [int(entry['num_updates']) for entry in entries]
     assert updates == list(range(1, 13))
-    alphas = [entry['alpha'] for entry in entries]
+    alphas = [entry['pskd_alpha'] for entry in entries]
     first_epoch = alphas.count(0)
     assert 0 < first_epoch < 6
     # before the u-th update, u - 1 of 12 are done
@@ -107,14 +107,14 @@ def test_alpha_grows_with_updates_where_there_is_no_max_epoch(fairseq):
 def test_alpha_follows_what_ends_first(fairseq, lengths, alphas):
     log = fairseq.train('first', PSKD, lengths, '--no-save --disable-validation')
     if alphas is None:
-        assert log.stats('train_inner')[-1]['alpha'] == pytest.approx(0.8 * 11 / 12, abs=1e-4)
+        assert log.stats('train_inner')[-1]['pskd_alpha'] == pytest.approx(0.8 * 11 / 12, abs=1e-4)
     else:
-        assert [entry['train_alpha'] for entry in log.stats('train')] == pytest.approx(alphas, abs=1e-4)
+        assert [entry['train_pskd_alpha'] for entry in log.stats('train')] == pytest.approx(alphas, abs=1e-4)
 
 
 def test_what_may_end_training_early_is_said(fairseq):
     log = fairseq.train('patience', PSKD, '--max-epoch 2 --no-save --patience 5')
-    assert 'alpha grows up to --pskd-alpha 0.8 over --max-epoch 2. Where --patience ends training earlier' in log
+    assert 'alpha grows up to 0.8 over --max-epoch 2; where --patience ends training earlier' in log
 
 
 @pytest.mark.parametrize('options', ['', '--sentence-avg'])
@@ -123,14 +123,14 @@ def test_cross_entropy_logs_the_likelihood_of_the_label(fairseq, options):
     log = fairseq.train('ce', '--criterion pskd_cross_entropy --pskd-alpha 0.8 --max-epoch 3 --no-save', options)
     last = log.stats('train')[-1]
     tokens = last['train_wpb'] / last['train_bsz'] if options else 1  # the losses are per sentence or per token
-    assert last['train_nll_loss'] == pytest.approx(last['train_hard_loss'] / tokens, abs=5e-3)
+    assert last['train_nll_loss'] == pytest.approx(last['train_pskd_hard'] / 0.2 / tokens, abs=2e-2)
     assert abs(last['train_loss'] / tokens - last['train_nll_loss']) > 0.01
     assert last['train_ppl'] == pytest.approx(2 ** last['train_nll_loss'], rel=1e-2)
 
 
 @pytest.mark.parametrize(('decay', 'says'), [('', True), ('--ema-decay 0.5', False)])
 def test_an_average_that_stays_near_the_initial_weights(fairseq, decay, says):
-    log = fairseq.train('decay', PSKD, '--max-epoch 2 --no-save --pskd-past ema --store-ema', decay)
+    log = fairseq.train('decay', PSKD, '--max-epoch 2 --no-save --pskd-teacher ema --store-ema', decay)
     assert ('still consists to 100% of the initial weights' in log) == says
 
 
@@ -173,7 +173,13 @@ def test_resuming_is_exact(fairseq, difference, past):
         itr = state['extra_state']['train_iterator']
         assert (itr['iterations_in_epoch'] > 0) == (name == 'middle')
         saved = saved_past(state)
-        assert (saved is not None) == {'snapshot': name == 'middle', 'interval': True, 'ema': False, 'bank': True}[past]
+        key = {
+            'snapshot': ['teacher'] * (name == 'middle'),
+            'interval': ['teacher'],
+            'ema': ['average'],
+            'bank': ['bank'],
+        }
+        assert list(saved) == key[past]
         plain_file = fairseq.folder / 'plain.pt'
         torch.save(itr['selfkd'], plain_file)
         if torch.__version__ >= '1.13':
@@ -181,12 +187,12 @@ def test_resuming_is_exact(fairseq, difference, past):
         fairseq.train(f'{past}-{name}', *options, f'--restore-file {fairseq.folder / path}')
         assert difference(fairseq.weights(save), fairseq.weights(f'{past}-{name}')) == 0
         updates = state['optimizer_history'][-1]['num_updates']
-        if saved is not None and not (past == 'interval' and updates % 5 == 0):  # a new one is due there
+        if saved and past != 'ema' and not (past == 'interval' and updates % 5 == 0):  # a new one is due there
             del itr['selfkd']
             torch.save(state, fairseq.folder / save / 'without.pt')
             log = fairseq.train(f'{save}-control', *options, f'--restore-file {save}/without.pt')
             assert difference(fairseq.weights(save), fairseq.weights(f'{save}-control')) > 1e-5
-            assert past == 'interval' or 'PS-KD: the checkpoint holds no' in log
+            assert 'PS-KD: the checkpoint holds no past predictions' in log
 
 
 def test_the_training_set_may_be_validated_on(fairseq, difference):
@@ -194,27 +200,26 @@ def test_the_training_set_may_be_validated_on(fairseq, difference):
     options = (PSKD, '--max-epoch 3 --valid-subset valid,train --save-interval-updates 4')
     fairseq.train('both', *options)
     path = fairseq.first('both/checkpoint_2_*')
-    assert saved_past(fairseq.checkpoint(path)) is not None
+    assert saved_past(fairseq.checkpoint(path))['teacher']
     fairseq.train('both-resumed', *options, f'--restore-file {path}')
     assert difference(fairseq.weights('both'), fairseq.weights('both-resumed')) == 0
 
 
 @pytest.mark.parametrize(('before', 'after'), [('bank', 'snapshot'), ('snapshot', 'bank'), ('interval', 'ema')])
-def test_resuming_with_another_past(fairseq, before, after):
-    """What the checkpoint holds is of no use; the run says so and builds up a past of its own."""
+def test_resuming_with_another_teacher_is_refused(fairseq, before, after):
     options = (PSKD, '--max-epoch 4 --save-interval-updates 4 --disable-validation --store-ema')
     fairseq.train(f'{before}-before', *options, PASTS[before], '--ema-decay 0.9')
     path = fairseq.first(f'{before}-before/checkpoint_2_*')
-    log = fairseq.train(f'{before}-{after}', *options, PASTS[after], '--ema-decay 0.9', f'--restore-file {path}')
+    resume = f'--ema-decay 0.9 --restore-file {path}'
+    log = fairseq.train(f'{before}-{after}', *options, PASTS[after], resume, fails=True)
     made_with = 'snapshot' if before == 'interval' else before
-    assert f'made with --pskd-past {made_with}, and --pskd-past {after} cannot use what it holds' in log
-    assert log.stats('train')[-1]['train_soft_loss'] > 0
+    assert f"past is of teacher='{made_with}', and this run's of teacher='{after}': resume with the same" in log
 
 
 def test_tied_weights_are_saved_once(fairseq):
     args = (PSKD, '--share-all-embeddings --max-epoch 3')
     fairseq.train('tied', *args, '--save-interval-updates 4', data='joined')
-    saved = saved_past(fairseq.checkpoint(fairseq.first('tied/checkpoint_2_*')))
+    saved = saved_past(fairseq.checkpoint(fairseq.first('tied/checkpoint_2_*')))['teacher']
     embeddings = [t for name, t in saved.items() if 'embed_tokens' in name or 'output_projection' in name]
     assert len(embeddings) == 3
     assert len({t.storage().data_ptr() for t in embeddings}) == 1
@@ -224,30 +229,30 @@ def test_resuming_with_another_total_says_what_happens_to_alpha(fairseq):
     fairseq.train('total', PSKD, '--max-epoch 2')
     log = fairseq.train('total', PSKD, '--max-epoch 4')
     assert 'over --max-epoch 4; the checkpoint was made with --max-epoch 2' in log
-    assert [entry['train_alpha'] for entry in log.stats('train')] == pytest.approx([0.6, 0.8])
+    assert [entry['train_pskd_alpha'] for entry in log.stats('train')] == pytest.approx([0.6, 0.8])
 
 
 @pytest.mark.parametrize(
     ('model', 'data', 'options'),
     [
         ('transformer', 'bin', '--sentence-avg --update-freq 2'),
-        ('transformer', 'bin', '--pskd-past bank --update-freq 2 --ignore-prefix-size 1 --report-accuracy'),
+        ('transformer', 'bin', '--pskd-teacher bank --update-freq 2 --ignore-prefix-size 1 --report-accuracy'),
         ('transformer', 'bin', '--ignore-prefix-size 1 --amp'),
-        ('transformer', 'bin', '--pskd-past bank --num-workers 2'),
+        ('transformer', 'bin', '--pskd-teacher bank --num-workers 2'),
         ('transformer', 'joined', '--share-all-embeddings --store-ema'),
         ('lstm', 'bin', ''),
         ('fconv', 'bin', '--clip-norm 0.1'),
-        ('lstm', 'bin', '--pskd-past bank --left-pad-target'),
+        ('lstm', 'bin', '--pskd-teacher bank --left-pad-target'),
         ('lm', 'lm', '--task language_modeling --tokens-per-sample 16'),
-        ('lm', 'lm', '--task language_modeling --tokens-per-sample 16 --pskd-past bank --sample-break-mode eos'),
+        ('lm', 'lm', '--task language_modeling --tokens-per-sample 16 --pskd-teacher bank --sample-break-mode eos'),
     ],
 )
 def test_options_and_models(fairseq, model, data, options):
     """Two epochs; the second one learns from the past, and that past is a model that has learnt something."""
     log = fairseq.train('options', PSKD, options, '--max-epoch 3 --no-save --lr 0.01', model=model, data=data)
     first, *_, last = log.stats('train')
-    assert first['train_soft_loss'] == 0 < last['train_soft_loss']
-    assert last['train_alpha'] == pytest.approx(0.8, abs=0.01)
+    assert first['train_pskd_soft'] == 0 < last['train_pskd_soft']
+    assert last['train_pskd_alpha'] == pytest.approx(0.8, abs=0.01)
     assert last['train_nll_loss'] < first['train_nll_loss']
 
 
@@ -260,14 +265,14 @@ task: {{_name: translation, data: {fairseq.folder}/bin}}
 dataset: {{max_tokens: 500}}
 optimization: {{max_epoch: 2, lr: [0.01]}}
 checkpoint: {{save_dir: {fairseq.folder}/hydra}}
-criterion: {{_name: pskd_label_smoothed_cross_entropy, label_smoothing: 0.1, pskd_alpha: 0.6, pskd_past: bank}}
+criterion: {{_name: pskd_label_smoothed_cross_entropy, label_smoothing: 0.1, pskd_alpha: 0.6, pskd_teacher: bank}}
 optimizer: {{_name: adam}}
 lr_scheduler: {{_name: fixed}}
 model: {{_name: transformer, encoder: {{layers: 1}}, decoder: {{layers: 1}}, base_layers: 0}}
 """
     )
     log = fairseq.run('fairseq-hydra-train --config-dir conf --config-name small')
-    assert '"train_alpha": "0.6"' in log
+    assert '"train_pskd_alpha": "0.6"' in log
     assert 'token bank takes' in log
 
 
@@ -343,9 +348,9 @@ class TestSeveralProcesses:
         logs = fairseq.train_together(several, *options, '--ddp-backend legacy_ddp', processes=processes)
         assert difference(fairseq.weights(one), fairseq.weights(several)) < 5e-4  # rounding; another past: 0.003
         for log in logs[:1]:
-            assert log.stats('train')[-1]['train_alpha'] == pytest.approx(0.8)
+            assert log.stats('train')[-1]['train_pskd_alpha'] == pytest.approx(0.8)
         if past == 'bank':
-            one, several = (saved_past(fairseq.checkpoint(f'{save}/checkpoint1.pt')) for save in (one, several))
+            one, several = (saved_past(fairseq.checkpoint(f'{save}/checkpoint1.pt'))['bank'] for save in (one, several))
             assert several['seen'].all()  # each process saw a part of the sentences itself
             torch.testing.assert_close(several['values'], one['values'], atol=2e-3, rtol=0)
 
@@ -354,7 +359,7 @@ class TestSeveralProcesses:
         options = (PSKD, '--ddp-backend legacy_ddp --no-save --disable-validation')
         logs = fairseq.train_together('four', *options, '--max-epoch 1000 --max-update 8', processes=4)
         epoch = int(logs[0].stats('train')[0]['train_num_updates'])
-        alphas = [entry['alpha'] for entry in logs[0].stats('train_inner')]
+        alphas = [entry['pskd_alpha'] for entry in logs[0].stats('train_inner')]
         assert alphas == pytest.approx([0] * epoch + [0.8 * done / 8 for done in range(epoch, 8)], abs=1e-4)
 
     def test_one_process_runs_out_of_memory(self, fairseq):
@@ -362,7 +367,9 @@ class TestSeveralProcesses:
         options = (PSKD, PASTS['bank'], '--max-epoch 2 --ddp-backend legacy_ddp --disable-validation --update-freq 2')
         logs = fairseq.train_together('memory', *options, '--save-interval-updates 1', out_of_memory_at=2)
         assert 'attempting to recover from OOM' in logs[1]
-        first, last = (saved_past(fairseq.checkpoint(f'memory/checkpoint{name}.pt'))['seen'] for name in ('_1_1', '2'))
+        first, last = (
+            saved_past(fairseq.checkpoint(f'memory/checkpoint{name}.pt'))['bank']['seen'] for name in ('_1_1', '2')
+        )
         assert 0 < first.float().mean() < 1
         assert last.all()
 
@@ -388,20 +395,25 @@ class TestSeveralProcesses:
         ('--pskd-alpha 1.2 --max-epoch 2', '--pskd-alpha: must lie in [0, 1], got 1.2'),
         ('', '--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update'),
         (
-            '--max-epoch 2 --pskd-past ema',
-            '--pskd-past ema: uses the average that fairseq keeps, so it needs --store-ema',
+            '--max-epoch 2 --pskd-teacher ema',
+            '--pskd-teacher ema: uses the average that fairseq keeps, so it needs --store-ema',
         ),
-        ('--max-epoch 2 --pskd-snapshot-interval -1', '--pskd-snapshot-interval: must be'),
-        ('--max-epoch 2 --pskd-past bank --pskd-top-k 0', '--pskd-top-k: must lie in'),
-        ('--max-epoch 2 --pskd-past bank --pskd-snapshot-interval 5', '--pskd-snapshot-interval: is for'),
+        ('--max-epoch 2 --pskd-interval 0', '--pskd-interval: must be a positive number of updates, got 0'),
+        ('--max-epoch 2 --pskd-teacher bank --pskd-top-k 0', '--pskd-top-k: must lie in'),
+        ('--max-epoch 2 --pskd-teacher bank --pskd-interval 5', '--pskd-interval: is for --pskd-teacher snapshot, not'),
         (
-            '--max-epoch 2 --pskd-past bank --pskd-teacher-mode eval',
-            '--pskd-teacher-mode eval: is for --pskd-past snap',
+            '--max-epoch 2 --pskd-teacher bank --pskd-teacher-mode eval',
+            '--pskd-teacher-mode: is for --pskd-teacher snapshot or ema, not bank',
         ),
-        ('--max-epoch 1', 'training ends after'),
-        ('--max-epoch 9 --max-update 3', 'and training ends after 3, so it would be plain training'),
-        ('--max-epoch 3 --pskd-snapshot-interval 100', 'the first one is due after 100 updates'),
-        ('--max-epoch 1 --pskd-past bank', 'a sentence when it comes again, in the second epoch'),
+        ('--max-epoch 2 --pskd-teacher snapshot --pskd-top-k 4', '--pskd-top-k: is for --pskd-teacher bank, not snap'),
+        (
+            '--max-epoch 2 --pskd-past bank --pskd-teacher snapshot',
+            '--pskd-past: is the old name of --pskd-teacher, and both were given',
+        ),
+        ('--max-epoch 1', 'updates (the first epoch) have no past, and training ends after'),
+        ('--max-epoch 9 --max-update 3', 'and training ends after 3, so it would be plain: raise --max-epoch or'),
+        ('--max-epoch 3 --pskd-interval 100', 'the first 100 updates (--pskd-interval) have no past'),
+        ('--max-epoch 1 --pskd-teacher bank', '--pskd-teacher bank: the first'),
         ('--max-epoch 2 --adaptive-softmax-cutoff 10', '--adaptive-softmax-cutoff: an adaptive softmax has no'),
         (
             '--max-epoch 2 --task translation_lev --arch nonautoregressive_transformer',
@@ -436,9 +448,9 @@ def test_the_bank_refuses_data_that_was_shuffled_between_two_runs(fairseq):
         fairseq.train(f'unshuffled-{past}', *options, '--max-epoch 2')
         resume = f'--max-epoch 3 --restore-file {folder}/unshuffled-{past}/checkpoint2.pt'
         log = fairseq.train(f'shuffled-{past}', *options, resume, data='shuffled', fails=past == 'bank')
-        says = '--pskd-past bank: a target token is not the one that its row was kept for'
+        says = 'the samples of a batch are not those that the sampler chose'
         assert (says in log) == (past == 'bank')
-        assert past != 'bank' or 'or use --pskd-past snapshot or ema' in log
+        assert past != 'bank' or 'or use --pskd-teacher snapshot or ema' in log
 
 
 def test_sharded_data_is_refused_for_the_bank(fairseq):
@@ -451,8 +463,8 @@ def test_cskd(fairseq):
     options = '--label-smoothing 0.1 --max-epoch 2'
     criterion = '--criterion cskd_label_smoothed_cross_entropy'
     log = fairseq.train('cskd', criterion, options, '--cskd-temperature 2')
-    assert log.stats('train')[-1]['train_kl_loss'] > 0
-    assert not any('kl_loss' in key for key in log.stats('valid')[-1])
+    assert log.stats('train')[-1]['train_loss_cskd'] > 0
+    assert not any('cskd' in key for key in log.stats('valid')[-1])
     assert '--cskd-temperature must be above 0' in fairseq.train(
         'cskd-bad', criterion, options, '--cskd-temperature 0', fails=True
     )
