@@ -13,16 +13,22 @@ from torch import Tensor, nn
 
 from .bank import PredictionBank
 from .bank_sync import exchange_rows
+from .defaults import PSKD
 from .seeds import row_uniform
 from .teacher import SnapshotTeacher
 from .topk import TopK, draw_top_k
 
 __all__ = ['TEACHERS', 'AveragePast', 'BankPast', 'CopyPast', 'Past', 'Prediction', 'SnapshotPast', 'TokenBankPast']
-__all__ += ['choose_teacher', 'copy_past', 'refuse_without_past']
+__all__ += ['choose_teacher', 'copy_past', 'options_without_effect', 'refuse_without_past']
 
 logger = logging.getLogger(__name__)
 
 TEACHERS = ('auto', 'bank', 'snapshot', 'ema')
+OPTIONS = {  # that only some teachers have
+    'bank': ('top_k', 'bank_dtype', 'bank_device', 'bank_momentum'),
+    'snapshot': ('teacher_mode', 'interval'),
+    'ema': ('teacher_mode', 'interval', 'ema_decay'),
+}
 
 
 class Prediction(NamedTuple):
@@ -332,6 +338,7 @@ class AveragePast(CopyPast):
             self._share_buffers()
 
     def begin_period(self, model: nn.Module) -> None:
+        self.teacher.take_mode(model)  # at the copy's birth the model may not have been in the mode that it trains in
         self.ready = True
 
     def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:
@@ -351,20 +358,38 @@ def copy_past(teacher: str, model: nn.Module, *, mode: str, ema_decay: float) ->
     return SnapshotPast(model, mode=mode)
 
 
-def choose_teacher(teacher: str, obstacle: Optional[str]) -> str:
+def choose_teacher(teacher: str, obstacle: Optional[str], *, log: Callable[[str], None] = logger.info) -> str:
     """What ``teacher='auto'`` comes to, and says so in the log: the bank, or the snapshot if it cannot be.
 
     Args:
         teacher: the setting; anything but ``'auto'`` is taken as it is.
         obstacle: why a prediction would belong to no single sample, as ``'Mixup mixes samples'``; None: it does belong.
+        log: writes into the toolkit's log.
     """
     if teacher != 'auto':
         return teacher
     if obstacle is None:
-        logger.info("PS-KD: teacher='auto' takes the bank: each sample keeps its identity")
+        log("PS-KD: teacher='auto' takes the bank: each sample keeps its identity")
         return 'bank'
-    logger.info("PS-KD: teacher='auto' takes the snapshot: %s", obstacle)
+    log(f"PS-KD: teacher='auto' takes the snapshot: {obstacle}")
     return 'snapshot'
+
+
+def options_without_effect(teacher: str, task: str, options: Dict[str, Any]) -> List[str]:
+    """Names of options that are not at the task's default, though this teacher does not have them.
+
+    Args:
+        teacher: ``'bank'``, ``'snapshot'`` or ``'ema'``.
+        task: one of :data:`selfkd.defaults.TASKS`.
+        options: names and values; of those that all teachers have, too.
+
+    Example:
+        >>> options_without_effect('snapshot', 'classification', dict(alpha=0.8, interval=50, top_k=16))
+        ['top_k']
+    """
+    foreign = {name for names in OPTIONS.values() for name in names}.difference(OPTIONS[teacher])
+    defaults = {name: default.get(task) if isinstance(default, dict) else default for name, default in PSKD.items()}
+    return [name for name, value in options.items() if name in foreign and value != defaults[name]]
 
 
 def refuse_without_past(

@@ -61,10 +61,11 @@ class SnapshotTeacher:
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.track_running_stats = False  # in training mode: normalise by the batch, without keeping account
-        self._take_mode(model)
+        self.take_mode(model)
         self.begin_step(0)
 
-    def _take_mode(self, model: nn.Module) -> None:
+    def take_mode(self, model: nn.Module) -> None:
+        """In mode ``'train'``: puts each module of the copy into the mode of the model's."""
         if self.mode == 'eval':
             self.model.eval()
             return
@@ -90,7 +91,7 @@ class SnapshotTeacher:
             raise ValueError('model: is not the model that this teacher was made from (other tensors or shapes)')
         for mine, other in zip(ours, theirs):
             mine.copy_(other)
-        self._take_mode(model)
+        self.take_mode(model)
 
     @torch.no_grad()
     def average(self, model: nn.Module, decay: float) -> None:

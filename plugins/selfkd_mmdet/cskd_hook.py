@@ -51,7 +51,7 @@ class CSKDHook(SelfKDHook):
 
     fires_every_step = False  # mmdet leaves out the loss of a batch without regions
 
-    def __init__(self, weight: float = 1.0, temperature: float = 4.0):
+    def __init__(self, weight: float = 1.0, *, temperature: float = 4.0):
         super().__init__()
         positive('CSKDHook', temperature=temperature)
         at_least_zero('CSKDHook', weight=weight)

@@ -1,7 +1,7 @@
 """PS-KD for MMDetection."""
 
 from functools import partial
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ class PSKDHook(PSKDHookBase):
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
     https://arxiv.org/abs/2006.12000
 
-    The teacher is a frozen past copy of the detector (of the end of the previous epoch). Nothing else of the config
-    changes::
+    The teacher is a frozen past copy of the detector: of the end of the previous epoch, or a moving average of its
+    weights. Nothing else of the config changes::
 
         default_hooks = dict(pskd=dict(type='selfkd_mmdet.PSKDHook', alpha=0.8))
 
@@ -45,34 +45,49 @@ class PSKDHook(PSKDHookBase):
 
     Args:
         alpha: final weight of the past's term, in [0, 1].
-        keep_hard: two-stage: False weighs the label's term by ``1 - alpha_t``, as the paper does in classification: the
-            target is then ``(1 - alpha_t) * label + alpha_t * past``.
-        interval: in iteration-based loops: iterations between two refreshes of the past copy. Defaults to one pass over
-            the training set.
-        background: two-stage: also soften the target of background regions, whose class is one like the others. False
-            leaves their label hard.
+        teacher: ``'snapshot'``, the weights at the end of the previous epoch, or ``'ema'``, a moving average of the
+            weights. ``'auto'`` is the snapshot: regions and anchors keep no identity that a bank could go by.
         teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
             batch unless frozen), or ``'eval'``.
+        interval: in iteration-based loops: iterations between two refreshes of the snapshot; for ``'ema'`` the length
+            of the first period, in which there is no past. Defaults to one pass over the training set.
+        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        keep_hard: two-stage: False weighs the label's term by ``1 - alpha_t``, as the paper does in classification: the
+            target is then ``(1 - alpha_t) * label + alpha_t * past``.
+        background: two-stage: also soften the target of background regions, whose class is one like the others. False
+            leaves their label hard.
 
-    Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of ``loss_cls``), with the
-    prefix ``s0.``, ``s1.``, ... for the stages of Cascade R-CNN.
+    Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two weighted parts of ``loss_cls``)
+    and, two-stage, ``pskd_entropy`` (mean entropy of the past predictions, in nats); the last three with the prefix
+    ``s0.``, ``s1.``, ... for the stages of Cascade R-CNN.
 
     Raises:
         ValueError: at the start of training, for detectors and losses that it does not support.
     """
 
+    task = 'detection'
     fires_every_step = False  # mmdet leaves out the loss of a batch without regions
 
     def __init__(
         self,
         alpha: float = 0.8,
-        interval: Optional[int] = None,
-        background: bool = True,
+        *,
+        teacher: str = 'auto',
         teacher_mode: str = 'train',
+        interval: Optional[int] = None,
+        ema_decay: float = 0.999,
         keep_hard: bool = True,
+        background: bool = True,
     ):
-        super().__init__(alpha, snapshot=True, interval=interval, teacher_mode=teacher_mode)
-        self.background, self.keep_hard = background, keep_hard
+        super().__init__(
+            alpha,
+            teacher=teacher,
+            teacher_mode=teacher_mode,
+            interval=interval,
+            ema_decay=ema_decay,
+            keep_hard=keep_hard,
+            background=background,
+        )
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         return [model.bbox_head.loss_cls] if self.many_calls else [head.loss_cls for head in region_heads(model)]
@@ -86,6 +101,9 @@ class PSKDHook(PSKDHookBase):
         self.many_calls = one_stage
         super().check(runner, model)
 
+    def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
+        return 'regions and anchors keep no identity from one epoch to the next', " or 'ema'"
+
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
         self.student = model
@@ -98,13 +116,13 @@ class PSKDHook(PSKDHookBase):
 
     @property
     def teaches(self) -> bool:
-        return self.teacher_ready and self.current_alpha > 0
+        return self.past.ready and self.current_alpha > 0
 
     def before_forward(self, inputs: Tensor) -> None:
         self._feats, self._past = None, {}
         if not self.teaches:
             return
-        run, teacher = self.teacher.run, self.teacher.model
+        run, teacher = self.past.run, self.past.model
         feats = run(teacher.extract_feat, inputs)
         if self.many_calls:
             # In the order in which the heads hand their logits over: level by level, or all levels at once.
@@ -121,19 +139,22 @@ class PSKDHook(PSKDHookBase):
         """
         if not self._computing_loss or self._feats is None or stage in self._past:
             return
-        roi_head = self.teacher.model.roi_head
+        roi_head = self.past.model.roi_head
         stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
-        past = self.teacher.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1])
+        past = self.past.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1])
         self._past[stage] = past['cls_score'].float().softmax(1)
         if len(self._past) == len(region_heads(self.student)):
             self._feats = None  # not to be held through the backward pass
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         stage, prefix = (0, '') if self.many_calls else stage_of(self.student, self.tapped)
-        if not self.teaches:
-            return self.mix(loss, prefix=prefix)
-        soft = self._dense_losses(arguments['pred']) if self.many_calls else self._region_losses(stage, arguments)
-        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments), prefix, keep_hard=self.keep_hard)
+        if self.many_calls:
+            soft = self._dense_losses(arguments['pred']) if self.teaches else None
+        else:
+            past = self._past[stage] if self.teaches else torch.zeros(1, 1)
+            self.logs[f'{prefix}pskd_entropy'] = torch.special.entr(past).sum(1).mean()
+            soft = self._region_losses(stage, arguments) if self.teaches else None
+        return self.mix(loss, soft if soft is None else self.reduced(weight_reduce_loss, soft, arguments), prefix)
 
     def _dense_losses(self, logits: Tensor) -> Tensor:
         past, self._past = self._past[: len(logits)], self._past[len(logits) :]

@@ -1,7 +1,9 @@
 """What the plugins for MMPretrain, MMDetection and MMSegmentation share."""
 
+from selfkd.teacher import unwrap
+
 from .checkpoints import allow_mmengine_checkpoints
-from .hook import SelfKDHook, epoch_length, training_progress, unwrap
+from .hook import SelfKDHook, epoch_length, training_progress
 from .pair_sampler import PairBatchSampler, ViewBatchSampler
 from .pskd_hook import PSKDHookBase
 from .sample_index import SampleIndex

@@ -14,11 +14,12 @@ import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-__all__ = ['SelfKDHook', 'epoch_length', 'training_progress', 'unwrap']
+from selfkd.teacher import unwrap
+
+__all__ = ['SelfKDHook', 'epoch_length', 'training_progress']
 
 CHECKPOINT_KEY = 'selfkd'
 STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of FlexibleRunner: plain calls of a torch module
@@ -219,11 +220,6 @@ class SelfKDHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if runner._resume:
             self._resumed_state = checkpoint.get(CHECKPOINT_KEY, {}).get(type(self).__name__)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a DDP wrapper."""
-    return model.module if is_model_wrapper(model) else model
 
 
 def is_sharded(model: nn.Module) -> bool:

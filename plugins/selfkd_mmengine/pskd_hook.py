@@ -1,90 +1,154 @@
-"""PS-KD for any OpenMMLab toolkit: the growth of alpha and the snapshot teacher. Toolkits subclass it."""
+"""PS-KD for any OpenMMLab toolkit: the growth of alpha, and the moments of the past. Toolkits subclass it."""
 
-from typing import Optional
+from typing import Any, Optional, Tuple
 
 import torch
-from mmengine import dist
 from mmengine.hooks import EarlyStoppingHook
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.checks import one_of, share
+from selfkd.losses import mix
+from selfkd.past import (
+    TEACHERS,
+    BankPast,
+    Past,
+    choose_teacher,
+    copy_past,
+    options_without_effect,
+    refuse_without_past,
+)
 from selfkd.schedule import linear_growth
-from selfkd.teacher import MODES, SnapshotTeacher
+from selfkd.teacher import MODES, unwrap
 
-from .hook import SelfKDHook, epoch_length, is_iter_based, is_sharded, training_progress, unwrap
+from .hook import SelfKDHook, epoch_length, is_iter_based, is_sharded, saves_after_this_iter, training_progress
 
 __all__ = ['PSKDHookBase']
 
 
 class PSKDHookBase(SelfKDHook):
-    """Progressive self-distillation from a past copy of the model.
+    """Progressive self-distillation from a past of any kind (:mod:`selfkd.past`).
+
+    A subclass has the constructor, with its task's defaults. It shows the past the student's inputs
+    (:meth:`before_forward`) and says what the loss becomes (:meth:`rewrite_loss`, with :meth:`mix`). Where samples keep
+    their identity it also makes the bank (:meth:`make_bank`, :meth:`rows_of`).
 
     Args:
         alpha: final share of the past prediction in the target, in [0, 1]; grows linearly from 0.
-        snapshot: keep a past copy of the model in ``self.teacher``.
-        interval: iterations between two refreshes of the copy, in iteration-based loops (default: one pass over the
-            data). Epoch-based loops refresh it at the start of every epoch.
-        teacher_mode: of the copy, ``'train'`` (as the network was when it trained) or ``'eval'``; see
-            :class:`selfkd.teacher.SnapshotTeacher`.
+        options: of PS-KD, see :data:`selfkd.defaults.PSKD`; they become attributes.
+
+    Attributes:
+        source: the teacher taken, ``'bank'``, ``'snapshot'`` or ``'ema'``.
+        past: what gives past predictions.
 
     Raises:
-        ValueError: settings out of range; and at the start of a training that ends before there is a past to learn from
-            (of one epoch, or no longer than the first period), unless ``alpha`` is 0.
+        ValueError: settings out of range or of another teacher; and at the start of a training that ends before there
+            is a past to learn from (of one epoch, or no longer than the first period), unless ``alpha`` is 0.
     """
 
+    task = 'classification'
     averaged = ('pskd_hard', 'pskd_soft', 'pskd_entropy')
+    teacher: str
+    teacher_mode: str
+    interval: Optional[int]
+    ema_decay: float
+    keep_hard: bool
 
-    def __init__(self, alpha: float, snapshot: bool, interval: Optional[int] = None, teacher_mode: str = 'train'):
+    def __init__(self, alpha: float, **options: Any):
         super().__init__()
         share('PSKDHook', alpha=alpha)
-        one_of('PSKDHook', MODES, teacher_mode=teacher_mode)
+        one_of('PSKDHook', TEACHERS, teacher=options['teacher'])
+        one_of('PSKDHook', MODES, teacher_mode=options['teacher_mode'])
+        interval = options['interval']
         if interval is not None and (type(interval) is not int or interval < 1):
             raise ValueError(f'PSKDHook: interval must be a positive number of iterations, got {interval}')
-        self.alpha, self.snapshot, self.interval, self.teacher_mode = alpha, snapshot, interval, teacher_mode
+        self.alpha, self.options = alpha, options
+        vars(self).update(options)
+        foreign = [] if self.teacher == 'auto' else options_without_effect(self.teacher, self.task, options)
+        if foreign:
+            raise ValueError(
+                f'PSKDHook: teacher={self.teacher!r} has no {", ".join(foreign)}: remove what it does not have, or set '
+                'another teacher'
+            )
         self.current_alpha = 0.0
-        self.teacher: Optional[SnapshotTeacher] = None
-        self.teacher_ready = False
+        self.source: Optional[str] = None
+        self.past: Optional[Past] = None
+
+    # What a subclass says.
+
+    def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
+        """Why predictions belong to no single sample, so that they cannot be kept in a bank (None: they do), and what
+        else than ``teacher='snapshot'`` is a way out, as ``', or remove batch_augments'``."""
+        raise NotImplementedError
+
+    def make_bank(self, runner: Runner, model: nn.Module) -> BankPast:
+        """The bank, where there is no obstacle."""
+        raise NotImplementedError
+
+    def rows_of(self, runner: Runner, batch_idx: int, data_batch) -> Tensor:
+        """The bank's rows of a batch, int64 ``[B]``, on the CPU."""
+        raise NotImplementedError
+
+    # The life of a run.
 
     def check(self, runner: Runner, model: nn.Module) -> None:
-        if self.interval is not None and not (self.snapshot and is_iter_based(runner)):
+        if self.interval is not None and not is_iter_based(runner):
             raise ValueError(
-                'PSKDHook: interval works with a snapshot teacher in an iteration-based training loop only; an '
-                'epoch-based loop takes the previous epoch. Remove interval'
+                'PSKDHook: interval works in an iteration-based training loop only; an epoch-based loop takes the '
+                'previous epoch. Remove interval'
             )
-        if self.snapshot and is_sharded(runner.model):
+        obstacle, other_way = self.obstacle(runner, model) if self.teacher in ('auto', 'bank') else (None, '')
+        if self.source is None:
+            self.source = choose_teacher(self.teacher, obstacle, log=runner.logger.info)
+            unused = options_without_effect(self.source, self.task, self.options)
+            if unused:
+                runner.logger.warning(f'PSKDHook: the {self.source} has no {", ".join(unused)}: set without effect')
+        if self.source == 'bank' and obstacle:
+            raise ValueError(
+                f"PSKDHook: {obstacle}, and teacher='bank' keeps a prediction per sample: set teacher='snapshot'"
+                f'{other_way}'
+            )
+        if self.source != 'bank' and is_sharded(runner.model):
             raise ValueError(
                 'PSKDHook: a past copy cannot be made of a model whose weights are sharded (FSDP): train with DDP, or '
                 "set teacher='bank' where the plugin has it (MMPretrain)"
             )
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
-        self.period = self.interval or epoch_length(runner)
-        self._refuse_if_there_will_be_no_past(runner)
-        if self.snapshot:
-            self.teacher, self.teacher_ready = SnapshotTeacher(model, mode=self.teacher_mode), False
+        banked = self.source == 'bank'
+        self.period = epoch_length(runner) if banked or not self.interval else self.interval
+        self._refuse_without_past(runner)
+        if banked:
+            self.past = self.make_bank(runner, model)
+        else:
+            assert self.source is not None
+            model.train()  # as the loop is about to do: norms that a model keeps frozen stay so in the copy
+            self.past = copy_past(self.source, model, mode=self.teacher_mode, ema_decay=self.ema_decay)
+        in_period = is_iter_based(runner) and runner.iter > self.period and runner.iter % self.period
+        if runner.iter and self._resumed_state is None and (in_period or self.source != 'snapshot'):
+            runner.logger.warning(
+                f'PSKDHook: the checkpoint holds no past of teacher={self.source!r} (was it trained without this '
+                'hook?): training is plain until there is one'
+            )
 
-    def _refuse_if_there_will_be_no_past(self, runner: Runner) -> None:
+    def _refuse_without_past(self, runner: Runner) -> None:
         if self.alpha == 0:
             return
         if not is_iter_based(runner):
-            if runner.max_epochs < 2:
-                raise ValueError(
-                    'PSKDHook: it learns from the epoch before, and training has one epoch: it would be plain. '
-                    'Train for two epochs or more (max_epochs), or set alpha=0 if plain is what you want'
-                )
-        elif self.period >= runner.max_iters:
-            what = 'interval' if self.interval else 'one pass over the training set'
-            way_out = f'Set interval below {runner.max_iters}, or raise max_iters'
-            if not self.snapshot:
-                way_out = "Raise max_iters, or set teacher='snapshot' with an interval below it"
-            raise ValueError(
-                f'PSKDHook: it learns from the period before, the first period is {self.period} iterations long '
-                f'({what}), and training ends after {runner.max_iters}: it would be plain. {way_out}; '
-                'or set alpha=0 if plain is what you want'
-            )
+            period = (1, runner.max_epochs, 'epoch(s)')
+            way_out = dict(period_is='a period is an epoch', way_out='raise max_epochs')
+        else:
+            period = (self.period, runner.max_iters, 'iterations')
+            way_out = dict(period_is='interval', way_out=f'set interval below {runner.max_iters}, or raise max_iters')
+            if self.source == 'bank':
+                way_out['way_out'] = "raise max_iters, or set teacher='snapshot' with an interval below it"
+            if self.source == 'bank' or not self.interval:
+                way_out['period_is'] = 'one pass over the training set'
+        refuse_without_past('PSKDHook', *period, **way_out)
 
     def before_train(self, runner: Runner) -> None:
+        self.source = None
         super().before_train(runner)
         if self.alpha and any(isinstance(hook, EarlyStoppingHook) for hook in runner.hooks):
             runner.logger.warning(
@@ -92,6 +156,40 @@ class PSKDHookBase(SelfKDHook):
                 f'training earlier it does not reach {self.alpha}: compare runs of one length, or set max_epochs to '
                 'the length that you expect'
             )
+
+    def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
+        super().before_train_iter(runner, batch_idx, data_batch)
+        self.current_alpha = linear_growth(self.alpha, training_progress(runner, self.period))
+        self.logs = {'pskd_alpha': torch.tensor(self.current_alpha)}
+        if runner.iter > 0:
+            model, optimizer = unwrap(runner.model), runner.optim_wrapper
+            if isinstance(optimizer, OptimWrapperDict) or optimizer.should_update():  # in the iteration before
+                self.past.after_update(model)
+            if runner.iter % self.period == 0 if is_iter_based(runner) else batch_idx == 0:
+                self.past.begin_period(model)
+        rows = self.rows_of(runner, batch_idx, data_batch) if self.source == 'bank' else None
+        self.past.begin_step(runner.iter, rows)
+
+    def after_train_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        ends_pass = is_iter_based(runner) and self.every_n_train_iters(runner, self.period)
+        if ends_pass or saves_after_this_iter(runner):
+            self.past.synchronize()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.past.synchronize()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        if self.past is not None:  # the best checkpoint is saved after validation
+            self.past.synchronize()
+
+    def state_dict(self, runner: Runner, next_iter: int) -> dict:
+        return self.past.state_dict(mid_period=is_iter_based(runner) and next_iter % self.period != 0)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.past.load_state_dict(state)
+
+    # The loss.
 
     def check_cross_entropy(self, loss: Tensor, expected: Tensor) -> None:
         """Refuses a loss module that does not give the cross-entropy of its logits, which the past's term belongs to.
@@ -114,44 +212,13 @@ class PSKDHookBase(SelfKDHook):
                 "(the toolkit's CrossEntropyLoss, MMPretrain's LabelSmoothLoss), or train without this hook"
             )
 
-    def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
-        super().before_train_iter(runner, batch_idx, data_batch)
-        self.current_alpha = linear_growth(self.alpha, training_progress(runner, self.period))
-        self.logs = {'pskd_alpha': torch.tensor(self.current_alpha)}
-        starts_period = runner.iter % self.period == 0 if is_iter_based(runner) else batch_idx == 0
-        if self.snapshot and starts_period and runner.iter > 0:
-            self.teacher.update(unwrap(runner.model))
-            # Batch norm's running statistics differ between ranks: in evaluation mode all learn from rank 0's, which
-            # are those of a checkpoint.
-            for buffer in self.teacher.model.buffers():
-                dist.broadcast(buffer)
-            self.teacher_ready = True
-        if self.snapshot:
-            self.teacher.begin_step(runner.iter)
+    def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '') -> Tensor:
+        """:func:`selfkd.losses.mix` of two losses with the present alpha, or ``hard`` where there is no past.
 
-    def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '', *, keep_hard: bool = False) -> Tensor:
-        """(1 - alpha) hard + alpha soft (cross-entropy is linear in its target), or ``hard`` where there is no past.
-
-        Both parts are logged, summed over the calls of a step.
-
-        Args:
-            keep_hard: ``hard`` keeps its whole weight: where the loss is not linear in its target, and in detectors.
+        Both weighted parts are logged, summed over the calls of a step.
         """
-        if soft is not None:
-            hard = hard if keep_hard else (1 - self.current_alpha) * hard
-            soft = self.current_alpha * soft
-        for name, part in (('hard', hard), ('soft', soft)):
-            past = self.logs.get(f'{prefix}pskd_{name}', torch.zeros(()))
-            self.logs[f'{prefix}pskd_{name}'] = past if part is None else past + part.detach()
-        return hard if soft is None else hard + soft
-
-    def state_dict(self, runner: Runner, next_iter: int) -> dict:
-        # At the start of a period the teacher is about to become the saved weights themselves.
-        if not self.teacher_ready or not is_iter_based(runner) or next_iter % self.period == 0:
-            return {}
-        return {'teacher': {name: value.cpu() for name, value in self.teacher.state_dict().items()}}
-
-    def load_state_dict(self, state: dict) -> None:
-        if self.snapshot and 'teacher' in state:
-            self.teacher.load_state_dict(state['teacher'])
-            self.teacher_ready = True
+        total = hard if soft is None else mix(hard, soft, self.current_alpha, keep_hard=self.keep_hard)
+        of_past = torch.zeros(()) if soft is None else self.current_alpha * soft.detach()
+        for name, part in (('hard', total.detach() - of_past), ('soft', of_past)):
+            self.logs[f'{prefix}pskd_{name}'] = self.logs.get(f'{prefix}pskd_{name}', 0) + part
+        return total

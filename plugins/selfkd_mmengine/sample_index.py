@@ -1,6 +1,6 @@
 """A number for every training sample that is unique over the whole training set, through dataset wrappers."""
 
-from typing import List
+from typing import List, Optional
 
 import torch
 from mmengine.dataset import BaseDataset
@@ -48,9 +48,18 @@ class SampleIndex:
                 leaf.get_data_info = OffsetSampleIdx(leaf, self._length)
             self._length += len(leaf)
 
+    @staticmethod
+    def obstacle(dataset) -> Optional[str]:
+        """Why there is no such number in a training set, if so."""
+        try:
+            _leaves(dataset)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def check(self, dataset) -> None:
         """Refuses a training set that is not the one that was numbered, or not as long."""
-        leaves = _leaves(dataset)
+        leaves = [] if self.obstacle(dataset) else _leaves(dataset)
         same = len(leaves) == len(self._leaves) and all(a is b for a, b in zip(leaves, self._leaves))
         if not same or sum(map(len, leaves)) != self._length:
             raise ValueError(
@@ -117,6 +126,5 @@ def _leaves(dataset) -> List[BaseDataset]:
         dataset.full_init()
         return [dataset]
     raise ValueError(
-        f'{name}: there is no sample index to be had from this dataset: a prediction bank needs mmengine BaseDatasets, '
-        f"alone or inside {', '.join(WRAPPERS)}. Set teacher='snapshot', which needs no sample index"
+        f'{name} gives its samples no index (mmengine BaseDatasets do, alone or inside {", ".join(WRAPPERS)})'
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from selfkd.checks import at_least_zero, positive
-from selfkd.losses import distillation_kl
+from selfkd.losses import cskd_loss
 from selfkd.transfer import to_host
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler
@@ -88,14 +88,14 @@ class CSKDHook(PairedHook):
     their own, in training mode (with batch-norm statistics of their own, which enter the running statistics) and
     without gradient. The hook turns on all of it::
 
-        default_hooks = dict(cskd=dict(type='selfkd_mmpretrain.CSKDHook', temperature=4.0, weight=1.0))
+        default_hooks = dict(cskd=dict(type='selfkd_mmpretrain.CSKDHook', weight=1.0, temperature=4.0))
 
     In an iteration-based loop the data loader's config must ask for the pairs as well:
     ``train_dataloader=dict(batch_sampler=dict(type='selfkd_mmengine.PairBatchSampler'))``.
 
     Args:
-        temperature: T. Defaults to 4, the paper's.
         weight: lambda, at least 0; 1 for 32 x 32 images in the paper, 3 for fine-grained data sets at 224 x 224.
+        temperature: T. Defaults to 4, the paper's.
 
     Losses: ``loss_cskd``, the distillation term with its weight, beside the head's own ``loss``; they are summed.
 
@@ -107,7 +107,7 @@ class CSKDHook(PairedHook):
     priority = 'ABOVE_NORMAL'
     batch_sampler = PairBatchSampler
 
-    def __init__(self, temperature: float = 4.0, weight: float = 1.0):
+    def __init__(self, weight: float = 1.0, *, temperature: float = 4.0):
         super().__init__()
         positive('CSKDHook', temperature=temperature)
         at_least_zero('CSKDHook', weight=weight)
@@ -145,5 +145,6 @@ class CSKDHook(PairedHook):
             partner_logits = logits_of(self._model, inputs)
         # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
         logits = logits_and_target(arguments)[0]
-        self.logs['loss_cskd'] = self.weight * distillation_kl(logits, partner_logits, self.temperature)
+        options = dict(weight=self.weight, temperature=self.temperature)
+        self.logs['loss_cskd'] = cskd_loss(logits, None, partner_logits, **options)
         return loss

@@ -113,8 +113,8 @@ class ClassifierHook(SelfKDHook):
         return model.head.loss_module
 
     def check(self, runner: Runner, model: nn.Module) -> None:
-        super().check(runner, model)
         check_head(type(self).__name__, model, own_losses=self.own_losses)
+        super().check(runner, model)
 
     def _before_model(self, model, args, kwargs) -> None:
         super()._before_model(model, args, kwargs)

@@ -1,6 +1,6 @@
 """PS-KD for MMPretrain classifiers."""
 
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,10 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.bank import PredictionBank
-from selfkd.bank_sync import exchange_rows
-from selfkd.losses import soft_cross_entropy
+from selfkd.checks import one_of
+from selfkd.losses import TopK, soft_cross_entropy
+from selfkd.past import BankPast
 from selfkd_mmengine import PSKDHookBase, SampleIndex
-from selfkd_mmengine.hook import is_iter_based, saves_after_this_iter
 
 from .heads import ClassifierHook, logits_and_target, logits_of
 
@@ -38,21 +38,27 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
 
     Args:
         alpha: final share of the past prediction, in [0, 1]. Defaults to 0.8, the paper's.
-        teacher: ``'bank'`` keeps the prediction each training sample got when it was last trained on (the paper's way,
-            no extra forward pass); ``'snapshot'`` runs the previous epoch's model on the present inputs, the one to use
-            with Mixup or CutMix. Samples without a past (the first epoch) are trained on their hard target.
+        teacher: where past predictions come from. ``'bank'`` keeps the prediction of each training sample from when it
+            was last trained on (the paper's way, no extra forward pass). ``'snapshot'`` runs the previous epoch's model
+            on the present inputs, and ``'ema'`` a moving average of the weights. ``'auto'`` takes the bank, or the
+            snapshot where a prediction belongs to no single sample: with Mixup or CutMix, a data set whose samples have
+            no index, or an unknown number of classes. The log says which.
+        teacher_mode: of the past model: ``'train'``, as the network was when it trained (dropout, batch norm by the
+            batch), or ``'eval'``.
+        interval: in iteration-based loops: iterations between two refreshes of the snapshot; for ``'ema'`` the length
+            of the first period, in which there is no past. Defaults to one pass over the training set.
+        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        keep_hard: keep the whole weight of the label's loss, 1 instead of ``1 - alpha_t``.
         top_k: keep only the k largest probabilities of a prediction in the bank (see
             :class:`selfkd.bank.PredictionBank`). Defaults to all.
         bank_dtype: ``'float32'`` or ``'float16'``.
         bank_device: where the bank lives. Defaults to the model's device.
-        interval: for ``'snapshot'`` in iteration-based loops: iterations between two refreshes of the past model.
-            Defaults to one pass over the training set.
-        teacher_mode: for ``'snapshot'``: the past model's: ``'train'``, as the network was when it trained (dropout,
-            batch norm by the batch), or ``'eval'``.
+        bank_momentum: m in [0, 1): the bank keeps ``m * past + (1 - m) * prediction``, an average over epochs.
 
-    Logged besides the loss: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts, which sum to the loss) and
-    ``pskd_entropy`` (mean entropy of the past predictions, in nats); ``pskd_skipped``, if there are any, counts
-    predictions that were not finite (steps on an accelerator that overflowed) and did not enter the bank.
+    Samples without a past (all in the first epoch) are trained on their hard target. Logged besides the loss:
+    ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two weighted parts, which sum to the loss) and ``pskd_entropy``
+    (mean entropy of the past predictions, in nats); ``pskd_skipped``, if there are any, counts predictions that were
+    not finite (steps on an accelerator that overflowed) and did not enter the bank.
 
     Raises:
         ValueError: at the start of training, for what cannot work; each message says what to change.
@@ -63,158 +69,109 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     def __init__(
         self,
         alpha: float = 0.8,
-        teacher: str = 'bank',
+        *,
+        teacher: str = 'auto',
+        teacher_mode: str = 'train',
+        interval: Optional[int] = None,
+        ema_decay: float = 0.999,
+        keep_hard: bool = False,
         top_k: Optional[int] = None,
         bank_dtype: str = 'float32',
         bank_device: Optional[str] = None,
-        interval: Optional[int] = None,
-        teacher_mode: str = 'train',
+        bank_momentum: float = 0.0,
     ):
-        if teacher not in ('bank', 'snapshot'):
-            raise ValueError(f"PSKDHook: teacher must be 'bank' or 'snapshot', got {teacher!r}")
-        if bank_dtype not in DTYPES:
-            raise ValueError(f'PSKDHook: bank_dtype must be one of {list(DTYPES)}, got {bank_dtype!r}')
-        if teacher == 'snapshot' and (top_k, bank_dtype, bank_device) != (None, 'float32', None):
-            raise ValueError(
-                "PSKDHook: top_k, bank_dtype and bank_device belong to teacher='bank', got teacher='snapshot'"
-            )
-        if teacher == 'bank' and teacher_mode != 'train':
-            raise ValueError(
-                "PSKDHook: teacher_mode belongs to teacher='snapshot'; the bank keeps predictions made in training, "
-                f'got teacher_mode={teacher_mode!r}'
-            )
-        super().__init__(alpha, snapshot=teacher == 'snapshot', interval=interval, teacher_mode=teacher_mode)
-        self.top_k, self.bank_dtype, self.bank_device = top_k, bank_dtype, bank_device
-        self.bank: Optional[PredictionBank] = None
+        one_of('PSKDHook', list(DTYPES), bank_dtype=bank_dtype)
+        super().__init__(
+            alpha,
+            teacher=teacher,
+            teacher_mode=teacher_mode,
+            interval=interval,
+            ema_decay=ema_decay,
+            keep_hard=keep_hard,
+            top_k=top_k,
+            bank_dtype=bank_dtype,
+            bank_device=bank_device,
+            bank_momentum=bank_momentum,
+        )
 
     def check(self, runner: Runner, model: nn.Module) -> None:
-        super().check(runner, model)
         classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
-        self.num_classes = getattr(model.head, 'num_classes', None) or len(classes or ())
-        if not self.num_classes and not self.snapshot:
-            raise ValueError(
-                f'PSKDHook: neither the head {type(model.head).__name__} nor the training set says how many classes '
-                "there are: set metainfo=dict(classes=...) of the training set, or teacher='snapshot'"
-            )
+        self.num_classes = getattr(getattr(model, 'head', None), 'num_classes', None) or len(classes or ())
+        super().check(runner, model)
         if classes is not None and len(classes) != self.num_classes:
             raise ValueError(
                 f'PSKDHook: the training set has {len(classes)} classes, the head {self.num_classes}: set '
                 f'model.head.num_classes={len(classes)}'
             )
-        if not self.snapshot and getattr(model.data_preprocessor, 'batch_augments', None) is not None:
-            raise ValueError(
-                'PSKDHook: batch augmentations (Mixup, CutMix, ...) mix samples, so a prediction belongs to no single '
-                "one: set teacher='snapshot', or remove batch_augments from model.train_cfg / data_preprocessor"
-            )
 
-    def setup(self, runner: Runner, model: nn.Module) -> None:
-        super().setup(runner, model)
-        if self.snapshot:
-            return
+    def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
+        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+            return (
+                'batch augmentations (Mixup, CutMix, ...) mix samples, so that a prediction belongs to no single one',
+                ', or remove batch_augments from model.train_cfg / data_preprocessor',
+            )
+        if not self.num_classes:
+            return (
+                f'neither the head {type(model.head).__name__} nor the training set says how many classes there are',
+                ', or metainfo=dict(classes=...) of the training set',
+            )
+        return SampleIndex.obstacle(runner.train_dataloader.dataset), ''
+
+    def make_bank(self, runner: Runner, model: nn.Module) -> BankPast:
         self.sample_index = SampleIndex.of_training(runner)
-        self.bank = PredictionBank(
+        bank = PredictionBank(
             len(self.sample_index),
             self.num_classes,
             top_k=self.top_k,
             dtype=DTYPES[self.bank_dtype],
             device=self.bank_device or next(model.parameters()).device,
         )
-        if runner._resume and self._resumed_state is None:
-            runner.logger.warning(
-                'PSKDHook: the checkpoint holds no prediction bank (was it trained without this hook?); '
-                'samples are trained on their hard targets until they are seen again'
-            )
-        self._written = []  # (indices, step) of what this rank wrote since the last exchange
+        return BankPast(bank, momentum=self.bank_momentum, way_out="set teacher='snapshot'")
 
-    def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
-        super().before_train_iter(runner, batch_idx, data_batch)
-        self._probs = None
-        if self.snapshot:
-            return
+    def rows_of(self, runner: Runner, batch_idx: int, data_batch) -> Tensor:
         if batch_idx == 0:
             self.sample_index.check(runner.train_dataloader.dataset)
-        self._indices = self.sample_index(data_batch)
+        return self.sample_index(data_batch)
+
+    def after_train(self, runner: Runner) -> None:
+        super().after_train(runner)
+        if self.source == 'bank':
+            self.sample_index.remove()
 
     def before_forward(self, inputs: Tensor) -> None:
-        if self.teacher_ready:
-            self._past = self.teacher.run(logits_of, self.teacher.model, inputs).float().softmax(1)
+        self.past.begin_forward(lambda model: logits_of(model, inputs).float().softmax(1))
 
     def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
         super().check_batch(arguments, loss)
         logits, label = logits_and_target(arguments)
-        hard = self._soft(logits.detach(), _hard_targets(self.tapped, label, logits.shape[1]), arguments)
-        self.check_cross_entropy(loss, hard)
+        hard = self._losses(logits.detach(), _hard_targets(self.tapped, label, logits.shape[1]))
+        self.check_cross_entropy(loss, self.reduced(weight_reduce_loss, hard, arguments))
 
-    def _soft(self, logits: Tensor, target: Tensor, arguments: Dict[str, object]) -> Tensor:
-        """The cross-entropy with target probs, weighted and reduced as the loss module's own."""
+    def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The cross-entropy of each sample with target probs, with the loss module's class weights."""
         class_weight = getattr(getattr(self.tapped, 'ce', self.tapped), 'class_weight', None)
-        losses = soft_cross_entropy(logits, target, class_weight=class_weight, reduction='none')
-        return self.reduced(weight_reduce_loss, losses, arguments)
+        return soft_cross_entropy(logits, target, class_weight=class_weight, reduction='none')
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         logits, label = logits_and_target(arguments)
-        if not self.snapshot:
-            self.bank.check_labels(self._indices, label, way_out="set teacher='snapshot'")
-            self._probs = logits.detach().float().softmax(1)
-            if self.bank.skipped:
-                self.logs['pskd_skipped'] = torch.tensor(float(self.bank.skipped))
-        past = self._past_targets(logits, label)
+        past = self.past.predict(label)
+        if getattr(self.past, 'skipped', 0):
+            self.logs['pskd_skipped'] = torch.tensor(float(self.past.skipped))
+        self.past.observe(logits)
         if past is None or self.current_alpha == 0:
-            self.logs.update(pskd_hard=loss.detach(), pskd_soft=torch.zeros(()), pskd_entropy=torch.zeros(()))
-            return loss
-        self.logs['pskd_entropy'] = torch.special.entr(past).sum(1).mean()
-        return self.mix(loss, self._soft(logits, past, arguments))
-
-    def _past_targets(self, logits: Tensor, label: Tensor) -> Optional[Tensor]:
-        """Past predictions ``[B, C]``, the hard target for samples that have none; None if no sample has one."""
-        if self.snapshot:
-            return self._past if self.teacher_ready else None
-        past, seen = self.bank.read(self._indices, return_seen=True)
-        if not seen.any():
-            return None
-        past = past.to(logits.device, non_blocking=True)
-        if not seen.all():
-            hard = _hard_targets(self.tapped, label, logits.shape[1])
-            past = torch.where(seen.to(logits.device, non_blocking=True)[:, None], past, hard)
-        return past
-
-    def after_train_iter(self, runner: Runner, batch_idx, data_batch=None, outputs=None) -> None:
-        super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        if self.snapshot:
-            return
-        self.bank.write(self._indices, self._probs)
-        self._written.append((self._indices, runner.iter))
-        ends_pass = is_iter_based(runner) and self.every_n_train_iters(runner, self.period)
-        if ends_pass or saves_after_this_iter(runner):
-            self._exchange()
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        if self.bank is not None:  # the best checkpoint is saved after validation
-            self._exchange()
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        if not self.snapshot:
-            self._exchange()
-
-    def after_train(self, runner: Runner) -> None:
-        super().after_train(runner)
-        if not self.snapshot:
-            self.sample_index.remove()
-
-    def _exchange(self) -> None:
-        none = torch.zeros(0, dtype=torch.long)  # a rank may have written nothing
-        indices = torch.cat([none, *(indices for indices, _ in self._written)])
-        steps = torch.cat([none, *(torch.full_like(indices, step) for indices, step in self._written)])
-        exchange_rows(self.bank, indices, steps)
-        self._written = []
-
-    def state_dict(self, runner: Runner, next_iter: int) -> dict:
-        return super().state_dict(runner, next_iter) if self.snapshot else {'bank': self.bank.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        if self.bank is not None and 'bank' in state:
-            self.bank.load_state_dict(state['bank'])
+            self.logs['pskd_entropy'] = torch.zeros(())
+            return self.mix(loss)
+        probs = past.probs.dense(logits.shape[1]) if isinstance(past.probs, TopK) else past.probs
+        probs = probs.to(logits.device, non_blocking=True)
+        soft, entropy = self._losses(logits, probs), torch.special.entr(probs).sum(1)
+        known = torch.as_tensor(past.known)
+        if not known.all():  # a sample without a past: its hard part counts whole
+            here = known.to(logits.device, non_blocking=True)
+            hard = self._losses(logits, _hard_targets(self.tapped, label, logits.shape[1]))
+            soft = torch.where(here, soft, torch.zeros_like(hard) if self.keep_hard else hard)
+            entropy = entropy * here * (len(known) / int(known.sum()))
+        self.logs['pskd_entropy'] = entropy.mean()
+        return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments))
 
 
 def _hard_targets(loss: nn.Module, label: Tensor, num_classes: int) -> Tensor:

@@ -7,7 +7,7 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.checks import positive, share
-from selfkd.losses import tfkd_regularization
+from selfkd.losses import mix, tfkd_regularization
 from selfkd_mmengine import PSKDHookBase
 
 from .heads import ClassifierHook
@@ -56,11 +56,11 @@ class TFKDHook(ClassifierHook):
             raise ValueError('TFKDHook: PS-KD and TF-KD both replace the same target: use one of the two hooks')
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
-        kl = self.alpha * tfkd_regularization(
+        kl = tfkd_regularization(
             arguments['cls_score'],
             arguments['label'],
             temperature=self.temperature,
             correct_prob=self.correct_prob,
         )
-        self.logs['tfkd_kl'] = kl.detach()
-        return (1 - self.alpha) * loss + kl
+        self.logs['tfkd_kl'] = self.alpha * kl.detach()
+        return mix(loss, kl, self.alpha)

@@ -11,8 +11,6 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from selfkd.losses import distillation_kl
-
 from .frskd import SelfTeacher
 
 __all__ = ['BiFPNLayer', 'EfficientDetNeck', 'EfficientDetSelfTeacher']
@@ -101,8 +99,8 @@ class EfficientDetSelfTeacher(SelfTeacher):
         levels = len(self.in_channels)
         return nn.Sequential(BiFPNLayer(width, levels), BiFPNLayer(width, levels, bottom_up=False))
 
-    def kl(self, student_logits: Tensor, logits: Tensor, label: Tensor, avg_non_ignore: bool) -> Tensor:
-        return distillation_kl(student_logits, logits, temperature=1.0, reduction='mean')
+    def average(self, kl: Tensor, label: Tensor, avg_non_ignore: bool) -> Tensor:
+        return kl.sum() / kl.numel()
 
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Sequential:

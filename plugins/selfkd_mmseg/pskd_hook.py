@@ -1,6 +1,6 @@
 """PS-KD per pixel for MMSegmentation's encoder-decoders."""
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ class PSKDHook(PSKDHookBase):
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
     https://arxiv.org/abs/2006.12000
 
-    A frozen past copy of the model labels the same crops as the student, and the target of the decode head's
+    A frozen past copy of the model (of the end of the previous period, or a moving average of its weights) labels the
+    same crops as the student, and the target of the decode head's
     cross-entropy becomes ``(1 - alpha_t) * label + alpha_t * past``. Ignored pixels, samplers (OHEM), class weights and
     normalisation are the toolkit's own; auxiliary heads and further losses of the decode head keep their hard labels.
     Nothing else of the config changes::
@@ -37,18 +38,43 @@ class PSKDHook(PSKDHookBase):
     Args:
         alpha: final share of the past prediction, in [0, 1]. In iteration-based loops it grows once in ``interval``.
             With 0.8, the paper's for classification, a small network was worse calibrated (docs/evidence.md).
-        interval: iterations between two refreshes of the past copy. Defaults to one pass over the training set.
+        teacher: ``'snapshot'``, the weights at the end of the previous period, or ``'ema'``, a moving average of the
+            weights. ``'auto'`` is the snapshot: pixels of random crops have no identity that a bank could go by.
         teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
             batch), or ``'eval'``.
+        interval: iterations between two refreshes of the snapshot; for ``'ema'`` the length of the first period, in
+            which there is no past. Defaults to one pass over the training set.
+        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        keep_hard: keep the whole weight of the label's loss, 1 instead of ``1 - alpha_t``.
 
-    Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two parts of the cross-entropy).
+    Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two weighted parts of the
+    cross-entropy) and ``pskd_entropy`` (mean entropy of the copy's predictions at the size that it gives them, in
+    nats).
 
     Raises:
         ValueError: at the start of training, for heads and losses that it does not support.
     """
 
-    def __init__(self, alpha: float = 0.3, interval: Optional[int] = None, teacher_mode: str = 'train'):
-        super().__init__(alpha, snapshot=True, interval=interval, teacher_mode=teacher_mode)
+    task = 'segmentation'
+
+    def __init__(
+        self,
+        alpha: float = 0.3,
+        *,
+        teacher: str = 'auto',
+        teacher_mode: str = 'train',
+        interval: Optional[int] = None,
+        ema_decay: float = 0.999,
+        keep_hard: bool = False,
+    ):
+        super().__init__(
+            alpha,
+            teacher=teacher,
+            teacher_mode=teacher_mode,
+            interval=interval,
+            ema_decay=ema_decay,
+            keep_hard=keep_hard,
+        )
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         return [loss for loss in losses_of(model.decode_head) if isinstance(loss, CrossEntropyLoss)]
@@ -70,6 +96,9 @@ class PSKDHook(PSKDHookBase):
                 'classes: decode_head.loss_decode must hold one CrossEntropyLoss with use_sigmoid=False'
             )
 
+    def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
+        return 'pixels of random crops keep no identity from one epoch to the next', " or 'ema'"
+
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
         self.align_corners, self.ignore_index = model.decode_head.align_corners, model.decode_head.ignore_index
@@ -78,8 +107,8 @@ class PSKDHook(PSKDHookBase):
         return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)
 
     def before_forward(self, inputs: Tensor) -> None:
-        if self.teacher_ready:
-            self._past_logits = self.teacher(inputs, mode='tensor')
+        # Logits as small as the copy gives them: probs of the labels' size are made at the loss.
+        self.past.begin_forward(lambda model: model(inputs, mode='tensor'))
 
     def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
         super().check_batch(arguments, loss)
@@ -91,13 +120,15 @@ class PSKDHook(PSKDHookBase):
         self.check_cross_entropy(loss, self._averaged(hard, arguments))
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
-        if not self.teacher_ready or self.current_alpha == 0:
-            self.logs.update(pskd_hard=loss.detach(), pskd_soft=torch.zeros(()))
-            return loss
         logits, label = list(arguments.values())[:2]
-        past = resize(self._past_logits, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
+        past = self.past.predict(label)
+        if past is None or self.current_alpha == 0:
+            self.logs['pskd_entropy'] = torch.zeros(())
+            return self.mix(loss)
+        self.logs['pskd_entropy'] = torch.special.entr(past.probs.float().softmax(1)).sum(1).mean()
+        past_logits = resize(past.probs, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
         class_weight = self._class_weight(logits)
-        soft = soft_cross_entropy(logits, past.float().softmax(1), class_weight=class_weight, reduction='none')
+        soft = soft_cross_entropy(logits, past_logits.float().softmax(1), class_weight=class_weight, reduction='none')
         return self.mix(loss, self._averaged(soft.masked_fill(label == self.ignore_index, 0), arguments))
 
     def _class_weight(self, logits: Tensor) -> Optional[Tensor]:

@@ -11,7 +11,7 @@ Everything that stands for a teacher (past predictions, partners) is treated as 
 
 from ..topk import TopK
 from ._common import mix
-from .comparators import byot_loss, ddgsd_loss, sla_loss, tfkd_loss, tfkd_regularization
+from .comparators import byot_loss, ddgsd_loss, sla_loss, tfkd_regularization
 from .cskd import cskd_loss
 from .frskd import FEATURE_LOSSES, attention_transfer, frskd_loss, hint_loss, overhaul_loss
 from .linear import linear_pskd_loss
@@ -38,6 +38,5 @@ __all__ = [
     'quality_focal_loss',
     'sla_loss',
     'soft_cross_entropy',
-    'tfkd_loss',
     'tfkd_regularization',
 ]

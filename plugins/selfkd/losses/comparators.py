@@ -12,7 +12,7 @@ from .frskd import hint_loss
 from .pskd import cross_entropy
 from .soft import distillation_kl
 
-__all__ = ['byot_loss', 'ddgsd_loss', 'sla_loss', 'tfkd_loss', 'tfkd_regularization']
+__all__ = ['byot_loss', 'ddgsd_loss', 'sla_loss', 'tfkd_regularization']
 
 
 def byot_loss(
@@ -139,34 +139,6 @@ def sla_loss(joint_logits: Tensor, logits: Tensor, labels: Tensor, *, weight: fl
     own = joint_logits.view(len(logits), 4, logits.shape[1], 4).diagonal(dim1=1, dim2=3)  # [N, C, 4]
     aggregated = own.mean(2)
     return joint, weight * distillation_kl(logits, aggregated, temperature), aggregated
-
-
-def tfkd_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    alpha: float = 0.1,
-    temperature: float = 20.0,
-    correct_prob: float = 0.99,
-) -> Tensor:
-    r"""TF-KD's regularisation variant, :math:`(1-\alpha)\, \mathrm{CE}(z, y) + \alpha\, \mathrm{KL}(u_T \,\|\,
-    \mathrm{softmax}(z))`.
-
-    Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020, eq. 9 and 10
-    https://arxiv.org/abs/1909.11723
-
-    Args:
-        logits: ``[N, C]``.
-        labels: class ids ``[N]``.
-        alpha: share of the KL to the made-up teacher, see :func:`tfkd_regularization`; in [0, 1].
-
-    Example:
-        >>> round(tfkd_loss(torch.zeros(1, 4), torch.tensor([0]), alpha=0.0).item(), 4)  # log 4
-        1.3863
-    """
-    check_alpha(alpha, logits)
-    regularization = tfkd_regularization(logits, labels, temperature=temperature, correct_prob=correct_prob)
-    return (1 - alpha) * cross_entropy(logits, labels) + alpha * regularization
 
 
 def tfkd_regularization(

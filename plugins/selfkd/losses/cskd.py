@@ -1,5 +1,7 @@
 """CS-KD: the prediction for another sample of the class as the teacher."""
 
+from typing import Optional
+
 from torch import Tensor
 
 from ..checks import check_weight
@@ -10,7 +12,7 @@ __all__ = ['cskd_loss']
 
 
 def cskd_loss(
-    logits: Tensor, labels: Tensor, partner_logits: Tensor, *, temperature: float = 4.0, weight: float = 1.0
+    logits: Tensor, labels: Optional[Tensor], partner_logits: Tensor, *, temperature: float = 4.0, weight: float = 1.0
 ) -> Tensor:
     r"""CS-KD: cross-entropy, and the prediction for another sample of the same class x' as the teacher,
     :math:`\mathrm{CE}(z(x), y) + \lambda\, T^2\, \mathrm{KL}(\mathrm{softmax}(z(x')/T) \,\|\,
@@ -21,7 +23,8 @@ def cskd_loss(
 
     Args:
         logits: of the anchors x, ``[N, C]``.
-        labels: class ids ``[N]``, or probs ``[N, C]``.
+        labels: class ids ``[N]``, or probs ``[N, C]``. None leaves the cross-entropy to the caller (a toolkit's own
+            loss module).
         partner_logits: of each anchor's partner x', ``[N, C]``; a constant. Compute them in training mode, in a pass of
             their own: batch-norm statistics of anchors and partners do not mix.
         temperature: T > 0.
@@ -34,4 +37,5 @@ def cskd_loss(
         tensor(0.6742)
     """
     check_weight('weight', weight)
-    return cross_entropy(logits, labels) + weight * distillation_kl(logits, partner_logits, temperature)
+    kl = weight * distillation_kl(logits, partner_logits, temperature)
+    return kl if labels is None else cross_entropy(logits, labels) + kl

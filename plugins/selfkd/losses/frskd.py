@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Dict, Optional, Sequence
+from typing import Callable, Dict, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,7 @@ def frskd_loss(
     beta: float,
     temperature: float = 4.0,
     feature_loss: str = 'attention',
+    average: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Dict[str, Tensor]:
     r"""FRSKD: the network and its self-teacher learn the labels, and the network imitates the self-teacher,
     :math:`\mathrm{CE}(z_c, y) + \mathrm{CE}(z_t, y) + \alpha T^2 \mathrm{KL}(\mathrm{softmax}(z_t/T) \,\|\,
@@ -119,6 +120,8 @@ def frskd_loss(
         temperature: T > 0.
         feature_loss: ``'attention'``, ``'hint'`` or ``'overhaul'``. For the last two ``feats`` come from their
             adapters; the overhaul loss of level i of n is halved n - 1 - i times, as released.
+        average: of the KLs ``[N, ...]``, a number, where positions are to be left out or weighed. By default their sum
+            over N.
 
     Returns:
         the weighted terms ``loss_cls`` and ``loss_teacher`` (with labels), ``loss_kd``, and ``loss_feature`` (with
@@ -141,7 +144,8 @@ def frskd_loss(
     if labels is not None:
         losses['loss_cls'] = cross_entropy(logits, labels)
         losses['loss_teacher'] = cross_entropy(teacher_logits, labels)
-    losses['loss_kd'] = alpha * distillation_kl(logits, teacher_logits, temperature)
+    kl = distillation_kl(logits, teacher_logits, temperature, reduction='none' if average else 'batchmean')
+    losses['loss_kd'] = alpha * (average(kl) if average else kl)
     if beta:
         terms = [FEATURE_LOSSES[feature_loss](f, t) for f, t in zip(feats, teacher_feats)]
         if feature_loss == 'overhaul':
