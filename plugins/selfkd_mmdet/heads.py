@@ -21,10 +21,10 @@ from torch import nn
 
 __all__ = [
     'check_box_heads',
-    'check_dense_head',
     'check_region_heads',
     'check_region_loss',
     'check_replaced_head',
+    'has_focal_loss',
     'per_stage',
     'region_heads',
     'registered',
@@ -154,18 +154,9 @@ def check_region_loss(user: str, head: nn.Module) -> None:
         )
 
 
-def check_dense_head(hook: str, model: nn.Module) -> None:
-    """Refuses one-stage detectors that are not known to match anchors and labels without looking at predictions."""
-    head = model.bbox_head
-    names = ', '.join(kind.__name__ for kind in DENSE_HEADS)
-    if type(head) not in DENSE_HEADS:
-        raise ValueError(
-            f'{hook}: {type(model).__name__} with {type(head).__name__} is not supported: of the one-stage detectors '
-            f'those with {names} are, whose labels do not depend on predictions'
-        )
-    loss = head.loss_cls
-    if type(loss) is not FocalLoss or loss.activated:
-        raise ValueError(
-            f'{hook}: {type(head).__name__} classifies with {type(loss).__name__}, but the teacher enters beside the '
-            'focal loss of logits: use loss_cls=dict(type="FocalLoss", use_sigmoid=True, activated=False)'
-        )
+def has_focal_loss(model: nn.Module) -> bool:
+    """Whether a one-stage detector matches anchors and labels without looking at predictions, and trains them with the
+    focal loss of logits."""
+    head = getattr(model, 'bbox_head', None)
+    loss = getattr(head, 'loss_cls', None)
+    return type(head) in DENSE_HEADS and type(loss) is FocalLoss and not loss.activated
