@@ -12,6 +12,8 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests')]
 
+from helpers.fairseq import fairseq  # noqa: E402, F401  (a fixture)
+
 
 def pytest_collection_finish():
     """All toolkits are imported now. mmengine calls gc.collect() for every data set, which would look through them."""

@@ -8,9 +8,8 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from forks import run_script
-
-from conftest import ROOT
+from helpers import ROOT
+from helpers.processes import run_script
 
 BLOCKS = [
     (path.name, i, code)

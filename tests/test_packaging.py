@@ -7,9 +7,8 @@ import zipfile
 
 import pytest
 import torch
+from helpers import ROOT
 from packaging.requirements import Requirement
-
-from conftest import ROOT
 
 TOOLKITS = {'mmpretrain', 'mmdet', 'mmseg', 'fairseq', 'detectron2', 'lightning', 'transformers'}
 

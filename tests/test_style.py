@@ -5,8 +5,7 @@ import re
 import tokenize
 
 import pytest
-
-from conftest import ROOT
+from helpers import ROOT
 
 WIDTH = 120
 CLAUSE_ENDS = re.compile(r'[.,;:?!)|>\]}]\s*$|\\n\s*$|^\W*$')

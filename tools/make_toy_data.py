@@ -226,7 +226,7 @@ def _annotation(name, shape, objects) -> str:
 
 
 def number_words(out: Path, train_size: int = 4000, seed: int = 0) -> None:
-    from selfkd_fairseq.number_words import write_corpus
+    from number_words import write_corpus
 
     with new_folder(out) as beside:
         write_corpus(beside, {'train': train_size, 'valid': 500, 'test': 500}, seed=seed)

@@ -9,8 +9,8 @@ python tools/prepare_translation.py catalogues /usr/share/locale data/messages -
 import argparse
 from pathlib import Path
 
-from selfkd_fairseq.catalogues import catalogue_splits, drawn_pairs
-from selfkd_fairseq.prepare import PREPARE, write_splits
+from catalogues import catalogue_splits, drawn_pairs
+from corpora import PREPARE, write_splits
 
 
 def main() -> None:

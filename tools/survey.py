@@ -13,25 +13,21 @@ import copy
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import signal
 import tempfile
 import time
-import traceback
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, Optional, Sequence
 
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
-from PIL import Image
+from survey_shrink import shrink
+from survey_trial import Outcome, train_two_steps
 
 from selfkd.benchmark import write_section
 from selfkd.files import replacing
-from selfkd_mmengine.train import refuse_ignored
 
 METHODS: Dict[str, Dict[str, dict]] = {
     'mmpretrain': {
@@ -58,21 +54,7 @@ SMALL = ('atto', 'nano', 'tiny', 'x0-', '_xs', 'xxs', 'b0', '-s0', '050', 'r18',
 SMALL += ('r34', 'd20', '-t_', '_t_', 'a0', 'b1', '400mf', 'r50', 'resnet50', 'base', '-b_', 'p16', 'r101', 'large')
 # Taken only if a family has no other.
 UNUSUAL = ('headless', 'zeroshot', '_voc', '-g-', 'levir', '-XL_', 'dpool', '-rpn_r50', 'fast-rcnn', 'upernet_r18')
-SIZE = {'mmpretrain': 256, 'mmdet': 128, 'mmseg': 64}  # of the images, in pixels
 OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refusal of ours begins with
-SECONDS = 1200  # for one training of two steps
-
-
-class Outcome(NamedTuple):
-    """How a training of two steps ended.
-
-    Attributes:
-        losses: what each step logged, name -> value; fewer than two where it ended early.
-        error: the message it ended with, or None.
-    """
-
-    losses: List[Dict[str, float]]
-    error: Optional[str] = None
 
 
 def families(toolkit: str, names: Sequence[str] = ()) -> Dict[str, str]:
@@ -100,95 +82,6 @@ def _size(config: Path) -> tuple:
     name = config.name
     unusual = any(mark in name for mark in UNUSUAL)
     return unusual, next((i for i, mark in enumerate(SMALL) if mark in name), len(SMALL)), len(name), str(config)
-
-
-def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
-    """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step."""
-    cfg = copy.deepcopy(cfg)
-    _forget_weights(cfg._cfg_dict)
-    # Its pooling windows are as large as the maps of this size.
-    size = 512 if 'LRASPPHead' in str(cfg.model.get('decode_head')) else SIZE[toolkit]
-    if toolkit != 'mmpretrain':  # whose pipelines crop to the size that the network is made for
-        _pad_less(cfg.model.get('data_preprocessor') or {}, size)
-        if 'img_size' in (cfg.model.get('backbone') or {}):
-            cfg.model.backbone.img_size = (size, size)
-    classes = _find(cfg.model, 'num_classes') or 10
-    loader = cfg.get('train_dataloader') or {}
-    pipeline = _find(loader, 'pipeline') or cfg.get('train_pipeline') or []
-    dataset = DATA[toolkit](Path(folder), int(classes), pipeline, size)
-    if 'RepLKNet' in str(cfg.model):  # its 31 x 31 convolutions take minutes at the size of its crops, on a CPU
-        dataset['pipeline'].insert(-1, dict(type='Resize', scale=(64, 64)))
-    if len((cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}).get('mean') or '') == 1:
-        dataset['pipeline'][0]['color_type'] = 'grayscale'
-    cfg.train_dataloader = dict(
-        batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset
-    )
-    if loader.get('collate_fn'):
-        cfg.train_dataloader.collate_fn = loader['collate_fn']
-    cfg.train_cfg = dict(by_epoch=True, max_epochs=2, val_interval=1000)
-    for name in ('val', 'test'):
-        for part in ('cfg', 'dataloader', 'evaluator'):
-            cfg[f'{name}_{part}'] = None
-    cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3))
-    cfg.param_scheduler, cfg.custom_hooks = None, []
-    cfg.default_hooks = dict(checkpoint=None)
-    cfg.merge_from_dict({'work_dir': str(folder), 'log_level': 'ERROR', 'randomness': dict(seed=0), 'load_from': None})
-    cfg.launcher, cfg.resume, cfg.auto_scale_lr = 'none', False, None
-    cfg.default_scope = cfg.get('default_scope') or toolkit
-    return cfg
-
-
-def train_two_steps(cfg: Config) -> Outcome:
-    """Trains in a process of its own, which may crash or hang."""
-    with tempfile.NamedTemporaryFile('r') as result:
-        child = os.fork()
-        if child == 0:
-            _in_child(lambda: _train(cfg, result.name))
-        deadline = time.time() + SECONDS
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
-            if time.time() > deadline:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return Outcome([], f'took more than {SECONDS} seconds')
-            time.sleep(0.05)
-        text = result.read()
-        return Outcome(**json.loads(text)) if text else Outcome([], 'the process died')
-
-
-def _in_child(function: Callable) -> None:
-    """Ends this process after the call, whatever it does."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1), os.dup2(null, 2)
-    try:
-        function()
-    finally:
-        os._exit(0)
-
-
-def _train(cfg: Config, result: str) -> None:
-    from mmengine.registry import RUNNERS  # noqa: F401  (registers the toolkit's scope)
-    from mmengine.runner import Runner
-
-    losses, error = [], None
-    try:
-        runner = Runner.from_cfg(cfg)
-        refuse_ignored(cfg, runner.model)  # as `selfkd train` does
-        runner.register_hook(_Losses(losses), priority='LOWEST')
-        runner.train()
-    except BaseException as problem:  # a toolkit may also exit
-        where = traceback.extract_tb(problem.__traceback__)[-1]
-        error = f'{type(problem).__name__}: {str(problem) or where.line}'
-    Path(result).write_text(json.dumps({'losses': losses, 'error': error}))
-
-
-class _Losses(Hook):
-    def __init__(self, losses: list):
-        self.losses = losses
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        self.losses.append(
-            {name: float(value) for name, value in outputs.items() if torch.as_tensor(value).numel() == 1}
-        )
 
 
 def refusal(method: str, trained: Outcome) -> Optional[str]:
@@ -280,112 +173,6 @@ def table(rows: Dict[str, Dict[str, str]]) -> str:
 
 def _escape(text: str) -> str:
     return re.sub(r'/\S*/', '', text)[:300].replace('<', '&lt;').replace('|', '\\|')
-
-
-def _forget_weights(node) -> None:
-    """Drops whatever names a file of weights."""
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            _forget_weights(child)
-    if not isinstance(node, dict):
-        return
-    if isinstance(node.get('init_cfg'), dict) and node['init_cfg'].get('type') == 'Pretrained':
-        node['init_cfg'] = None
-    if isinstance(node.get('pretrained'), str):
-        node['pretrained'] = None
-    for key, child in list(node.items()):
-        if key not in ('init_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
-            _forget_weights(child)
-
-
-def _pad_less(preprocessor: dict, size: int) -> None:
-    """Batches are padded, or resized, to the small images' size instead of the usual ones'."""
-    for part in (preprocessor, *(preprocessor.get('batch_augments') or ())):
-        for key in ('size', 'random_size_range'):
-            if part.get(key):
-                part[key] = (size, size)
-
-
-def _find(node, key: str):
-    """The first value of a key in nested dicts and lists, nearest the top."""
-    level = [node]
-    while level:
-        for child in level:
-            if isinstance(child, dict) and child.get(key):
-                return child[key]
-        level = [
-            grandchild
-            for child in level
-            if isinstance(child, (dict, list, tuple))
-            for grandchild in (child.values() if isinstance(child, dict) else child)
-        ]
-    return None
-
-
-def _image(path: Path, size: int, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.RandomState(seed).randint(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def _classification(folder: Path, classes: int, pipeline: list, size: int) -> dict:
-    for i in range(2):
-        _image(folder / f'{i}.png', size, i)
-    (folder / 'train.txt').write_text('0.png 1\n1.png 1\n')
-    pipeline = [step for step in pipeline if step['type'] not in ('LoadImageFromFile', 'mmpretrain.LoadImageFromFile')]
-    return dict(
-        type='CustomDataset',
-        data_root=str(folder),
-        ann_file='train.txt',
-        metainfo=dict(classes=[str(i) for i in range(classes)]),
-        pipeline=[dict(type='LoadImageFromFile'), *pipeline],
-    )
-
-
-def _detection(folder: Path, classes: int, pipeline: list, size: int) -> dict:
-    images, annotations = [], []
-    for i in range(4):  # two steps an epoch: in its first one a snapshot is the model itself
-        _image(folder / f'{i}.jpg', size, i)
-        images.append(dict(id=i, file_name=f'{i}.jpg', height=size, width=size))
-        Image.fromarray(np.zeros((size, size), np.uint8)).save(folder / f'{i}.png')
-        for x, y, side, label in ((8, 8, 48, 1), (60, 56, 64, 1), (20, 70, 30, 2)):
-            box = dict(bbox=[x, y, side, side], area=side * side, iscrowd=0, image_id=i)
-            corners = [x, y, x + side, y, x + side, y + side, x, y + side]
-            annotations.append(dict(box, id=len(annotations), category_id=label, segmentation=[corners]))
-    categories = [dict(id=i, name=str(i)) for i in range(classes)]
-    file = dict(images=images, annotations=annotations, categories=categories)
-    (folder / 'train.json').write_text(json.dumps(file))
-    kinds = ' '.join(step['type'] for step in pipeline if isinstance(step, dict) and 'type' in step)
-    load = next((step for step in pipeline if isinstance(step, dict) and step.get('type') == 'LoadAnnotations'), {})
-    load = dict(type='LoadAnnotations', with_bbox=True, with_mask=bool(load.get('with_mask') or 'Panoptic' in kinds))
-    return dict(
-        type='CocoDataset',
-        data_root=str(folder),
-        ann_file='train.json',
-        data_prefix=dict(img=''),
-        metainfo=dict(classes=[str(i) for i in range(classes)]),
-        pipeline=[dict(type='LoadImageFromFile'), load, dict(type='PackDetInputs')],
-    )
-
-
-def _segmentation(folder: Path, classes: int, pipeline: list, size: int) -> dict:
-    for i in range(2):
-        _image(folder / 'images' / f'{i}.jpg', size, i)
-        labels = np.random.RandomState(i).randint(0, min(classes, 5), (8, 8)).astype(np.uint8)
-        (folder / 'labels').mkdir(exist_ok=True)
-        Image.fromarray(labels).resize((size, size), Image.NEAREST).save(folder / 'labels' / f'{i}.png')
-    keep = [step for step in pipeline if step.get('type') in ('GenerateEdge',)]
-    return dict(
-        type='BaseSegDataset',
-        data_prefix=dict(img_path=str(folder / 'images'), seg_map_path=str(folder / 'labels')),
-        img_suffix='.jpg',
-        seg_map_suffix='.png',
-        metainfo=dict(classes=[str(i) for i in range(classes)]),
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), *keep, dict(type='PackSegInputs')],
-    )
-
-
-DATA = {'mmpretrain': _classification, 'mmdet': _detection, 'mmseg': _segmentation}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ COMMANDS = {  # name: the function, what it does
     'report-detection': ('selfkd_mmdet.report:main', 'test finished runs of MMDetection and compare them'),
     'report-translation': ('selfkd_fairseq.report:main', 'translate with models of fairseq and compare them'),
     'publish': ('selfkd.publish:main', 'keep what inference needs of a checkpoint'),
-    'convert-backbone': ('selfkd_mmengine.backbone:main', "turn MMPretrain's ResNet into the start of a detector"),
+    'convert-backbone': ('selfkd_mmpretrain.backbone:main', "turn MMPretrain's ResNet into the start of a detector"),
 }
 
 

@@ -7,6 +7,7 @@ from that interval. Needs SciPy (``pip install selfkd[metrics]``).
 import csv
 import math
 import statistics
+import warnings
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .files import replacing
@@ -69,16 +70,20 @@ def paired_difference(runs: Sequence[float], plain: Sequence[float], *, confiden
     Raises:
         ValueError: no pairs, or not as many of the one as of the other.
     """
-    from scipy.stats import t
+    try:
+        from scipy.stats import ttest_rel
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("comparing runs needs SciPy 1.10: pip install 'selfkd[metrics]'") from error
 
     if not runs or len(runs) != len(plain):
         raise ValueError(f'runs, plain: must be pairs, got {len(runs)} and {len(plain)} values')
-    differences = [a - b for a, b in zip(runs, plain)]
-    mean, pairs = statistics.fmean(differences), len(differences)
+    mean, pairs = statistics.fmean(a - b for a, b in zip(runs, plain)), len(runs)
     if pairs == 1:
         return Difference(mean, None, None, pairs)
-    half = float(t.ppf((1 + confidence) / 2, pairs - 1)) * _stdev(differences) / pairs**0.5
-    return Difference(mean, mean - half, mean + half, pairs)
+    with warnings.catch_warnings():  # of differences that are all alike: their interval is a point
+        warnings.simplefilter('ignore', RuntimeWarning)
+        low, high = ttest_rel(runs, plain).confidence_interval(confidence)
+    return Difference(mean, float(low), float(high), pairs)
 
 
 def _stdev(values: Sequence[float]) -> float:

@@ -18,11 +18,18 @@ __all__ = [
     'aurc',
     'brier',
     'calibration_error',
+    'calibration_error_of',
+    'calibration_gaps',
+    'check_detection_calibration',
+    'confidence_bins',
+    'confidence_of',
+    'detection_calibration',
     'excess_aurc',
     'fit_temperature',
     'nll',
     'ood_scores',
     'recall_at_1',
+    'risk_coverage',
 ]
 
 
@@ -55,15 +62,22 @@ def calibration_gaps(confidence: Tensor, correct: Tensor, *, bins: int = 10) -> 
     Returns:
         float64 ``[bins]``, on the device of ``confidence``.
     """
-    if bins < 1:
-        raise ValueError(f'bins: must be at least 1, got {bins}')
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    # Decided on the edges themselves, not on a rounded product.
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
-    which = which - (confidence <= edges[which]).long()
-    which = (which + (confidence > edges[which.clamp(min=0) + 1]).long()).clamp(0, bins - 1)
+    which = confidence_bins(confidence, bins)
     gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
     return gaps.index_add_(0, which, correct - confidence)
+
+
+def confidence_bins(confidence: Tensor, bins: int) -> Tensor:
+    """The bin of each sample, from 0: of equal intervals ``(lo, hi]``, 0 itself is in the first.
+
+    Example:
+        >>> confidence_bins(torch.tensor([0.0, 0.1, 0.11, 1.0], dtype=torch.float64), 10)
+        tensor([0, 0, 1, 9])
+    """
+    if bins < 1:
+        raise ValueError(f'bins: must be at least 1, got {bins}')
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
+    return torch.bucketize(confidence, edges[1:-1])
 
 
 def check_detection_calibration(score_thr: float, iou_thr: float, bins: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checks import tracing
 from .depthwise import Depthwise3x3
 
-__all__ = ['BiFPN', 'SelfTeacherPyramid']
+__all__ = ['BiFPN', 'SelfTeacherPyramid', 'dry_run']
 
 
 class BiFPN(nn.Module):
@@ -20,7 +20,7 @@ class BiFPN(nn.Module):
     section 3.1
     https://arxiv.org/abs/2103.08273
 
-    It computes what the straightforward arrangement of its layers computes (tests/plain_pyramid.py has one to
+    It computes what the straightforward arrangement of its layers computes (tests/helpers/plain_pyramid.py has one to
     compare with), with less work: convolutions and batch norms run before nearest upsampling, not after it, and the
     two lateral convolutions of a level are one.
 

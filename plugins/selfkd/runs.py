@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument('out', help='folder for table.md and runs.csv')
     parser.add_argument('--measures', nargs='+', metavar='NAME', help='which (default: all that every run has)')
     args, folders = parse_groups(parser, arguments)
-    with refusing(parser):
+    with refusing(parser, ModuleNotFoundError):
         groups = {name: [logged_measures(folder) for folder in runs] for name, runs in folders.items()}
         shared = shared_measures(groups)
         unknown = set(args.measures or ()) - set(shared)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checks import one_of
 from .seeds import step_seed
 
-__all__ = ['SnapshotTeacher', 'random_state', 'unwrap']
+__all__ = ['MODES', 'SnapshotTeacher', 'random_state', 'unwrap']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 

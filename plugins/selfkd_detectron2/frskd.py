@@ -51,18 +51,8 @@ class SelfTaught:
         positive(f'{user} (SELFKD.FRSKD)', temperature=temperature)
         super().__init__(**kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self._check_heads(user)
         levels = len(self.box_in_features)
-        if levels < 2:
-            raise ValueError(
-                f'{user}: MODEL.ROI_HEADS.IN_FEATURES is {self.box_in_features}, but the self-teacher refines a '
-                'pyramid of two levels or more: use an FPN, or SELFKD.PSKD or SELFKD.CSKD'
-            )
-        for predictor in _stages(self.box_predictor):
-            if type(predictor) is not FastRCNNOutputLayers or predictor.use_sigmoid_ce:
-                raise ValueError(
-                    f'{user}: needs FastRCNNOutputLayers that classify with a softmax '
-                    f'(MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False), got {type(predictor).__name__}'
-                )
         # All that is for training only is in here. It starts as the detector's own box heads and classifiers do. The
         # pooler (it has no weights) is one of its own: a hook on the detector's sees the detector's regions only.
         self.self_teacher = nn.ModuleDict(
@@ -78,6 +68,19 @@ class SelfTaught:
         for level in self.self_teacher['pooler'].level_poolers:
             # One sample for each point: adaptive numbers make a step 1.9 instead of 1.5 times a plain one (R-18, CPU).
             level.sampling_ratio = 1
+
+    def _check_heads(self, user: str) -> None:
+        if len(self.box_in_features) < 2:
+            raise ValueError(
+                f'{user}: MODEL.ROI_HEADS.IN_FEATURES is {self.box_in_features}, but the self-teacher refines a '
+                'pyramid of two levels or more: use an FPN, or SELFKD.PSKD or SELFKD.CSKD'
+            )
+        for predictor in _stages(self.box_predictor):
+            if type(predictor) is not FastRCNNOutputLayers or predictor.use_sigmoid_ce:
+                raise ValueError(
+                    f'{user}: needs FastRCNNOutputLayers that classify with a softmax '
+                    f'(MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False), got {type(predictor).__name__}'
+                )
 
     @classmethod
     def from_config(cls, cfg, input_shape):

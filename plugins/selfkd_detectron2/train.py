@@ -136,17 +136,10 @@ def train_lazy(args):
     if self_kd:
         check_lazy_classes(cfg, model)
 
-    def evaluate():
-        if 'evaluator' in cfg.dataloader:
-            loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-            results = inference_on_dataset(model, loader, evaluator)
-            print_csv_format(results)
-            return results
-
     if args.eval_only:
         model = create_ddp_model(model)
         DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
-        return evaluate()
+        return evaluate_lazy(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = create_ddp_model(model, **cfg.train.ddp)
@@ -160,7 +153,7 @@ def train_lazy(args):
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if comm.is_main_process() else None,
-            hooks.EvalHook(cfg.train.eval_period, evaluate),
+            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate_lazy(cfg, model)),
             hooks.PeriodicWriter(default_writers(cfg.train.output_dir, cfg.train.max_iter), cfg.train.log_period)
             if comm.is_main_process()
             else None,
@@ -170,6 +163,15 @@ def train_lazy(args):
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+
+
+def evaluate_lazy(cfg, model):
+    if 'evaluator' not in cfg.dataloader:
+        return None
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, loader, evaluator)
+    print_csv_format(results)
+    return results
 
 
 def check_lazy_classes(cfg, model) -> None:

@@ -1,7 +1,7 @@
 """FRSKD for MMDetection's two-stage detectors with a feature pyramid."""
 
 from functools import lru_cache
-from typing import Union
+from typing import Tuple, Union
 
 import torch
 from mmcv import ops
@@ -10,6 +10,7 @@ from mmdet.models.roi_heads.base_roi_head import BaseRoIHead
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox2roi
 from mmengine.model import ModuleDict, ModuleList
+from torch import Tensor
 
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
@@ -99,15 +100,7 @@ class FRSKDRoIHead(BaseRoIHead):
         super().__init__(**kwargs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         extractors = per_stage(getattr(self, 'bbox_roi_extractor', None))
-        levels = [getattr(extractor, 'num_inputs', 0) for extractor in extractors]
-        if min(levels) < 2 or self.with_shared_head:
-            raise ValueError(
-                f'FRSKDRoIHead: regions are read from {min(levels)} level(s), but the self-teacher refines a pyramid '
-                'of two or more: use a detector with a neck (FPN), or PSKDHook or CSKDHook'
-            )
-        for head in per_stage(self.bbox_head):
-            check_region_loss('FRSKDRoIHead', head)
-        self.levels = max(levels)
+        self.levels = self._checked_levels(extractors)
         channels = [extractors[0].out_channels] * self.levels
         readers, heads = (
             # Where the config has one for all stages, each stage has one of its own like it, as in the toolkit.
@@ -125,6 +118,18 @@ class FRSKDRoIHead(BaseRoIHead):
                     'bbox_head': ModuleList(MODELS.build(_classifier(head)) for head in heads),
                 }
             )
+
+    def _checked_levels(self, extractors: list) -> int:
+        """How many levels of the pyramid are read; ValueError where the self-teacher cannot teach."""
+        levels = [getattr(extractor, 'num_inputs', 0) for extractor in extractors]
+        if min(levels) < 2 or self.with_shared_head:
+            raise ValueError(
+                f'FRSKDRoIHead: regions are read from {min(levels)} level(s), but the self-teacher refines a pyramid '
+                'of two or more: use a detector with a neck (FPN), or PSKDHook or CSKDHook'
+            )
+        for head in per_stage(self.bbox_head):
+            check_region_loss('FRSKDRoIHead', head)
+        return max(levels)
 
     def __reduce__(self):
         """To copy and pickle: the class is made when it is needed."""
@@ -157,11 +162,7 @@ class FRSKDRoIHead(BaseRoIHead):
             first = refined is None
             if first:
                 refined = self.self_teacher['pyramid'](feats)
-            teacher = self.self_teacher['bbox_head'][stage]
-            extractor = self.self_teacher['roi_extractor'][stage]
-            teacher_logits, _ = teacher(extractor(refined[: extractor.num_inputs], rois))
-            train_cfg = per_stage(self.train_cfg)[stage]
-            own = teacher.loss_and_target(teacher_logits, None, rois, sampling_results, train_cfg)
+            teacher_logits, loss_teacher = self._teach(stage, refined, rois, sampling_results)
             terms = frskd_loss(
                 logits,
                 teacher_logits,
@@ -174,11 +175,18 @@ class FRSKDRoIHead(BaseRoIHead):
             )
             if 'loss_feature' in terms:  # it is the maps', and no stage's
                 losses['loss_feature'] = terms.pop('loss_feature')
-            terms['loss_teacher'] = own['loss_bbox']['loss_cls']
+            terms['loss_teacher'] = loss_teacher
             cascade = isinstance(self, CascadeRoIHead)
             prefix, weight = (f's{stage}.', self.stage_loss_weights[stage]) if cascade else ('', 1)
             losses.update({f'{prefix}{name}': weight * term for name, term in terms.items()})
         return losses
+
+    def _teach(self, stage: int, refined, rois: Tensor, sampling_results: list) -> Tuple[Tensor, Tensor]:
+        """The self-teacher's logits of a stage's regions, and its loss on the labels."""
+        teacher, extractor = (self.self_teacher[name][stage] for name in ('bbox_head', 'roi_extractor'))
+        logits, _ = teacher(extractor(refined[: extractor.num_inputs], rois))
+        own = teacher.loss_and_target(logits, None, rois, sampling_results, per_stage(self.train_cfg)[stage])
+        return logits, own['loss_bbox']['loss_cls']
 
 
 @lru_cache(maxsize=None)

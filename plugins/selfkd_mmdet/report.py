@@ -1,11 +1,13 @@
 """Finished MMDetection runs side by side: a table of their test metrics, and detections drawn on test images."""
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox_overlaps
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch import Tensor
 
 from selfkd.cli import command_parser, refusing
 from selfkd.comparison import Column
@@ -20,6 +22,8 @@ COLUMNS = {  # column title: (metric, factor, decimals, which is better)
     'ECE %': Column('calibration/ece', 1, 1, 'lower'),
     'detections': Column('calibration/detections', 1, 0, None),
 }
+
+Label = Tuple[Tensor, Tensor, str, str]  # a box, its class, the score as it is shown, and its color
 
 
 class Detections(NamedTuple):
@@ -89,19 +93,7 @@ def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, sco
         for axis, name in zip(row, columns):
             axis.imshow(picture)
             axis.set_axis_off()
-            if name == 'truth':
-                found = first.samples[index].gt_instances
-                labels = [(box, label, '', 'white') for box, label in zip(found.bboxes, found.labels)]
-            else:
-                truth, found = runs[name].samples[index].gt_instances, runs[name].samples[index].pred_instances
-                found = found[found.scores >= score_thr]
-                found = found[found.scores.argsort(descending=True)]
-                labels = []
-                for box, label, score in zip(found.bboxes, found.labels, found.scores):
-                    if any(_iou(box, shown) >= 0.5 for shown, *_ in labels):
-                        continue
-                    right = any(_iou(box, b) >= 0.5 and label == y for b, y in zip(truth.bboxes, truth.labels))
-                    labels.append((box, label, f' {score:.2f}', 'lime' if right else 'orangered'))
+            labels = _truth(first.samples[index]) if name == 'truth' else _found(runs[name].samples[index], score_thr)
             for box, label, score, color in reversed(labels):  # the best-scored on top
                 x1, y1, x2, y2 = box.tolist()
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.5))
@@ -113,11 +105,25 @@ def draw(groups: Dict[str, List[Detections]], path: str, *, images: int = 2, sco
     plt.close(figure)
 
 
-def _iou(a, b) -> float:
-    width = (min(a[2], b[2]) - max(a[0], b[0])).clamp(min=0)
-    height = (min(a[3], b[3]) - max(a[1], b[1])).clamp(min=0)
-    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
-    return (width * height / (areas - width * height)).item()
+def _truth(sample: DetDataSample) -> List[Label]:
+    objects = sample.gt_instances
+    return [(box, label, '', 'white') for box, label in zip(objects.bboxes, objects.labels)]
+
+
+def _found(sample: DetDataSample, score_thr: float) -> List[Label]:
+    """The detections to draw, best-scored first."""
+    truth, found = sample.gt_instances, sample.pred_instances
+    found = found[found.scores >= score_thr]
+    found = found[found.scores.argsort(descending=True)]
+    hidden_by = bbox_overlaps(found.bboxes, found.bboxes) >= 0.5
+    hits = bbox_overlaps(found.bboxes, truth.bboxes) >= 0.5
+    right = (hits & (found.labels[:, None] == truth.labels)).any(1)
+    shown: List[int] = []
+    for i in range(len(found)):
+        if not hidden_by[i, shown].any():
+            shown.append(i)
+    colors = ['lime' if right[i] else 'orangered' for i in shown]
+    return [(found.bboxes[i], found.labels[i], f' {found.scores[i]:.2f}', color) for i, color in zip(shown, colors)]
 
 
 def main(arguments: Sequence[str]) -> None:

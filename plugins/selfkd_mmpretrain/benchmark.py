@@ -43,7 +43,18 @@ SHAPES = dict(
         Shape('ResNet-50', RESNET50, 2048, 128, 224, 1000, amp=True),
     ],
 )
-SHAPES['tiny'] = [shape._replace(batch=2, pixels=32, classes=20, batches=1, repeats=1) for shape in SHAPES['full']]
+SHAPES['tiny'] = [
+    shape._replace(
+        backbone=dict(shape.backbone, base_channels=8),
+        channels=shape.channels // 8,
+        batch=2,
+        pixels=32,
+        classes=20,
+        batches=1,
+        repeats=1,
+    )
+    for shape in SHAPES['full']
+]
 
 
 @DATASETS.register_module()

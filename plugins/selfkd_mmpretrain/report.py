@@ -170,15 +170,11 @@ def plot_reliability(panels: Dict[str, Dict[str, List[Predictions]]], path: str,
     """
 
     def draw(ax, name, probs, labels):
-        confidence, predicted = probs.max(1)
-        which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-        xs, ys = [], []
-        for b in range(bins):
-            inside = which == b
-            if inside.sum() >= 10:
-                xs.append(confidence[inside].mean().item())
-                ys.append((predicted == labels)[inside].float().mean().item())
-        ece = metrics.calibration_error(probs, labels, bins=bins)
+        confidence, correct = metrics.confidence_of(probs, labels)
+        which = metrics.confidence_bins(confidence, bins)
+        inside = [which == b for b in range(bins) if (which == b).sum() >= 10]
+        xs, ys = ([values[among].mean().item() for among in inside] for values in (confidence, correct))
+        ece = metrics.calibration_error_of(confidence, correct, bins=bins)
         ax.plot(xs, ys, marker='o', markersize=4, label=f'{name} (ECE {100 * ece:.1f} %)')
 
     def finish(ax):

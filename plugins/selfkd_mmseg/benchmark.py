@@ -66,7 +66,7 @@ def make_config(shape: Shape, hook: Optional[dict] = None, self_teacher: Optiona
         model = dict(
             type='EncoderDecoder',
             data_preprocessor=dict(type='SegDataPreProcessor'),
-            backbone=dict(type='selfkd_mmseg.efficientnet.EfficientNetLevels', arch='b0'),
+            backbone=dict(type='selfkd_mmpretrain.efficientnet.EfficientNetLevels', arch='b0'),
             neck=dict(type='selfkd_mmseg.EfficientDetNeck', in_channels=[24, 40, 80, 320], width=64),
             decode_head=dict(type='selfkd_mmseg.ConvHead', in_channels=64, in_index=0, channels=256, num_classes=21),
         )

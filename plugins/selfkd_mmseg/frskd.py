@@ -49,7 +49,7 @@ class FRSKDEncoderDecoder(EncoderDecoder):
             ``EncoderDecoder``, which then does what it did.
         kwargs: of ``EncoderDecoder``, or ``base_type``.
 
-    In evaluation mode (a validation loss) the losses are those of the plain model.
+    In evaluation mode or without gradients (a validation loss) the losses are those of the plain model.
 
     Raises:
         ValueError: for the options and heads of other segmentors, for decode heads and losses that it does not support,
@@ -136,7 +136,7 @@ class FRSKDEncoderDecoder(EncoderDecoder):
 
     def _decode_head_forward_train(self, inputs: List[Tensor], data_samples: SampleList) -> dict:
         """The decode head's losses, and under ``self_teacher.`` those of the self-teacher."""
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
             return super()._decode_head_forward_train(inputs, data_samples)
         (loss_module,), calls = self._tapped, []
         if all(loss is not loss_module for loss in losses_of(self.decode_head)):

@@ -5,7 +5,7 @@ import operator
 import sys
 from collections import deque
 from contextlib import contextmanager
-from typing import Callable, Iterator, List, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.utils.data import (
 from selfkd.pairing import SameClassPairing
 from selfkd.seeds import step_generator
 
-__all__ = ['Batches', 'Method', 'Numbered', 'unwrap', 'world_size']
+__all__ = ['Batches', 'Method', 'unwrap', 'world_size']
 
 logger = logging.getLogger(__name__)
 
@@ -406,32 +406,6 @@ class _Halves:
     def __call__(self, samples):
         samples, half = list(samples), len(samples) // 2
         return self.collate(samples[:half]), self.collate(samples[half:])
-
-
-class Numbered:
-    """A data set whose samples come with their indices, for a loop that makes its loader itself. For all else it is the
-    data set: attributes that are set (by a worker_init_fn, say) are the data set's."""
-
-    def __init__(self, dataset):
-        vars(self)['dataset'] = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices: List) -> List:
-        several = getattr(self.dataset, '__getitems__', None)
-        return list(zip(indices, several(indices) if several else [self.dataset[index] for index in indices]))
-
-    def __getattr__(self, name: str):
-        if name == 'dataset':
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __setattr__(self, name: str, value) -> None:
-        setattr(self.dataset, name, value)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from selfkd.checks import one_of, several_epochs, share
+from selfkd.files import save
 from selfkd.schedule import may_end_early
 from selfkd.teacher import MODES
 from selfkd_torch import Batches, TokenPSKD
@@ -154,7 +155,7 @@ class PSKDMixin:
         if self.pskd is not None:
             self.pskd.synchronize()
             if self.args.should_save:
-                torch.save(self.pskd.state_dict(), Path(output_dir, FILE))
+                save(self.pskd.state_dict(), Path(output_dir, FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from fairseq_runs import fairseq  # noqa: F401  (a fixture)
 
 sys.path.append(str(Path(__file__).parent))  # behind: there is another conftest
 

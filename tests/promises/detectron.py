@@ -5,7 +5,7 @@ import itertools
 import os
 import signal
 
-import d2_runs
+import helpers.detectron2 as d2_runs
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
@@ -13,7 +13,7 @@ from detectron2.engine import DefaultPredictor, HookBase, SimpleTrainer, create_
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils import comm
-from forks import in_processes
+from helpers.processes import in_processes
 
 from selfkd.publish import publish_checkpoint
 from selfkd_detectron2 import selfkd_hooks, with_self_teacher

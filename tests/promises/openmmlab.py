@@ -2,13 +2,14 @@
 
 import copy
 import functools
+import importlib
 import os
 import signal
 import zlib
 from pathlib import Path
 
 import torch
-from forks import in_processes
+from helpers.processes import in_processes
 from mmengine.config import ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
@@ -111,13 +112,8 @@ class Driver:
 
     def config(self, *, on=True, settings=None, loop='epoch', batch=None, **options):
         """The toolkit's toy config; ``settings`` go to the method, ``options`` to the config."""
-        import mm_runs
-
-        make = {
-            'mmpretrain': lambda: mm_runs.digits_config,
-            'mmdet': lambda: __import__('det_runs').config,
-            'mmseg': lambda: __import__('seg_runs').config,
-        }[self.name]()
+        module, name = ('mmengine', 'digits_config') if self.name == 'mmpretrain' else (self.name, 'config')
+        make = getattr(importlib.import_module(f'helpers.{module}'), name)
         self.count += 1
         cfg = make(self.data, self.folder / f'run{self.count}', **self.row.model)
         cfg.train_dataloader.batch_size = batch or BATCH[self.name]
@@ -234,9 +230,9 @@ class Driver:
     def bfloat16(self, cfg):
         """Mixed precision on the CPU."""
         if self.name == 'mmdet':
-            import det_runs
+            from helpers import mmdet
 
-            det_runs.bfloat16(self.monkeypatch, cfg)
+            mmdet.bfloat16(self.monkeypatch, cfg)
         else:
             where = 'mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available'
             self.monkeypatch.setattr(where, lambda: True)  # mmengine asks for an accelerator, bfloat16 or not

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from conftest import ROOT
+from helpers import ROOT
 
 FAMILIES = {  # family -> what is to come of each method, in the order of the survey
     'mmpretrain': {

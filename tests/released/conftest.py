@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import released_code as released
 import torch
+from helpers import released_code as released
 from mmengine.registry import DefaultScope
 
 ROWS = {}  # (section, what): {quantity: largest difference}

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mm_runs import ROOT
+from helpers import ROOT
+from helpers.released_code import FOLDER, definitions, module, needs
 from mmengine.config import Config
 from mmengine.optim import MultiStepLR
 from mmpretrain.registry import MODELS, TRANSFORMS
 from PIL import Image
-from released_code import FOLDER, definitions, module, needs
 
 from selfkd import metrics
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.released_code import TheirFRSKD, definitions, furthest, gradients, module, needs, ours, state
 from mmpretrain.registry import BATCH_AUGMENTS
 from mmpretrain.structures import DataSample
-from released_code import TheirFRSKD, definitions, furthest, gradients, module, needs, ours, state
 from torch import nn
 
 from selfkd.losses import cskd_loss, pskd_loss

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from released_code import TO_OURS, cskd, frskd, furthest, gradients, module, needs, ours, pskd, state
+from helpers.released_code import TO_OURS, cskd, frskd, furthest, gradients, module, needs, ours, pskd, state
 from torch import nn
 
 pytestmark = [needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD'), pytest.mark.usefixtures('float64_without_cuda')]

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mm_runs import ROOT, counter
+from helpers import ROOT
+from helpers.mmengine import counter
+from helpers.released_code import FOLDER, needs
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
@@ -24,7 +26,6 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
-from released_code import FOLDER, needs
 from torch import nn
 
 RELEASED = FOLDER / 'FRSKD/segmentation'

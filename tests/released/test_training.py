@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mm_runs import ROOT, counter, find_hook
+from helpers import ROOT
+from helpers.mmengine import counter, find_hook
+from helpers.released_code import TO_OURS, TheirFRSKD, cskd, definitions, furthest, module, needs, pskd, state
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmpretrain.models import ClsDataPreprocessor
 from mmpretrain.registry import MODELS
-from released_code import TO_OURS, TheirFRSKD, cskd, definitions, furthest, module, needs, pskd, state
 from torch import nn
 
 pytestmark = [needs('PS-KD-Pytorch', 'cs-kd', 'FRSKD'), pytest.mark.usefixtures('float64_without_cuda')]

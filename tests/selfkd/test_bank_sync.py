@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from forks import in_processes
+from helpers.processes import in_processes
 
 from selfkd import bank_sync
 from selfkd.bank import PredictionBank

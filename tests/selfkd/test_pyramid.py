@@ -1,10 +1,10 @@
-"""The self-teacher against the straightforward arrangement of the same layers in tests/plain_pyramid.py."""
+"""The self-teacher against the straightforward arrangement of the same layers in tests/helpers/plain_pyramid.py."""
 
 import copy
 
 import pytest
 import torch
-from plain_pyramid import PlainPyramid
+from helpers.plain_pyramid import PlainPyramid
 from torch import nn
 
 from selfkd.pyramid import BiFPN, SelfTeacherPyramid, dry_run

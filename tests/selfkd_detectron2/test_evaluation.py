@@ -1,13 +1,13 @@
 """Calibration of detections."""
 
-import d2_runs  # noqa: F401 (skips)
+import helpers.detectron2 as d2_runs  # noqa: F401 (skips)
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
 from detectron2.structures import Boxes, BoxMode, Instances
-from forks import in_processes
+from helpers.processes import in_processes
 
 from selfkd_detectron2 import DetectionCalibration
 

@@ -2,16 +2,16 @@
 
 import copy
 
-import d2_runs
+import helpers.detectron2 as d2_runs
 import pytest
 import torch
 import torch.nn.functional as F
-from d2_runs import FRSKD, batches, config, load, train
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.utils.events import EventStorage
+from helpers.detectron2 import FRSKD, batches, config, load, train
 
 from selfkd.publish import publish_checkpoint
 from selfkd_detectron2 import with_self_teacher

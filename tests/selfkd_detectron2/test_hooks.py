@@ -5,16 +5,16 @@ import functools
 import logging
 import shutil
 
-import d2_runs
+import helpers.detectron2 as d2_runs
 import pytest
 import torch
 import torch.nn.functional as F
-from d2_runs import CSKD, DROPOUT, FRSKD, PSKD, Reseed, batches, config, load, scalars, train
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor, HookBase
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
-from forks import in_processes
+from helpers.detectron2 import CSKD, DROPOUT, FRSKD, PSKD, Reseed, batches, config, load, scalars, train
+from helpers.processes import in_processes
 
 from selfkd.pairing import same_class_partners
 from selfkd.seeds import step_generator

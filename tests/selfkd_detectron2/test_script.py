@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import d2_runs  # first: it skips where there is no Detectron2
+import helpers.detectron2 as d2_runs  # first: it skips where there is no Detectron2
 import make_toy_data
 import numpy as np
 import pytest
@@ -174,7 +174,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
-import d2_runs
+import helpers.detectron2 as d2_runs
 from selfkd_detectron2 import PSKDHook
 
 model = model_zoo.get_config('common/models/fcos.py').model

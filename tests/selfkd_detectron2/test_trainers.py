@@ -2,13 +2,13 @@
 
 import logging
 
-import d2_runs
+import helpers.detectron2 as d2_runs
 import pytest
 import torch
-from d2_runs import CSKD, FRSKD, PSKD, Reseed, batches, config, scalars, train
 from detectron2.engine import DefaultTrainer, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
+from helpers.detectron2 import CSKD, FRSKD, PSKD, Reseed, batches, config, scalars, train
 
 from selfkd_detectron2 import selfkd_hooks, with_self_teacher
 

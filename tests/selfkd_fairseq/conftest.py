@@ -1,7 +1,7 @@
 """What the tests of fairseq's plugin share."""
 
 import pytest
-from fairseq_runs import fairseq, largest_difference  # noqa: F401  (a fixture)
+from helpers.fairseq import largest_difference
 
 
 @pytest.fixture(scope='session')

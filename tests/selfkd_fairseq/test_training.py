@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_runs import USER_DIR
+from helpers.fairseq import USER_DIR
 
 from selfkd.comparison import read_runs
 

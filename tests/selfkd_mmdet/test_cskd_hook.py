@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from det_runs import CSKD, FRSKD, MODIFY, PSKD, Regions, config
-from mm_runs import assert_same_state, train
+from helpers.mmdet import CSKD, FRSKD, MODIFY, PSKD, Regions, config
+from helpers.mmengine import assert_same_state, train
 from mmcv.ops import box_iou_rotated
 from mmdet.registry import TASK_UTILS
 from mmdet.structures import DetDataSample

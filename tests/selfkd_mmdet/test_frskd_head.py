@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from det_runs import CSKD, FRSKD, PSKD, bbox_heads, bfloat16, config
-from mm_runs import assert_same_state, train
+from helpers.mmdet import CSKD, FRSKD, PSKD, bbox_heads, bfloat16, config
+from helpers.mmengine import assert_same_state, train
 from mmcv.ops import RoIAlign
 from mmdet.models.roi_heads import CascadeRoIHead, Shared2FCBBoxHead, StandardRoIHead
 from mmdet.registry import MODELS

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from det_runs import config
-from mm_runs import train
+from helpers.mmdet import config
+from helpers.mmengine import train
 from PIL import Image
 
 from selfkd.comparison import read_runs

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from det_runs import CSKD, FRSKD, MODIFY, PSKD, Regions, StopAfter, bfloat16, config
-from mm_runs import assert_same_state, by_iterations, find_hook, train, train_in_processes
+from helpers.mmdet import CSKD, FRSKD, MODIFY, PSKD, Regions, StopAfter, bfloat16, config
+from helpers.mmengine import assert_same_state, by_iterations, find_hook, train, train_in_processes
 from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from mmengine.hub import get_config

@@ -5,7 +5,8 @@ import shutil
 import make_toy_data
 import pytest
 import torch
-from mm_runs import ROOT, counter
+from helpers import ROOT
+from helpers.mmengine import counter
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.runner import Runner

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from mm_runs import assert_same_state, digits_config, train
+from helpers.mmengine import assert_same_state, digits_config, train
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mm_runs import digits_config
+from helpers.mmengine import digits_config
 
 from selfkd.cli import main
 from selfkd_mmengine.report import check_runs, finished_run

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import mmpretrain
 import pytest
+from helpers import ROOT
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
-from conftest import ROOT
 from selfkd.cli import main
 from selfkd_mmengine.configs import PACKAGES, config_path, load_config, refuse_lost_hooks
 

@@ -1,7 +1,7 @@
 """What a hook or a user exchanges in the middle of a run is looked at again: pipelines, augmentations, losses, data."""
 
 import pytest
-from mm_runs import Recorder, digits_config, find_hook, train
+from helpers.mmengine import Recorder, digits_config, find_hook, train
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmpretrain.models.losses import LabelSmoothLoss

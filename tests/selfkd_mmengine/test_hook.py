@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from mm_runs import Recorder, by_iterations, digits_config, train
+from helpers.mmengine import Recorder, by_iterations, digits_config, train
 
 from selfkd.bank import PredictionBank
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from mm_runs import ROOT, in_processes
+from helpers.processes import run_module
 
 PASS = 5  # batches of 8 in 39 images
 
@@ -12,7 +12,7 @@ PASS = 5  # batches of 8 in 39 images
 def counts(digits, tmp_path_factory):
     """number of processes -> what loops_worker.py counted on each rank, with the same global batch"""
     folder = tmp_path_factory.mktemp('loops')
-    in_processes(1, folder, ROOT / 'tests/loops_worker.py', digits, folder)
+    run_module('helpers.loops_worker', digits, folder, folder=folder)
     return {n: [json.loads((folder / f'{n}-{rank}.json').read_text()) for rank in range(n)] for n in (1, 2, 4)}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mm_runs import assert_same_state, by_iterations, digits_config, train
+from helpers.mmengine import assert_same_state, by_iterations, digits_config, train
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from forks import free_port
-from mm_runs import ROOT, assert_same_state, digits_config, in_processes, train
+from helpers import ROOT
+from helpers.mmengine import assert_same_state, digits_config, train
+from helpers.processes import free_port, run_module
 from mmengine._strategy import BaseStrategy, SingleDeviceStrategy
 from mmengine.registry import STRATEGIES
 from mmengine.runner import FlexibleRunner
@@ -51,7 +52,8 @@ def test_strategies_that_were_not_tried_are_refused(digits, tmp_path, name):
 
 def test_fsdp_keeps_a_bank_and_refuses_a_snapshot(digits, tmp_path):
     can_train = TORCH >= (2, 6)  # the FSDP of earlier versions does not train without a GPU
-    in_processes(2, tmp_path, ROOT / 'tests/fsdp_worker.py', digits, tmp_path, 'bank' if can_train else 'refusal')
+    what = 'bank' if can_train else 'refusal'
+    run_module('helpers.fsdp_worker', digits, tmp_path, what, folder=tmp_path, processes=2)
     for rank in range(2):
         refusal = (tmp_path / f'refusal{rank}.txt').read_text()
         assert 'a past copy cannot be made of a model whose weights are sharded (FSDP): train with DDP' in refusal

@@ -3,7 +3,7 @@
 import multiprocessing
 
 import pytest
-from mm_runs import Recorder, assert_same_state, by_iterations, digits_config, find_hook, train
+from helpers.mmengine import Recorder, assert_same_state, by_iterations, digits_config, find_hook, train
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 

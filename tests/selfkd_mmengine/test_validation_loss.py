@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mm_runs import assert_same_state, digits_config, find_hook, train
+from helpers.mmengine import assert_same_state, digits_config, find_hook, train
 from mmengine.hooks import Hook
 
 PSKD, CSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8), dict(type='selfkd_mmpretrain.CSKDHook')

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import Recorder, assert_same_state, by_iterations, digits_config, train, train_in_processes
+from helpers.mmengine import Recorder, assert_same_state, by_iterations, digits_config, train, train_in_processes
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmpretrain.registry import MODELS

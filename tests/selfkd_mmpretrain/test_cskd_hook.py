@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import (
+from helpers.mmengine import (
     Recorder,
     assert_same_state,
     by_iterations,
@@ -307,7 +307,7 @@ def test_two_processes(digits, tmp_path):
         """
 import os, torch
 from mmengine.hooks import Hook
-from mm_runs import find_hook
+from helpers.mmengine import find_hook
 class Dump(Hook):
     priority = 'VERY_LOW'
     def before_train(self, runner):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from mm_runs import ROOT
+from helpers import ROOT
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, Recorder, assert_same_state, digits_config, find_hook, train
+from helpers import ROOT
+from helpers.mmengine import Recorder, assert_same_state, digits_config, find_hook, train
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
@@ -188,12 +189,13 @@ def test_sums_before_relu_of_wrn_are_what_the_self_teacher_sees():
     head = dict(type='LinearClsHead', num_classes=3, in_channels=64)
     cfg = dict(type='selfkd_mmpretrain.FRSKDImageClassifier', backbone=backbone, neck=GAP, head=head)
     for kind in ('attention', 'overhaul'):
-        model = MODELS.build(dict(cfg, self_teacher=dict(feature_loss=kind))).eval()
+        model = MODELS.build(dict(cfg, self_teacher=dict(feature_loss=kind)))
         seen = []
         model.self_teacher.pyramid.register_forward_pre_hook(lambda m, args, seen=seen: seen.extend(args[0]))
         x = torch.randn(2, 3, 8, 8)
         model(x, [DataSample().set_gt_label(0)] * 2, mode='loss')
         sums = model.backbone.conv1(x)
+        assert len(seen) == 3
         for got, stage in zip(seen, model.backbone.stages):
             sums = stage(sums)
             torch.testing.assert_close(got, sums if kind == 'overhaul' else sums.relu())
@@ -525,6 +527,16 @@ def test_an_own_classifier_is_asked_for_and_keeps_its_loss(digits, tmp_path):
         assert min(outputs['loss_kd'], outputs['loss_teacher'], outputs['loss_cls']) > 0
     plain = MODELS.build(dict(digits_config(digits, tmp_path).model, type='OwnClassifier'))
     plain.load_state_dict(strip_self_teacher(runner.model.state_dict()), strict=True)
+
+
+def test_a_validation_loss_is_the_plain_one(digits, tmp_path):
+    """In evaluation mode, or without gradients."""
+    model = MODELS.build(frskd_config(digits, tmp_path).model)
+    data = dict(inputs=torch.randn(2, 3, 8, 8), data_samples=[DataSample().set_gt_label(0)] * 2)
+    assert set(model(**data, mode='loss')) == {'loss_cls', 'loss_teacher', 'loss_kd', 'loss_feature'}
+    with torch.no_grad():
+        assert set(model(**data, mode='loss')) == {'loss'}
+    assert set(model.eval()(**data, mode='loss')) == {'loss'}
 
 
 def test_maps_of_a_second_pass_are_not_taken_for_those_of_the_loss(digits, tmp_path):

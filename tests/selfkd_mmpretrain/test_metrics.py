@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from mm_runs import digits_config, train_in_processes
+from helpers.mmengine import digits_config, train_in_processes
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
@@ -11,6 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from selfkd import metrics as core
 from selfkd_mmpretrain.metrics import CalibrationMetric, OODMetric, RecallAt1, SelectiveMetric
+from selfkd_mmpretrain.report import Predictions, plot_reliability
 
 ALL = [dict(type='Accuracy', topk=(1, 5)), dict(type='selfkd_mmpretrain.CalibrationMetric')]
 ALL += [dict(type='selfkd_mmpretrain.SelectiveMetric'), dict(type='selfkd_mmpretrain.RecallAt1')]
@@ -128,3 +129,17 @@ def test_two_processes_measure_what_one_does(digits, tmp_path):
         lines = [line for line in output.splitlines() if 'calibration/ece' in line]
         values.append(lines[-1].split('accuracy/top1')[1].split('data_time')[0])
     assert values[0] == values[1]
+
+
+def test_the_reliability_diagram_has_the_bins_of_its_ece(tmp_path, monkeypatch):
+    """In float32 0.3 is above 0.3, and 10 times it is 3."""
+    confidence = torch.tensor([0.3, 0.35]).repeat(10)
+    probs = torch.stack([confidence, *[(1 - confidence) / 3] * 3], dim=1)
+    labels = torch.tensor([0, 1]).repeat(10)
+    drawn = []
+    monkeypatch.setattr('matplotlib.axes.Axes.plot', lambda ax, xs, ys, **style: drawn.append((xs, ys, style)))
+    monkeypatch.setattr('matplotlib.axes.Axes.legend', lambda ax, **style: None)
+    plot_reliability({'': {'plain': [Predictions(probs, labels)]}}, str(tmp_path / 'plot.png'))
+    (x,), (y,), style = next((*xy, style) for *xy, style in drawn if 'label' in style)
+    assert abs(y - x) == pytest.approx(core.calibration_error(probs, labels))
+    assert style['label'] == f'plain (ECE {100 * abs(y - x):.1f} %)'

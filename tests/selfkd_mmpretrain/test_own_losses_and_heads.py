@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import Recorder, digits_config, train
+from helpers.mmengine import Recorder, digits_config, train
 from mmpretrain.models.heads import LinearClsHead
 from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
 from mmpretrain.registry import MODELS

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import (
-    ROOT,
+from helpers import ROOT
+from helpers.mmengine import (
     Recorder,
     assert_same_state,
     by_iterations,
@@ -238,7 +238,7 @@ def test_two_processes_hold_the_bank_of_a_single_one(digits, tmp_path):
         """
 import os, torch
 from mmengine.hooks import Hook
-from mm_runs import Recorder, find_hook
+from helpers.mmengine import Recorder, find_hook
 class DumpBank(Recorder):
     def after_train(self, runner):
         hook = find_hook(runner, 'PSKDHook')

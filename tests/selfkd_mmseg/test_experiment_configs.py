@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mm_runs import ROOT, counter
+from helpers import ROOT
+from helpers.mmengine import counter
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.registry import MODELS

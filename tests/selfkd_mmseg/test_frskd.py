@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import ROOT, assert_same_state, train
+from helpers import ROOT
+from helpers.mmengine import assert_same_state, train
+from helpers.mmseg import BASES, MAPS, config, tiny
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -15,7 +17,6 @@ from mmengine.structures import PixelData
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from seg_runs import BASES, MAPS, config, tiny
 from torch import nn
 
 
@@ -130,6 +131,18 @@ def test_student_and_its_losses_are_the_vanilla_models(voc, tmp_path):
     assert theirs.keys() == {k for k in losses if not k.startswith('self_teacher.')}
     for name, value in theirs.items():
         assert torch.equal(value, losses[name]), name
+
+
+def test_a_validation_loss_is_the_plain_one(voc, tmp_path):
+    """In evaluation mode, or without gradients."""
+    label = torch.randint(0, 11, (2, 48, 48))
+    losses, model = step(frskd_config(voc, tmp_path), label)
+    plain = {name for name in losses if not name.startswith('self_teacher.')}
+    assert plain < set(losses)
+    data = [torch.randn(2, 3, 48, 48), [SegDataSample(gt_sem_seg=PixelData(data=each[None])) for each in label]]
+    with torch.no_grad():
+        assert set(model(*data, mode='loss')) == plain
+    assert set(model.eval()(*data, mode='loss')) == plain
 
 
 def test_the_self_teacher_has_the_decode_heads_settings_unless_given_others(voc, tmp_path):

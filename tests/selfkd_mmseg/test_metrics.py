@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from mm_runs import train
-from seg_runs import config
+from helpers.mmengine import train
+from helpers.mmseg import config
 
 from selfkd.metrics import calibration_error
 from selfkd_mmseg import PixelCalibrationMetric

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mm_runs import assert_same_state, train
+from helpers.mmengine import assert_same_state, train
+from helpers.mmseg import config
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.registry import MODELS
-from seg_runs import config
 
 PSKD = dict(type='selfkd_mmseg.PSKDHook', alpha=0.8, interval=3)
 

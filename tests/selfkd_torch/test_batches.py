@@ -1,12 +1,11 @@
 """Which sample is which, what an epoch is, and what the loader does, whatever a loop does with ``batches()``."""
 
-import copy
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import in_processes
+from helpers.processes import in_processes
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -16,12 +15,12 @@ from torch.utils.data import (
     RandomSampler,
     Subset,
     TensorDataset,
+    WeightedRandomSampler,
     default_collate,
     get_worker_info,
 )
 
 from selfkd_torch import CSKD, PSKD, Batches
-from selfkd_torch.batches import Numbered
 
 N, CLASSES = 24, 4
 X, Y = torch.arange(float(N))[:, None].repeat(1, 3), torch.arange(N) % CLASSES
@@ -191,10 +190,6 @@ def test_a_worker_init_fn_sets_attributes_of_the_users_data_set():
         assert torch.equal(x, expected)
         pskd.loss(torch.randn(6, CLASSES), y)
     assert pskd.batches().lend().dataset is data
-    numbered = Numbered(data)
-    numbered.noise = 7
-    assert data.noise == 7
-    assert copy.deepcopy(numbered).noise == 7
 
 
 def test_a_batch_that_fails_takes_its_rows_along():
@@ -350,6 +345,7 @@ def test_lengths_that_cannot_work_are_refused():
 
 def accelerated(prepare_first):
     accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
+    torch.distributed.init_process_group('gloo')
     accelerator, model = accelerate.Accelerator(cpu=True), network()
     loader = loader_of(shuffle=True)
     pskd = bank_of(accelerator.prepare(loader) if prepare_first else loader)
@@ -370,7 +366,7 @@ def accelerated(prepare_first):
 @pytest.mark.parametrize('processes', [1, 2])
 def test_accelerate_prepares_the_loader(tmp_path, processes, prepare_first):
     pytest.importorskip('accelerate', reason='accelerate is not installed')
-    ranks = in_processes(tmp_path, lambda rank: _with_group(accelerated, prepare_first), processes)
+    ranks = in_processes(tmp_path, lambda rank: accelerated(prepare_first), processes)
     if processes == 2 and not prepare_first:
         assert all('prepare the loader first' in problem for problem in ranks)
         return
@@ -379,14 +375,6 @@ def test_accelerate_prepares_the_loader(tmp_path, processes, prepare_first):
         half = len(losses) // 2
         assert losses[:half] == [0] * half
         assert all(losses[half:])
-
-
-def _with_group(function, *args):
-    torch.distributed.init_process_group('gloo')
-    try:
-        return function(*args)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_fabric_sets_the_loader_up():
@@ -408,3 +396,69 @@ def test_a_sampler_that_counts_epochs_is_the_users_own():
     assert lent.batch_sampler.sampler is sampler
     lent.batch_sampler.sampler.set_epoch(3)
     assert sampler.epoch == 3
+
+
+class Indexed(Dataset):
+    """Samples that say which they are."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return {'which': index, 'x': torch.full((3,), float(index))}
+
+
+class Fetched(Indexed):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+class Batch:
+    """A batch type of the user's own."""
+
+    def __init__(self, samples):
+        self.which = torch.tensor([sample['which'] for sample in samples])
+
+
+@pytest.mark.parametrize('data', [Indexed(), Fetched(), Subset(Indexed(), range(29, -1, -1))])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(batch_size=4, shuffle=True),
+        dict(batch_size=4, num_workers=2, persistent_workers=True, drop_last=True),
+        dict(batch_size=4, sampler='weighted'),
+        dict(batch_size=7, sampler='distributed', num_workers=1),
+        dict(batch_size=4, collate_fn=Batch, shuffle=True),
+        dict(batch_size=None, sampler='random'),
+    ],
+    ids=['shuffled', 'workers', 'weighted', 'distributed', 'own batches', 'no batches'],
+)
+def test_rows_travel_with_their_batches(data, options):
+    samplers = {
+        'weighted': lambda: WeightedRandomSampler(torch.rand(30) + 0.1, 30),
+        'distributed': lambda: DistributedSampler(data, 2, rank=1),
+        'random': lambda: RandomSampler(data),
+    }
+    options = {**options, **({'sampler': samplers[options['sampler']]()} if 'sampler' in options else {})}
+    loader = DataLoader(data, **options)
+    pskd = PSKD(loader, num_classes=3, max_epochs=5)
+    assert len(pskd.batches()) == len(loader)
+    assert pskd.batches().dataset is data
+    for _ in range(2):
+        count = 0
+        for batch in pskd.batches():
+            which = batch.which if isinstance(batch, Batch) else torch.as_tensor(batch['which']).reshape(-1)
+            where = pskd._rows if not isinstance(data, Subset) else 29 - pskd._rows
+            assert torch.equal(which, where)
+            pskd.loss(torch.randn(len(which), 3), torch.zeros(len(which), dtype=torch.long))
+            count += 1
+        assert count == len(loader)
+
+
+def test_the_loader_draws_its_seeds_when_the_users_own_would():
+    loader, states = loader_of(shuffle=True), []
+    for each in (loader, PSKD(loader, 10, max_epochs=2).batches().lend()):
+        torch.manual_seed(0)
+        iter(each)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

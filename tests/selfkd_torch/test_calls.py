@@ -451,6 +451,7 @@ def test_samples_with_single_labels_have_a_bank_of_samples():
     assert pskd.bank.num_samples == 12
     tokens = TokenPSKD(DataLoader(TEXTS), VOCABULARY, max_epochs=2)
     assert tokens.bank._tables[0].dtype == torch.float16
+    assert TokenPSKD(DataLoader(TEXTS), VOCABULARY, max_epochs=2, device='meta').bank._tables[0].is_meta
     with pytest.raises(
         ValueError, match="the state's bank is of tokens, but the training set's samples have labels for s"
     ):

@@ -8,7 +8,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import in_processes
+from helpers.processes import in_processes
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, IterableDataset
 
@@ -213,6 +213,19 @@ def test_it_is_the_papers_loss(task, tmp_path):
     assert int(bank.seen(torch.arange(rows)).sum()) == sum(len(past) for past in trainer.past.values())
 
 
+@pytest.mark.parametrize('task', ['language', 'translation'])
+def test_tokens_in_batches_with_one_label_for_each_sample(task, tmp_path):
+    """The first text and the last have a single label that counts, and each is a batch of its own."""
+    data = Texts('language', count=6)
+    for sample in data.samples[::5]:
+        for name in ('input_ids', 'labels'):
+            sample[name] = sample[name][: 2 if task == 'language' else 1]
+    options = dict(data=data, per_device_train_batch_size=1, pskd_top_k={'language': 20, 'translation': 24}[task])
+    trainer = fit('pskd', task, tmp_path, trainer=Keeps, **options)
+    assert trainer.got == pytest.approx(trainer.expected, rel=1e-3)
+    assert trainer.pskd.bank.num_samples == sum(len(sample['labels']) for sample in data.samples)
+
+
 @pytest.mark.parametrize('when', ['epoch', 'steps', 'last step'])
 @pytest.mark.parametrize(('task', 'teacher'), [('text', 'bank'), ('language', 'bank'), ('language', 'snapshot')])
 def test_resume_is_exact(task, teacher, when, tmp_path):
@@ -233,6 +246,24 @@ def test_resume_is_exact(task, teacher, when, tmp_path):
         resumed = fit('pskd', task, tmp_path, resume=str(tmp_path / f'checkpoint-{done}'), **how)
     assert resumed.losses == straight.losses[done:]
     assert same(resumed, straight)
+
+
+def test_a_save_that_fails_leaves_the_past_that_was_saved_before(tmp_path, monkeypatch):
+    trainer = fit('pskd', 'text', tmp_path, save_strategy='epoch')
+    folder = max(tmp_path.glob('checkpoint-*'))
+    saved = (folder / 'selfkd.pt').read_bytes()
+
+    def full(value, path, save=torch.save, **options):
+        if 'selfkd' in str(path):
+            with open(path, 'wb') as file:
+                file.write(b'half')
+            raise RuntimeError('unexpected pos')
+        return save(value, path, **options)
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError, match='selfkd.pt: could not be written: unexpected pos'):
+        trainer._save_optimizer_and_scheduler(str(folder))
+    assert (folder / 'selfkd.pt').read_bytes() == saved
 
 
 class StopAt(transformers.TrainerCallback):
@@ -466,6 +497,40 @@ def test_a_loader_of_ones_own(trainer, tmp_path):
     done.past.clear()  # a second training begins anew
     done.train()
     assert done.got == pytest.approx(done.expected, rel=1e-5)
+
+
+class Marks(Texts):
+    mark = 0
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return dict(sample, input_ids=[self.mark, *sample['input_ids'][1:]])
+
+
+def mark(worker):
+    torch.utils.data.get_worker_info().dataset.mark = 1 + worker
+
+
+class Workers(MyTrainer):
+    def get_train_dataloader(self):
+        options = dict(num_workers=2, worker_init_fn=mark, collate_fn=self.note)
+        return torch.utils.data.DataLoader(self.train_dataset, 6, **options)
+
+    def note(self, features):
+        return {**pad(features), 'marks': [feature['input_ids'][0] for feature in features]}
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.marks = getattr(self, 'marks', set()) | set(inputs.pop('marks'))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_what_is_set_on_the_loaders_data_set_arrives_there(tmp_path):
+    """By a worker_init_fn, or in the training process."""
+    data = Marks('class')
+    trainer = fit('pskd', 'text', tmp_path, trainer=Workers, data=data)
+    assert trainer.marks == {1, 2}
+    trainer.callback_handler.train_dataloader.dataset.mark = 7
+    assert data.mark == 7
 
 
 class Forgets(MyTrainer):

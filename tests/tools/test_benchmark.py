@@ -9,9 +9,9 @@ from importlib import import_module
 
 import pytest
 import torch
+from helpers import ROOT
 from mmengine.registry import MODELS, DefaultScope
 
-from conftest import ROOT
 from selfkd.benchmark import compare, peak_bytes, write_section
 
 TOOL = ROOT / 'tools/benchmark.py'

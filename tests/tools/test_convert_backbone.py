@@ -9,13 +9,13 @@ import sys
 import make_toy_data
 import pytest
 import torch
-from mm_runs import train
+from helpers import ROOT
+from helpers.mmengine import train
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
-from conftest import ROOT
-from selfkd_mmengine import backbone as tool
+from selfkd_mmpretrain import backbone as tool
 
 PREPROCESSOR = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 
@@ -217,6 +217,15 @@ def test_files_that_cannot_be_read_or_written_end_the_command_with_a_message(tmp
         with pytest.raises(SystemExit, match='2'):
             tool.main([str(tmp_path / name), str(tmp_path / target), '--to', 'mmdet', '--config', cfg])
         assert message in capsys.readouterr().err
+
+
+def test_where_mmdetection_is_not_installed(tmp_path, monkeypatch, capsys):
+    source, config = pretrained(tmp_path, 18)
+    monkeypatch.setitem(sys.modules, 'mmdet.models.backbones', None)
+    with pytest.raises(SystemExit, match='2'):
+        tool.main([source, str(tmp_path / 'b.pth'), '--to', 'mmdet', '--config', config])
+    assert 'which is not installed here: install MMDetection' in capsys.readouterr().err
+    assert not (tmp_path / 'b.pth').exists()
 
 
 def test_what_cannot_be_converted_is_refused_by_name(tmp_path):

@@ -8,9 +8,8 @@ import time
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from PIL import Image
-
-from conftest import ROOT
 
 SCRIPT = """
 import sys

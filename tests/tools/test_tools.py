@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import run_script
-from mm_runs import digits_config, train
+from helpers import ROOT
+from helpers.mmengine import digits_config, train
+from helpers.processes import run_script
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from PIL import Image
 
-from conftest import ROOT
 from selfkd.comparison import read_runs
 from selfkd.metrics import apply_temperature, fit_temperature, nll, ood_scores, recall_at_1
 from selfkd_mmpretrain.report import measure, predict, table

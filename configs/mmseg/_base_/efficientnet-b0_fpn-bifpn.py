@@ -12,7 +12,7 @@ model = dict(
         size=(512, 512),
     ),
     backbone=dict(
-        type='selfkd_mmseg.efficientnet.EfficientNetLevels',
+        type='selfkd_mmpretrain.efficientnet.EfficientNetLevels',
         arch='b0',
         init_cfg=dict(
             type='Pretrained',

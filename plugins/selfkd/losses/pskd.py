@@ -1,6 +1,6 @@
 """PS-KD: cross-entropy against the label, softened by a past prediction."""
 
-from typing import Any, Dict, NamedTuple, Optional, Union
+from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -131,20 +131,11 @@ def pskd_loss(
     if not isinstance(alpha, Tensor) and alpha == 0:
         past_probs = None
 
-    labels, ignored = labels_or_probs, None
-    if labels.is_floating_point():
-        if ignore_index is not None:
-            raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
-        if label_smoothing:
-            raise ValueError('label_smoothing: needs class ids, but labels_or_probs holds probs')
-        check_probs('labels_or_probs', labels, logits.shape)
-    else:
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f'label_smoothing: must lie in [0, 1), got {label_smoothing}')
-        if ignore_index is not None:
-            ignored = labels == ignore_index
-            labels = labels.masked_fill(ignored, 0)
-        labels = check_labels(labels, logits)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f'label_smoothing: must lie in [0, 1), got {label_smoothing}')
+    if labels_or_probs.is_floating_point() and label_smoothing:
+        raise ValueError('label_smoothing: needs class ids, but labels_or_probs holds probs')
+    labels, ignored = _checked_labels(labels_or_probs, logits, ignore_index)
     past, classes = past_probs, None
     if isinstance(past, TopK):
         check_top_k('past_probs', *past, logits)
@@ -159,6 +150,19 @@ def pskd_loss(
     hard, soft, nll = (part.detach() for part in parts)
     weighted = (hard if keep_hard else times(1 - alpha, hard), times(alpha, soft), nll)
     return loss, PSKDParts(*(reduce(part, reduction, ignored) for part in weighted))
+
+
+def _checked_labels(labels: Tensor, logits: Tensor, ignore_index: Optional[int]) -> Tuple[Tensor, Optional[Tensor]]:
+    """Class ids, with some class in the place of ``ignore_index``, or probs; and where that was."""
+    if labels.is_floating_point():
+        if ignore_index is not None:
+            raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
+        check_probs('labels_or_probs', labels, logits.shape)
+        return labels, None
+    if ignore_index is None:
+        return check_labels(labels, logits), None
+    ignored = labels == ignore_index
+    return check_labels(labels.masked_fill(ignored, 0), logits), ignored
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

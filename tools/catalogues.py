@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from .prepare import Pairs, tokenised_pairs
+from corpora import Pairs, tokenised_pairs
 
 SHORTEST, LONGEST = 3, 25  # words of a message
 CODE = 'VAR'  # what every format code becomes

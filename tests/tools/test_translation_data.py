@@ -3,18 +3,17 @@
 import gzip
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-REPO = Path(__file__).resolve().parents[2]
-CONFIGS = f'{REPO}/configs/fairseq'
-USER_DIR = f'common.user_dir={REPO}/plugins/selfkd_fairseq'
+CONFIGS = f'{ROOT}/configs/fairseq'
+USER_DIR = f'common.user_dir={ROOT}/plugins/selfkd_fairseq'
 SENTENCES = [('Das ist ein Haus.', 'This is a house.'), ('„Gut“, sagte er.', '"Good", he said.'), ('Ja!', 'Yes!')]
 
 
 def tool(name, *args, **kwargs):
-    command = [sys.executable, str(REPO / 'tools' / name), *map(str, args)]
+    command = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
     return subprocess.run(command, check=True, capture_output=True, text=True, **kwargs)
 
 
@@ -193,7 +192,7 @@ def test_catalogues_that_are_refused(catalogues, tmp_path, options, message):
     ],
 )
 def test_messages_are_normalised(message, translation, expected):
-    from selfkd_fairseq.catalogues import normalised
+    from catalogues import normalised
 
     assert normalised(message, translation) == expected
 
@@ -224,7 +223,7 @@ def run_config(fairseq, text, name, source, target):
 
 def test_number_words(tmp_path, fairseq):
     """Disjoint splits, a test set that does not depend on the training set, and a config that learns them."""
-    from selfkd_fairseq.number_words import write_corpus
+    from number_words import write_corpus
 
     write_corpus(tmp_path, {'train': 200, 'valid': 20, 'test': 50}, seed=3)
     lines = {split: (tmp_path / f'{split}.de').read_text().splitlines() for split in ('train', 'valid', 'test')}

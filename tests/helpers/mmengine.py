@@ -1,24 +1,28 @@
 """Small real runs of mmengine's Runner over the digits, for the OpenMMLab plugins' tests."""
 
 import itertools
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-import forks
 import mmengine.config.config
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from helpers import ROOT
+from helpers.processes import in_processes
 from selfkd.cli import main as selfkd
 
-ROOT = Path(__file__).resolve().parent.parent
 counter = itertools.count()
 # Laying out the config's text takes half of a run as small as these.
 mmengine.config.config.FormatCode = lambda text, **style: (text, True)
+
+
+def place(cfg, data, work_dir) -> None:
+    """Has a toy config read ``data`` and write to ``work_dir``, quietly."""
+    for part in ('train', 'val', 'test'):
+        cfg[f'{part}_dataloader'].dataset.data_root = f'{data}/'
+    cfg.work_dir, cfg.experiment_name, cfg.log_level = str(work_dir), f'run{next(counter)}', 'ERROR'
 
 
 def digits_config(digits, work_dir, *hooks, **options) -> Config:
@@ -30,16 +34,11 @@ def digits_config(digits, work_dir, *hooks, **options) -> Config:
             'model.backbone.stem_channels': 4,
             'model.head.in_channels': 32,
             'train_dataloader.batch_size': 8,
-            'train_dataloader.dataset.data_root': str(digits),
-            'val_dataloader.dataset.data_root': str(digits),
-            'test_dataloader.dataset.data_root': str(digits),
             'train_cfg.max_epochs': 3,
             'train_cfg.val_interval': 100,
-            'work_dir': str(work_dir),
-            'experiment_name': f'run{next(counter)}',
-            'log_level': 'ERROR',
         }
     )
+    place(cfg, digits, work_dir)
     cfg.merge_from_dict(options)
     cfg.custom_hooks = [ConfigDict(hook) for hook in hooks]
     return cfg
@@ -62,23 +61,6 @@ def train(cfg, *hooks) -> Runner:
     return runner
 
 
-def in_processes(processes: int, folder, script, *arguments) -> str:
-    """Runs a script in ``folder``, whose modules it may import, under torchrun if in several processes; its output."""
-    meet = [
-        '--master_addr',
-        '127.0.0.1',
-        '--master_port',
-        forks.free_port(),
-    ]  # torchrun's own choice of a port can be taken
-    launcher = ['-m', 'torch.distributed.run', *meet, '--nproc_per_node', processes] if processes > 1 else []
-    path = [ROOT / 'plugins', ROOT / 'tests', folder, os.environ.get('PYTHONPATH', '')]
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))}
-    command = map(str, [sys.executable, *launcher, script, *arguments])
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-    assert outcome.returncode == 0, outcome.stderr[-6000:]
-    return outcome.stdout + outcome.stderr
-
-
 def train_in_processes(cfg: Config, folder, processes: int = 2) -> str:
     """Trains by ``selfkd train`` into ``folder/run``, which modules in ``folder`` may extend; returns its output.
 
@@ -92,7 +74,7 @@ def train_in_processes(cfg: Config, folder, processes: int = 2) -> str:
         sys.path.insert(0, str(folder))
         selfkd([str(argument) for argument in arguments])
 
-    forks.in_processes(folder, work, processes)
+    in_processes(folder, work, processes)
     return '\n'.join((folder / f'rank{rank}.txt').read_text() for rank in range(processes))
 
 

@@ -1,96 +1,27 @@
-"""Self-distillation in plain training loops, over real scans of digits."""
+"""PS-KD in a loop of one's own."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import in_processes
-from sklearn.datasets import load_digits
+from helpers.loops import EPOCHS, Stream, loader_of, network, train
+from helpers.processes import in_processes
 from torch import nn
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Subset,
     TensorDataset,
-    WeightedRandomSampler,
 )
 
 from selfkd.bank import PredictionBank
-from selfkd.losses import distillation_kl, pskd_loss
+from selfkd.losses import pskd_loss
 from selfkd.teacher import SnapshotTeacher
-from selfkd_torch import CSKD, FRSKD, PSKD, TokenPSKD
-
-EPOCHS = 3
-
-
-@pytest.fixture(scope='module')
-def digits():
-    scans = load_digits()
-    images = torch.tensor(scans.data[:60], dtype=torch.float32) / 16
-    return TensorDataset(images, torch.tensor(scans.target[:60]))
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 10))
-
-
-def loader_of(data, **options):
-    return DataLoader(data, **{'batch_size': 20, 'shuffle': True, **options})
-
-
-def train(model, batches, loss_of, epochs=EPOCHS, after_step=lambda: None):
-    """A user's loop; the losses of its steps."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-    torch.manual_seed(1)
-    losses = []
-    for _ in range(epochs):
-        for x, y in batches:
-            loss = loss_of(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            after_step()
-            losses.append(loss.item())
-    return losses
+from selfkd_torch import FRSKD, PSKD
 
 
 def same(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
-
-
-class Indexed(Dataset):
-    """Samples that say which they are."""
-
-    def __len__(self):
-        return 30
-
-    def __getitem__(self, index):
-        return {'which': index, 'x': torch.full((3,), float(index))}
-
-
-class Fetched(Indexed):
-    def __getitems__(self, indices):
-        return [self[index] for index in indices]
-
-
-class Stream(IterableDataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __iter__(self):
-        return iter([self.data[i] for i in range(60)])
-
-
-class Batch:
-    """A batch type of the user's own."""
-
-    def __init__(self, samples):
-        self.which = torch.tensor([sample['which'] for sample in samples])
 
 
 def test_it_is_the_papers_loop(digits):
@@ -128,50 +59,6 @@ def test_weight_zero_is_plain_training_to_the_last_bit(digits, teacher):
     pskd = PSKD(loader_of(digits), alpha=0.0, max_epochs=EPOCHS, **how)
     assert train(zero, pskd.batches(), pskd.loss) == expected
     assert same(plain, zero)
-
-
-@pytest.mark.parametrize('data', [Indexed(), Fetched(), Subset(Indexed(), range(29, -1, -1))])
-@pytest.mark.parametrize(
-    'options',
-    [
-        dict(batch_size=4, shuffle=True),
-        dict(batch_size=4, num_workers=2, persistent_workers=True, drop_last=True),
-        dict(batch_size=4, sampler='weighted'),
-        dict(batch_size=7, sampler='distributed', num_workers=1),
-        dict(batch_size=4, collate_fn=Batch, shuffle=True),
-        dict(batch_size=None, sampler='random'),
-    ],
-    ids=['shuffled', 'workers', 'weighted', 'distributed', 'own batches', 'no batches'],
-)
-def test_rows_travel_with_their_batches(data, options):
-    samplers = {
-        'weighted': lambda: WeightedRandomSampler(torch.rand(30) + 0.1, 30),
-        'distributed': lambda: DistributedSampler(data, 2, rank=1),
-        'random': lambda: RandomSampler(data),
-    }
-    options = {**options, **({'sampler': samplers[options['sampler']]()} if 'sampler' in options else {})}
-    loader = DataLoader(data, **options)
-    pskd = PSKD(loader, num_classes=3, max_epochs=5)
-    assert len(pskd.batches()) == len(loader)
-    assert pskd.batches().dataset is data
-    for _ in range(2):
-        count = 0
-        for batch in pskd.batches():
-            which = batch.which if isinstance(batch, Batch) else torch.as_tensor(batch['which']).reshape(-1)
-            where = pskd._rows if not isinstance(data, Subset) else 29 - pskd._rows
-            assert torch.equal(which, where)
-            pskd.loss(torch.randn(len(which), 3), torch.zeros(len(which), dtype=torch.long))
-            count += 1
-        assert count == len(loader)
-
-
-def test_the_loader_draws_its_seeds_when_the_users_own_would(digits):
-    loader, states = loader_of(digits), []
-    for each in (loader, PSKD(loader, 10, max_epochs=2).batches().lend()):
-        torch.manual_seed(0)
-        iter(each)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
 
 
 def test_the_snapshot_teaches_in_the_students_mode(digits):
@@ -248,14 +135,6 @@ def test_the_number_of_classes_is_seen_at_the_first_loss_or_in_the_state(digits)
     assert again.state_dict()['bank'] is None
     again.load_state_dict(found.state_dict())
     assert torch.equal(again.bank.read(torch.arange(60)), given.bank.read(torch.arange(60)))
-
-
-def test_an_explicit_loss_inside_a_tap_counts_once(digits):
-    tapped, plain = (PSKD(loader_of(digits), 10, alpha=0.8, max_epochs=EPOCHS) for _ in range(2))
-    options = dict(weight=torch.linspace(0.5, 2, 10))
-    with tapped.tap():
-        losses = train(network(), tapped.batches(), lambda x, y: tapped.loss(x, y, **options))
-    assert losses == train(network(), plain.batches(), lambda x, y: plain.loss(x, y, **options))
 
 
 def test_a_snapshot_saved_within_an_epoch_is_the_one_that_taught(digits):
@@ -370,181 +249,14 @@ def test_mixup_accumulation_autocast_average_and_compiled_models(digits):
     assert not {*model._forward_pre_hooks, *compiled._forward_pre_hooks, *compiled._forward_hooks}
 
 
-def torchvision_style_epoch(model, criterion, optimizer, data_loader):
-    """As torchvision's references/classification/train.py: nothing in it knows of self-distillation."""
-    model.train()
-    for _, (image, target) in enumerate(data_loader):
-        output = model(image)
-        loss = criterion(output, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.inference_mode():
-            F.cross_entropy(output, target)  # for the log
-
-
-class LogSoftmaxLoss(nn.Module):
-    """As timm's LabelSmoothingCrossEntropy."""
-
-    def forward(self, x, target):
-        log_probs = F.log_softmax(x, dim=-1)
-        nll = -log_probs.gather(dim=-1, index=target.unsqueeze(1)).squeeze(1)
-        return (0.9 * nll - 0.1 * log_probs.mean(dim=-1)).mean()
-
-
-@pytest.mark.parametrize(
-    ('criterion', 'smoothing'), [(nn.CrossEntropyLoss(label_smoothing=0.1), 0.1), (LogSoftmaxLoss(), 0.1)]
-)
-def test_tap_on_code_that_cannot_be_edited(digits, criterion, smoothing):
-    model, explicit = network(), network()
-    pskd = PSKD(loader_of(digits), num_classes=10, max_epochs=EPOCHS)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-    torch.manual_seed(1)
-    for _ in range(EPOCHS):
-        with pskd.tap(None if isinstance(criterion, nn.CrossEntropyLoss) else criterion):
-            torchvision_style_epoch(model, criterion, optimizer, pskd.batches())
-    other = PSKD(loader_of(digits), num_classes=10, max_epochs=EPOCHS)
-    train(explicit, other.batches(), lambda logits, y: other.loss(logits, y, label_smoothing=smoothing))
-    for name, value in explicit.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
-    assert not criterion._forward_hooks
-
-
-def test_timms_losses(digits):
-    loss = pytest.importorskip('timm.loss', reason='timm is not installed')
-    for criterion, target in (
-        (loss.LabelSmoothingCrossEntropy(0.1), lambda y: y),
-        (loss.SoftTargetCrossEntropy(), lambda y: F.one_hot(y, 10).float()),
-    ):
-        model = network()
-        pskd = PSKD(loader_of(digits), alpha=0.8, max_epochs=2, teacher='snapshot', model=model)
-        plain, tapped = [], []
-        for _ in range(2):
-            with pskd.tap(criterion):
-                for x, y in pskd.batches():
-                    torch.manual_seed(0)
-                    logits = model(x)
-                    tapped.append(criterion(logits, target(y)).item())
-                    plain.append(criterion.forward(logits, target(y)).item())
-        assert tapped[:3] == plain[:3]
-        assert all(abs(a - b) > 1e-3 for a, b in zip(tapped[3:], plain[3:]))
-
-
-def test_a_tap_that_does_not_fire_is_an_error(digits):
-    model, pskd = network(), PSKD(loader_of(digits), num_classes=10, max_epochs=2)
-    with pytest.raises(RuntimeError, match='a batch was trained on without pskd.loss'), pskd.tap():
-        torchvision_style_epoch(model, LogSoftmaxLoss(), torch.optim.SGD(model.parameters(), lr=0.1), pskd.batches())
-    with pytest.raises(RuntimeError, match=r'no training loss was computed inside tap\(\)'), pskd.tap():
-        pass
-
-
-class Sentences(Dataset):
-    lengths = [3, 5, 2, 4, 1, 5]
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __getitem__(self, index):
-        ids = torch.arange(self.lengths[index]) + index
-        return dict(input_ids=ids, labels=ids % 7)
-
-
-def padded(samples):
-    return nn.utils.rnn.pad_sequence([sample['labels'] for sample in samples], True, -100)
-
-
-def test_a_bank_of_tokens():
-    """Each token learns from what was predicted for it, whatever its sentence is padded to beside others."""
-    loader = DataLoader(Sentences(), batch_size=2, shuffle=True, collate_fn=padded)
-    pskd, past = TokenPSKD(loader, alpha=0.8, max_epochs=3, top_k=7), {}
-    torch.manual_seed(0)
-    for epoch in range(3):
-        for y in pskd.batches():
-            logits, terms = torch.randn(*y.shape, 7), []
-            loss = pskd.loss(logits.flatten(0, 1), y.flatten())
-            for row, line, labels in zip(pskd._rows.tolist(), logits, y):
-                for place, label in enumerate(labels[labels != -100]):
-                    old = past.get((row, place))
-                    alpha = 0 if old is None else 0.8 * (epoch + 1) / 3
-                    target = (1 - alpha) * F.one_hot(label, 7) + (alpha * old if alpha else 0)
-                    terms.append(-(target * line[place].log_softmax(0)).sum())
-                    past[row, place] = line[place].softmax(0)
-            assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-3)
-    assert pskd.bank.num_samples == 20
-    again = TokenPSKD(loader, alpha=0.8, max_epochs=3, top_k=7)
-    again.load_state_dict(pskd.state_dict())
-    assert torch.equal(again.bank.read(torch.arange(20)), pskd.bank.read(torch.arange(20)))
-    for method, change, message in (
-        (
-            pskd,
-            lambda y: y + (y >= 0).long(),
-            'had the label 0 before, and has the label 1 now .*masked language modelling',
-        ),
-        (again, lambda y: torch.ones(2, 9).long(), 'has more labels than when the bank was made'),
-    ):
-        method.data.epoch = 2
-        running = iter(method.batches())
-        y = change(next(running)).flatten()
-        with pytest.raises(ValueError, match=message):
-            method.loss(torch.randn(len(y), 7), y)
-
-
-def test_cskd_is_the_papers_loss(digits):
-    model = network()
-    labels = digits.tensors[1]
-    cskd = CSKD(loader_of(digits, num_workers=1), model, weight=2.0, temperature=3.0, labels=labels)
-    pskd = PSKD(cskd.batches(), num_classes=10, max_epochs=2)  # both over one loader
-    partners = []
-    for _ in range(2):
-        for x, y in pskd.batches():
-            rows, (other, other_y) = pskd._rows, cskd._partners
-            assert torch.equal(digits.tensors[0][rows], x)
-            assert torch.equal(other_y, y)
-            logits = model(x)
-            torch.manual_seed(2)
-            term = cskd.term(logits)
-            torch.manual_seed(2)
-            with torch.no_grad():
-                expected = 2 * distillation_kl(logits, model(other), 3.0)
-            torch.testing.assert_close(term, expected)
-            assert pskd.loss(logits, y).requires_grad
-            partners.append(other)
-    assert not torch.equal(torch.cat(partners[:3]), torch.cat(partners[3:]))
-    assert pskd.batches() is cskd.batches()
-
-
-def test_frskd_on_a_torchvision_network():
-    models = pytest.importorskip('torchvision.models', reason='torchvision is not installed')
-    torch.manual_seed(0)
-    model = models.resnet18(num_classes=5)
-    names = list(model.state_dict())
-    before = copy.deepcopy(model.state_dict())
-    random = torch.random.get_rng_state()
-    frskd = FRSKD(model, ['layer1', 'layer2', 'layer3', 'layer4'], num_classes=5, example=torch.zeros(1, 3, 64, 64))
-    assert list(model.state_dict()) == names
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert not torch.equal(random, torch.random.get_rng_state())  # only the self-teacher's weights were drawn
-    optimizer = torch.optim.SGD([*model.parameters(), *frskd.parameters()], lr=0.001)
-    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8) % 4
-    losses = []
-    for _ in range(3):
-        logits = model(images)
-        loss = frskd.loss(logits, labels)
-        assert loss > F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert all(parameter.grad is not None for parameter in frskd.parameters())
-    assert losses[-1] < losses[0]
-    with pytest.raises(RuntimeError, match=r"FRSKD: \['layer1', .* did not run since the last loss"):
-        frskd.loss(logits, labels)
-    with torch.no_grad():
-        model.eval()(images)
-    assert not frskd._feats
-    models.resnet18(num_classes=5).load_state_dict(model.state_dict(), strict=True)
-    state = frskd.state_dict()
-    frskd.load_state_dict(state)
+def one_ahead(batches):
+    """A prefetcher: the next batch is taken before one is handed out."""
+    batches = iter(batches)
+    batch = next(batches)
+    for following in batches:
+        yield batch
+        batch = following
+    yield batch
 
 
 def test_what_cannot_work_is_refused(digits):
@@ -553,6 +265,8 @@ def test_what_cannot_work_is_refused(digits):
         (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot'",
          lambda: PSKD(DataLoader(Stream(digits)), num_classes=10, max_epochs=3)),
         (ValueError, 'loader must be a torch DataLoader, got list', lambda: PSKD([1], num_classes=10, max_epochs=3)),
+        (ValueError, "got Prefetcher, whose batches come from an __iter__ of its own, .* use teacher='snapshot'",
+         lambda: PSKD(type('Prefetcher', (), {'loader': loader, '__iter__': one_ahead})(), 10, max_epochs=3)),
         (ValueError, 'max_epochs must be a whole number from 2 on, got 1', lambda: PSKD(loader, 10, max_epochs=1)),
         (ValueError, r'alpha must lie in \[0, 1\], got 1.5', lambda: PSKD(loader, 10, alpha=1.5, max_epochs=3)),
         (ValueError, "teacher='snapshot' copies the model", lambda: PSKD(loader, max_epochs=3, teacher='snapshot')),
@@ -561,11 +275,6 @@ def test_what_cannot_work_is_refused(digits):
          lambda: PSKD(loader, max_epochs=3, teacher='snapshot', model=model, top_k=2)),
         (ValueError, 'have a PSKD already',
          lambda: PSKD(PSKD(loader, 10, max_epochs=3).batches(), 10, max_epochs=3)),
-        (ValueError, 'TensorDataset has no attribute targets', lambda: CSKD(loader, model)),
-        (ValueError, 'layers must name two or more', lambda: FRSKD(model, ['layer1'], 10)),
-        (ValueError, 'does not take', lambda: FRSKD(model, ['0', '1'], 10)),
-        (ValueError, r'must give feature maps \[B, C, H, W\], fine to coarse, got 0: \(3, 32\)',
-         lambda: FRSKD(model, ['0', '1'], 10, example=torch.zeros(3, 64))),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             make()
@@ -584,6 +293,10 @@ def test_what_cannot_work_is_refused(digits):
             with pytest.raises(error, match=message):
                 pskd.loss(*arguments)
             break
+    for options in (dict(num_classes=10), dict(teacher='snapshot', model=model)):
+        pskd = PSKD(loader, max_epochs=2, **options)
+        with pytest.raises(RuntimeError, match=r'A prefetcher .* goes inside: PSKD\(prefetcher, teacher='):
+            train(model, one_ahead(pskd.batches()), pskd.loss, epochs=1)
     pskd = PSKD(loader, num_classes=10, max_epochs=2)
     for _ in pskd.batches():
         pskd.loss(logits, target)

@@ -13,10 +13,11 @@ from typing import Callable, Dict
 
 import pytest
 import torch
-from mm_runs import ROOT
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+
+from helpers import ROOT
 
 FOLDER = Path(os.environ.get('SELFKD_RELEASED', '')).resolve()
 REPOSITORIES = {

@@ -7,13 +7,13 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from forks import free_port
 
-REPO = Path(__file__).resolve().parents[1]
-USER_DIR = str(REPO / 'plugins' / 'selfkd_fairseq')
+from helpers import ROOT
+from helpers.processes import free_port
+
+USER_DIR = str(ROOT / 'plugins/selfkd_fairseq')
 MODEL = {
     'transformer': (
         '--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32 '
@@ -34,8 +34,9 @@ class Fairseq:
     def __init__(self, folder):
         self.folder, self.count = folder, 0
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'CUDA_VISIBLE_DEVICES': ''}
+        env['PYTHONPATH'] = os.pathsep.join([str(ROOT / 'tests'), env.get('PYTHONPATH', '')])
         self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name('fairseq_forker.py'))],
+            [sys.executable, '-m', 'helpers.fairseq_forker'],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=env,
@@ -46,13 +47,15 @@ class Fairseq:
         print(json.dumps(command), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
-    def start(self, *argv, out_of_memory_at=None):
-        """Process id and log file of a program that is now running, and maybe fails once in that training step."""
+    def start(self, *argv, out_of_memory_at=None, killed_at=None):
+        """Process id and log file of a program that is now running, and maybe fails once in that training step, or is
+        killed in it."""
         self.count += 1
         log = self.folder / f'log{self.count}'
         log.touch()
         argv = [str(a) for arg in argv for a in (arg.split() if isinstance(arg, str) else [arg])]
-        return self.ask(start=argv, log=str(log), cwd=str(self.folder), out_of_memory_at=out_of_memory_at), log
+        moments = dict(out_of_memory_at=out_of_memory_at, killed_at=killed_at)
+        return self.ask(start=argv, log=str(log), cwd=str(self.folder), **moments), log
 
     def wait(self, pid):
         return self.ask(wait=pid)

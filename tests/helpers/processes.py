@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from helpers import ROOT
+
 SECONDS = 900
 
 # Below those that systems hand out by themselves (Linux from 32768, macOS and Windows from 49152): with one of them,
@@ -88,6 +90,20 @@ def _child(folder, function, rank):
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def run_module(module, *arguments, folder, processes=1) -> str:
+    """What ``python -m module`` printed in ``folder``, whose modules it may import; under torchrun if in several
+    processes. It starts a new interpreter: for what cannot be forked from this one."""
+    # torchrun's own choice of a port can be taken
+    meet = ['--master_addr', '127.0.0.1', '--master_port', free_port()]
+    launcher = ['torch.distributed.run', *meet, '--nproc_per_node', processes, '-m'] if processes > 1 else []
+    path = [ROOT / 'plugins', ROOT / 'tests', folder, os.environ.get('PYTHONPATH', '')]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))}
+    command = map(str, [sys.executable, '-m', *launcher, module, *arguments])
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert outcome.returncode == 0, outcome.stderr[-6000:]
+    return outcome.stdout + outcome.stderr
 
 
 def run_script(*arguments, folder=None):

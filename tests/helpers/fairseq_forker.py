@@ -22,7 +22,7 @@ PROGRAMS = {
 }
 
 
-def run(argv, log, cwd, out_of_memory_at=None):
+def run(argv, log, cwd, out_of_memory_at=None, killed_at=None):
     os.setsid()
     signal.alarm(900)  # processes that wait for each other for ever
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -33,7 +33,9 @@ def run(argv, log, cwd, out_of_memory_at=None):
     sys.argv = argv
     allow_pytorch_ddp_on_cpu()
     if out_of_memory_at:
-        run_out_of_memory(out_of_memory_at)
+        in_training_step(out_of_memory_at, run_out_of_memory)
+    if killed_at:
+        in_training_step(killed_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
     status = 0
     try:
         sys.modules[PROGRAMS[argv[0]]].cli_main()
@@ -55,18 +57,23 @@ def allow_pytorch_ddp_on_cpu():
     module.DistributedDataParallel = lambda *args, device_ids, output_device, **kwargs: ddp(*args, **kwargs)
 
 
-def run_out_of_memory(step):
-    """In this training step, from 1, as a GPU would."""
+def in_training_step(step, action):
+    """What happens in this training step, from 1."""
     from fairseq.tasks.fairseq_task import FairseqTask
 
     train_step, count = FairseqTask.train_step, itertools.count(1)
 
     def wrapped(*args, **kwargs):
         if next(count) == step:
-            raise RuntimeError('CUDA out of memory')
+            action()
         return train_step(*args, **kwargs)
 
     FairseqTask.train_step = wrapped
+
+
+def run_out_of_memory():
+    """As a GPU would."""
+    raise RuntimeError('CUDA out of memory')
 
 
 if __name__ == '__main__':
@@ -82,5 +89,5 @@ if __name__ == '__main__':
         else:
             answer = os.fork()
             if not answer:
-                run(command['start'], command['log'], command['cwd'], command['out_of_memory_at'])
+                run(command['start'], command['log'], command['cwd'], command['out_of_memory_at'], command['killed_at'])
         print(answer, file=answers, flush=True)

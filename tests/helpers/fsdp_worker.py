@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import torch
-from mm_runs import digits_config, find_hook
 from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.runner import FlexibleRunner
 
+from helpers.mmengine import digits_config, find_hook
 from selfkd_mmengine.launch import leave_group, prepare_cpu_launch
 
 

@@ -6,20 +6,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from draw_segmentation import colors, draw_attention, draw_predictions, load, predict
+from helpers import ROOT
+from helpers.mmengine import train
+from helpers.mmseg import config
 from matplotlib.figure import Figure
-from mm_runs import ROOT, train
 from PIL import Image
-from seg_runs import config
-
-from selfkd_mmseg.draw import colors, draw_attention, draw_predictions, load, predict
 
 
 def test_pictures_of_predictions_and_attention(voc, tmp_path, monkeypatch):
     options = {'train_cfg.max_iters': 1}
-    train(plain := config(voc, tmp_path / 'plain', **options))
+    train(plain := config(voc / 'VOC2007', tmp_path / 'plain', **options))
     options['model.type'] = 'selfkd_mmseg.FRSKDEncoderDecoder'
     options['model.self_teacher'] = dict(warmup=0.0)
-    train(frskd := config(voc, tmp_path / 'frskd', **options))
+    train(frskd := config(voc / 'VOC2007', tmp_path / 'frskd', **options))
     models = []
     for cfg in (plain, frskd):
         cfg.dump(f'{cfg.work_dir}/config.py')
@@ -49,7 +49,7 @@ def test_pictures_of_predictions_and_attention(voc, tmp_path, monkeypatch):
         sample.pred_sem_seg.data.fill_(hasattr(model, 'self_teacher'))
         return image, sample
 
-    monkeypatch.setattr('selfkd_mmseg.draw.predict', predict_one_class)
+    monkeypatch.setattr('draw_segmentation.predict', predict_one_class)
     for order in (models, models[::-1]):
         draw_predictions({name: name.split(',') for name in order}, [0], str(out))
         names = {text.get_text() for text in figures[-1].legends[0].get_texts()}

@@ -1,7 +1,6 @@
 """Small real MMDetection runs over digits on photographs, for selfkd_mmdet's tests."""
 
 import torch
-from mm_runs import ROOT, counter
 from mmcv.transforms import BaseTransform
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads import SingleRoIExtractor
@@ -10,6 +9,9 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
+
+from helpers import ROOT
+from helpers.mmengine import place
 
 PSKD = dict(type='selfkd_mmdet.PSKDHook', alpha=0.8)
 CSKD = dict(type='selfkd_mmdet.CSKDHook', weight=0.5, temperature=3.0)
@@ -26,18 +28,13 @@ def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
     cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
     cfg.merge_from_dict(
         {
-            'train_dataloader.dataset.data_root': f'{voc}/',
-            'val_dataloader.dataset.data_root': f'{voc}/',
-            'test_dataloader.dataset.data_root': f'{voc}/',
             'train_dataloader.batch_size': 2,
             'train_cfg.max_epochs': 2,
             'train_cfg.val_begin': 100,
             'default_hooks.checkpoint.max_keep_ckpts': 5,
-            'work_dir': str(work_dir),
-            'experiment_name': f'det{next(counter)}',
-            'log_level': 'ERROR',
         }
     )
+    place(cfg, voc, work_dir)
     if name == 'faster-rcnn':
         cfg.model.train_cfg.rpn.sampler.num = 10**6
         cfg.model.train_cfg.rcnn.sampler.num = 10**4

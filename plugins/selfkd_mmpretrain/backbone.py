@@ -3,6 +3,7 @@
 import inspect
 import pickle
 import re
+from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -13,8 +14,7 @@ from torch import Tensor, nn
 
 from selfkd.cli import command_parser, refusing
 from selfkd.files import load, replacing
-
-from .configs import load_config
+from selfkd_mmengine.configs import load_config
 
 __all__ = ['Converted', 'convert_backbone', 'detectron2_name']
 
@@ -91,11 +91,7 @@ def convert_backbone(
             usage = MMDET.format(options=settings, target=target)
         else:
             options = _detectron2_options(backbone)
-            arrays = {
-                detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')
-            }
-            with open(beside, 'wb') as file:
-                pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
+            _write_detectron2(weights, beside)
             other = _detectron2_backbone(options, str(beside))
             settings = '\n    '.join(f'{name}: {value}' for name, value in options.items())
             usage = DETECTRON2.format(settings=settings, target=target, mean=mean, std=std)
@@ -132,6 +128,12 @@ DETECTRON2 = """MODEL:
     {settings}
 INPUT:
   FORMAT: RGB"""
+
+
+def _write_detectron2(weights: Dict[str, Tensor], path: Path) -> None:
+    arrays = {detectron2_name(k): v.numpy() for k, v in weights.items() if not k.endswith('num_batches_tracked')}
+    with open(path, 'wb') as file:
+        pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
 
 
 def _source_backbone(options: dict, source: str) -> nn.Module:
@@ -173,7 +175,13 @@ def _width(backbone: nn.Module) -> Dict[str, int]:
 
 
 def _mmdet_backbone(options: Dict[str, object], target: str) -> nn.Module:
-    from mmdet.models.backbones import ResNet
+    try:
+        from mmdet.models.backbones import ResNet
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'to: mmdet needs {error.name} to compare the features, which is not installed here: '
+            'install MMDetection (docs/detection.md)'
+        ) from error
 
     backbone = ResNet(**options, init_cfg=dict(type='Pretrained', checkpoint=target))
     backbone.init_weights()

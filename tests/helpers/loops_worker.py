@@ -7,20 +7,21 @@ import gc
 import json
 import os
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import mmengine.runner.loops
 import torch.multiprocessing as mp
-from forks import free_port
-from mm_runs import by_iterations, digits_config, find_hook, train
 from mmengine.config import Config
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
 
+from helpers.mmengine import by_iterations, digits_config, find_hook, train
+from helpers.processes import free_port
 from selfkd_mmengine.launch import leave_group, prepare_cpu_launch
 
 GLOBAL_BATCH = 8
@@ -68,6 +69,8 @@ def cases(digits, folder):
 
     def config(hook, *hooks, **options):
         cfg = digits_config(digits, folder / f'rank{get_rank()}', hook, *hooks, **options)
+        cfg.model.backbone.update(num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
+        cfg.model.head.in_channels = 4
         cfg.train_dataloader.batch_size = GLOBAL_BATCH // get_world_size()
         cfg.train_dataloader.dataset.indices = 39
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
@@ -122,6 +125,8 @@ def process(rank, processes, port, digits, folder):
 
 
 if __name__ == '__main__':
+    for module in ('mmpretrain.models', 'mmpretrain.evaluation', 'matplotlib.pyplot'):
+        import_module(module)  # which mmengine would import in each process
     gc.collect()
     gc.freeze()  # mmengine calls gc.collect() for every data set
     # Forked, so that the toolkits are imported once. (Not where training has begun: autograd has threads then.)

@@ -1,6 +1,6 @@
 """The backbone of FRSKD's segmentation model: MMPretrain's EfficientNet, read and padded as the released code does.
 
-Not imported with the plugin, which does not need MMPretrain: name the class by its whole path in a config.
+For a config of MMSegmentation, which names the class by its whole path.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 
 import torch.nn.functional as F
 from mmpretrain.models import EfficientNet
-from mmseg.registry import MODELS
+from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 __all__ = ['EfficientNetLevels']

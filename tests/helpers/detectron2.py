@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
+
 pytest.importorskip('detectron2', reason='Detectron2 is not installed (docs/detectron2.md)')
 
 import torch
@@ -27,7 +29,6 @@ from detectron2.utils import comm
 from selfkd_detectron2 import PSKDHook, selfkd_hooks, with_self_teacher
 from selfkd_detectron2 import train as script
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/detectron2/faster_rcnn_R_18_FPN_digits.yaml'
 TINY = """
     MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 16 MODEL.RESNETS.STEM_OUT_CHANNELS 8

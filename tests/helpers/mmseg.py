@@ -1,9 +1,11 @@
 """Small real segmentation runs; importable by the processes that the tests start."""
 
-from mm_runs import ROOT, counter
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config, ConfigDict
 from mmseg.registry import TRANSFORMS
+
+from helpers import ROOT
+from helpers.mmengine import place
 
 
 @TRANSFORMS.register_module(force=True)  # pytest also imports this file by its path, looking for doctests
@@ -66,19 +68,14 @@ def config(voc, work_dir, *hooks, base='fcn_r50-d8', **options) -> Config:
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=5e-4))
     cfg.merge_from_dict(
         {
-            'train_dataloader.dataset.data_root': str(voc),
-            'val_dataloader.dataset.data_root': str(voc),
-            'test_dataloader.dataset.data_root': str(voc),
             'train_dataloader.batch_size': 2,
             'train_cfg.max_iters': 7,
             'train_cfg.val_interval': 100,
             'default_hooks.checkpoint.interval': 1,
             'default_hooks.checkpoint.max_keep_ckpts': 10,
-            'work_dir': str(work_dir),
-            'experiment_name': f'seg{next(counter)}',
-            'log_level': 'ERROR',
         }
     )
+    place(cfg, voc, work_dir)
     cfg.train_dataloader.dataset.pipeline[2] = dict(type='CenterCrop48')
     cfg.merge_from_dict(options)
     cfg.custom_hooks = [ConfigDict(hook) for hook in hooks]

@@ -1,0 +1,37 @@
+"""CS-KD in a loop of one's own."""
+
+import pytest
+import torch
+from helpers.loops import loader_of, network
+
+from selfkd.losses import distillation_kl
+from selfkd_torch import CSKD, PSKD
+
+
+def test_cskd_is_the_papers_loss(digits):
+    model = network()
+    labels = digits.tensors[1]
+    cskd = CSKD(loader_of(digits, num_workers=1), model, weight=2.0, temperature=3.0, labels=labels)
+    pskd = PSKD(cskd.batches(), num_classes=10, max_epochs=2)  # both over one loader
+    partners = []
+    for _ in range(2):
+        for x, y in pskd.batches():
+            rows, (other, other_y) = pskd._rows, cskd._partners
+            assert torch.equal(digits.tensors[0][rows], x)
+            assert torch.equal(other_y, y)
+            logits = model(x)
+            torch.manual_seed(2)
+            term = cskd.term(logits)
+            torch.manual_seed(2)
+            with torch.no_grad():
+                expected = 2 * distillation_kl(logits, model(other), 3.0)
+            torch.testing.assert_close(term, expected)
+            assert pskd.loss(logits, y).requires_grad
+            partners.append(other)
+    assert not torch.equal(torch.cat(partners[:3]), torch.cat(partners[3:]))
+    assert pskd.batches() is cskd.batches()
+
+
+def test_a_data_set_without_labels_is_refused(digits):
+    with pytest.raises(ValueError, match='TensorDataset has no attribute targets'):
+        CSKD(loader_of(digits), network())
