@@ -1,7 +1,7 @@
 """PS-KD for MMDetection."""
 
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
-from selfkd_mmengine import PSKDHookBase
+from selfkd_mmengine import PSKDHookBase, only_looks
 
 from .heads import check_region_heads, has_focal_loss, per_stage, region_heads, stage_of
 from .scores import Places, check_places, score_loss, scores
@@ -53,11 +53,7 @@ class PSKDHook(PSKDHookBase):
         alpha: final weight of the past's term, in [0, 1].
         teacher: ``'snapshot'``, the weights at the end of the previous epoch, or ``'ema'``, a moving average of the
             weights. ``'auto'`` is the snapshot: regions and anchors keep no identity that a bank could go by.
-        teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
-            batch unless frozen), or ``'eval'``.
-        interval: in iteration-based loops: iterations between two refreshes of the snapshot; for ``'ema'`` the length
-            of the first period, in which there is no past. Defaults to one pass over the training set.
-        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        teacher_mode, interval, ema_decay: of the past copy, see :class:`selfkd_mmengine.PSKDHookBase`.
         keep_hard: two-stage: False weighs the label's term by ``1 - alpha_t``, as the paper does in classification: the
             target is then ``(1 - alpha_t) * label + alpha_t * past``.
         background: two-stage: also soften the target of background regions, whose class is one like the others. False
@@ -72,6 +68,7 @@ class PSKDHook(PSKDHookBase):
     """
 
     task = 'detection'
+    no_bank = 'regions and anchors keep no identity from one epoch to the next'
     fires_every_step = False  # mmdet leaves out the loss of a batch without regions
 
     def __init__(
@@ -85,15 +82,8 @@ class PSKDHook(PSKDHookBase):
         keep_hard: bool = True,
         background: bool = True,
     ):
-        super().__init__(
-            alpha,
-            teacher=teacher,
-            teacher_mode=teacher_mode,
-            interval=interval,
-            ema_decay=ema_decay,
-            keep_hard=keep_hard,
-            background=background,
-        )
+        copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
+        super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, background=background, **copy)
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         if self.by_scores:
@@ -112,14 +102,8 @@ class PSKDHook(PSKDHookBase):
         for name in ('background', 'keep_hard'):
             if not two_stage and not getattr(self, name):
                 raise ValueError(f'PSKDHook: {name}=False is for two-stage detectors: remove it')
-        super().check(runner, model)
-
-    def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
-        return 'regions and anchors keep no identity from one epoch to the next', " or 'ema'"
-
-    def setup(self, runner: Runner, model: nn.Module) -> None:
-        super().setup(runner, model)
         self.student = model
+        super().check(runner, model)
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
@@ -170,7 +154,7 @@ class PSKDHook(PSKDHookBase):
             scores, classes = run(teacher.bbox_head, feats)[0], teacher.bbox_head.cls_out_channels
             self._past = torch.cat([score.permute(0, 2, 3, 1).reshape(-1, classes) for score in scores])
         else:
-            self._feats = feats
+            self._feats, self._of_image = feats, run(feats_of_image, teacher.roi_head, feats)
 
     def _classify(self, stage: int, extractor: nn.Module, args) -> None:
         """The past copy classifies the regions that the student is about to read.
@@ -182,10 +166,13 @@ class PSKDHook(PSKDHookBase):
             return
         roi_head = self.past.model.roi_head
         stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
-        past = self.past.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1])
+        past = self.past.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1], **self._of_image)
         self._past[stage] = past['cls_score'].float().softmax(1)
         if len(self._past) == len(region_heads(self.student)):
-            self._feats = None  # not to be held through the backward pass
+            self._feats = self._of_image = None  # not to be held through the backward pass
+
+    def _tap(self, module, args, kwargs, output):
+        return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
         if self.by_scores:  # what is tapped is the head, and what it gives are scores

@@ -10,16 +10,8 @@ from torch import Tensor, nn
 
 from selfkd.checks import one_of, share
 from selfkd.losses import mix
-from selfkd.past import (
-    TEACHERS,
-    BankPast,
-    Past,
-    choose_teacher,
-    copy_past,
-    options_without_effect,
-    refuse_without_past,
-)
-from selfkd.schedule import linear_growth
+from selfkd.past import TEACHERS, BankPast, Past, choose_teacher, copy_past, options_without_effect, refuse_without_past
+from selfkd.schedule import linear_growth, may_end_early
 from selfkd.teacher import MODES, unwrap
 
 from .hook import SelfKDHook, epoch_length, is_iter_based, is_sharded, saves_after_this_iter, training_progress
@@ -31,12 +23,19 @@ class PSKDHookBase(SelfKDHook):
     """Progressive self-distillation from a past of any kind (:mod:`selfkd.past`).
 
     A subclass has the constructor, with its task's defaults. It shows the past the student's inputs
-    (:meth:`before_forward`) and says what the loss becomes (:meth:`rewrite_loss`, with :meth:`mix`). Where samples keep
-    their identity it also makes the bank (:meth:`make_bank`, :meth:`rows_of`).
+    (:meth:`before_forward`) and says what the loss becomes (:meth:`rewrite_loss`, with :meth:`mix`).
 
     Args:
         alpha: final share of the past prediction in the target, in [0, 1]; grows linearly from 0.
-        options: of PS-KD, see :data:`selfkd.defaults.PSKD`; they become attributes.
+        teacher: ``'bank'``, ``'snapshot'`` (the weights when the period began), ``'ema'`` (a moving average of the
+            weights), or ``'auto'``: the bank, or the snapshot where there is an :meth:`obstacle`.
+        teacher_mode: of the copy, ``'train'``, as the network was when it trained (dropout, batch norm by the batch
+            unless frozen), or ``'eval'``.
+        interval: of the copy, in iteration-based loops: iterations between two refreshes of the snapshot; for ``'ema'``
+            the length of the first period, in which there is no past. Defaults to one pass over the training set.
+        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        keep_hard: the label's loss keeps its whole weight, 1 instead of ``1 - alpha``.
+        options: the subclass's own; all of these become attributes.
 
     Attributes:
         source: the teacher taken, ``'bank'``, ``'snapshot'`` or ``'ema'``.
@@ -48,6 +47,7 @@ class PSKDHookBase(SelfKDHook):
     """
 
     task = 'classification'
+    no_bank: Optional[str] = None  # why predictions never belong to a single sample, if so
     averaged = ('pskd_hard', 'pskd_soft', 'pskd_entropy')
     teacher: str
     teacher_mode: str
@@ -57,14 +57,13 @@ class PSKDHookBase(SelfKDHook):
 
     def __init__(self, alpha: float, **options: Any):
         super().__init__()
-        share('PSKDHook', alpha=alpha)
-        one_of('PSKDHook', TEACHERS, teacher=options['teacher'])
-        one_of('PSKDHook', MODES, teacher_mode=options['teacher_mode'])
-        interval = options['interval']
-        if interval is not None and (type(interval) is not int or interval < 1):
-            raise ValueError(f'PSKDHook: interval must be a positive number of iterations, got {interval}')
         self.alpha, self.options = alpha, options
         vars(self).update(options)
+        share('PSKDHook', alpha=alpha)
+        one_of('PSKDHook', TEACHERS, teacher=self.teacher)
+        one_of('PSKDHook', MODES, teacher_mode=self.teacher_mode)
+        if self.interval is not None and (type(self.interval) is not int or self.interval < 1):
+            raise ValueError(f'PSKDHook: interval must be a positive number of iterations, got {self.interval}')
         foreign = [] if self.teacher == 'auto' else options_without_effect(self.teacher, self.task, options)
         if foreign:
             raise ValueError(
@@ -75,12 +74,10 @@ class PSKDHookBase(SelfKDHook):
         self.source: Optional[str] = None
         self.past: Optional[Past] = None
 
-    # What a subclass says.
-
     def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
         """Why predictions belong to no single sample, so that they cannot be kept in a bank (None: they do), and what
         else than ``teacher='snapshot'`` is a way out, as ``', or remove batch_augments'``."""
-        raise NotImplementedError
+        return self.no_bank, " or 'ema'"
 
     def make_bank(self, runner: Runner, model: nn.Module) -> BankPast:
         """The bank, where there is no obstacle."""
@@ -89,8 +86,6 @@ class PSKDHookBase(SelfKDHook):
     def rows_of(self, runner: Runner, batch_idx: int, data_batch) -> Tensor:
         """The bank's rows of a batch, int64 ``[B]``, on the CPU."""
         raise NotImplementedError
-
-    # The life of a run.
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         if self.interval is not None and not is_iter_based(runner):
@@ -116,13 +111,18 @@ class PSKDHookBase(SelfKDHook):
             )
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
-        banked = self.source == 'bank'
-        self.period = epoch_length(runner) if banked or not self.interval else self.interval
-        self._refuse_without_past(runner)
-        if banked:
+        self.period = self.interval if self.interval and self.source != 'bank' else epoch_length(runner)
+        if self.alpha and is_iter_based(runner):
+            way_out = f"raise max_iters, or set teacher='snapshot' with an interval below {runner.max_iters}"
+            period_is = 'interval, or one pass over the training set'
+            period = (self.period, runner.max_iters, 'iterations')
+            refuse_without_past('PSKDHook', *period, period_is=period_is, way_out=way_out)
+        elif self.alpha:
+            period_is, way_out = 'the past is that of the epoch before', 'raise max_epochs'
+            refuse_without_past('PSKDHook', 1, runner.max_epochs, 'epoch(s)', period_is=period_is, way_out=way_out)
+        if self.source == 'bank':
             self.past = self.make_bank(runner, model)
         else:
-            assert self.source is not None
             model.train()  # as the loop is about to do: norms that a model keeps frozen stay so in the copy
             self.past = copy_past(self.source, model, mode=self.teacher_mode, ema_decay=self.ema_decay)
         in_period = is_iter_based(runner) and runner.iter > self.period and runner.iter % self.period
@@ -132,30 +132,11 @@ class PSKDHookBase(SelfKDHook):
                 'hook?): training is plain until there is one'
             )
 
-    def _refuse_without_past(self, runner: Runner) -> None:
-        if self.alpha == 0:
-            return
-        if not is_iter_based(runner):
-            period = (1, runner.max_epochs, 'epoch(s)')
-            way_out = dict(period_is='a period is an epoch', way_out='raise max_epochs')
-        else:
-            period = (self.period, runner.max_iters, 'iterations')
-            way_out = dict(period_is='interval', way_out=f'set interval below {runner.max_iters}, or raise max_iters')
-            if self.source == 'bank':
-                way_out['way_out'] = "raise max_iters, or set teacher='snapshot' with an interval below it"
-            if self.source == 'bank' or not self.interval:
-                way_out['period_is'] = 'one pass over the training set'
-        refuse_without_past('PSKDHook', *period, **way_out)
-
     def before_train(self, runner: Runner) -> None:
         self.source = None
         super().before_train(runner)
         if self.alpha and any(isinstance(hook, EarlyStoppingHook) for hook in runner.hooks):
-            runner.logger.warning(
-                'PSKDHook: alpha grows until the last epoch (max_epochs or max_iters), so where EarlyStoppingHook ends '
-                f'training earlier it does not reach {self.alpha}: compare runs of one length, or set max_epochs to '
-                'the length that you expect'
-            )
+            runner.logger.warning(may_end_early('PSKDHook', self.alpha, 'all of training', ['EarlyStoppingHook']))
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         super().before_train_iter(runner, batch_idx, data_batch)

@@ -52,9 +52,12 @@ class SampleIndex:
     def obstacle(dataset) -> Optional[str]:
         """Why there is no such number in a training set, if so."""
         try:
-            _leaves(dataset)
+            leaves = _leaves(dataset)
         except ValueError as error:
             return str(error)
+        for step in (step for leaf in leaves for step in getattr(leaf.pipeline, 'transforms', ())):
+            if 'sample_idx' not in (*getattr(step, 'meta_keys', ['sample_idx']), *getattr(step, 'algorithm_keys', ())):
+                return f"{type(step).__name__} in the training pipeline leaves out 'sample_idx' (meta_keys)"
         return None
 
     def check(self, dataset) -> None:

@@ -43,11 +43,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
             on the present inputs, and ``'ema'`` a moving average of the weights. ``'auto'`` takes the bank, or the
             snapshot where a prediction belongs to no single sample: with Mixup or CutMix, a data set whose samples have
             no index, or an unknown number of classes. The log says which.
-        teacher_mode: of the past model: ``'train'``, as the network was when it trained (dropout, batch norm by the
-            batch), or ``'eval'``.
-        interval: in iteration-based loops: iterations between two refreshes of the snapshot; for ``'ema'`` the length
-            of the first period, in which there is no past. Defaults to one pass over the training set.
-        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        teacher_mode, interval, ema_decay: of the past model, see :class:`selfkd_mmengine.PSKDHookBase`.
         keep_hard: keep the whole weight of the label's loss, 1 instead of ``1 - alpha_t``.
         top_k: keep only the k largest probabilities of a prediction in the bank (see
             :class:`selfkd.bank.PredictionBank`). Defaults to all.
@@ -81,18 +77,9 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
         bank_momentum: float = 0.0,
     ):
         one_of('PSKDHook', list(DTYPES), bank_dtype=bank_dtype)
-        super().__init__(
-            alpha,
-            teacher=teacher,
-            teacher_mode=teacher_mode,
-            interval=interval,
-            ema_decay=ema_decay,
-            keep_hard=keep_hard,
-            top_k=top_k,
-            bank_dtype=bank_dtype,
-            bank_device=bank_device,
-            bank_momentum=bank_momentum,
-        )
+        copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
+        bank = dict(top_k=top_k, bank_dtype=bank_dtype, bank_device=bank_device, bank_momentum=bank_momentum)
+        super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, **copy, **bank)
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')

@@ -1,6 +1,7 @@
 """FRSKD for MMSegmentation's encoder-decoders: a self-teacher beside the decode head, in training only."""
 
 import inspect
+from functools import partial
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -17,9 +18,10 @@ from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN, dry_run
 from selfkd.schedule import sigmoid_ramp_up
+from selfkd_mmengine import only_looks
 from selfkd_mmengine.base_type import derived_from, find_base_type
 
-from .decode_head import ConvHead, losses_of, only_looks, plain_loss
+from .decode_head import ConvHead, losses_of, plain_loss
 
 __all__ = ['FRSKDEncoderDecoder', 'SelfTeacher']
 
@@ -290,18 +292,10 @@ class SelfTeacher(BaseModule):
         label, ramp, none = label.squeeze(1), self.ramp(), student_logits.new_zeros(())
         losses = {'loss_kd': none, 'loss_feature': none, 'ramp': torch.tensor(ramp)}
         if ramp and (self.alpha or self.beta):
-            terms = frskd_loss(
-                student_logits,
-                logits,
-                self.select(feats),
-                maps,
-                None,
-                alpha=self.alpha * ramp,
-                beta=self.beta * ramp,
-                temperature=self.temperature,
-                average=lambda kl: self.average(kl, label, avg_non_ignore),
-            )
-            losses.update(terms)
+            weights = dict(alpha=self.alpha * ramp, beta=self.beta * ramp, temperature=self.temperature)
+            average = partial(self.average, label=label, avg_non_ignore=avg_non_ignore)
+            chosen = self.select(feats)
+            losses.update(frskd_loss(student_logits, logits, chosen, maps, None, **weights, average=average))
         # As BaseDecodeHead.loss_by_feat, without the accuracy, which costs a twelfth of a step on a CPU.
         for module in losses_of(self.head):
             own = module(logits, label, weight=weight, ignore_index=self.head.ignore_index)

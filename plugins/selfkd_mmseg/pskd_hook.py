@@ -1,6 +1,6 @@
 """PS-KD per pixel for MMSegmentation's encoder-decoders."""
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from mmseg.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.losses import soft_cross_entropy
-from selfkd_mmengine import PSKDHookBase
+from selfkd_mmengine import PSKDHookBase, only_looks
 
-from .decode_head import losses_of, only_looks, plain_loss
+from .decode_head import losses_of, plain_loss
 
 __all__ = ['PSKDHook']
 
@@ -40,11 +40,7 @@ class PSKDHook(PSKDHookBase):
             With 0.8, the paper's for classification, a small network was worse calibrated (docs/evidence.md).
         teacher: ``'snapshot'``, the weights at the end of the previous period, or ``'ema'``, a moving average of the
             weights. ``'auto'`` is the snapshot: pixels of random crops have no identity that a bank could go by.
-        teacher_mode: of the past copy: ``'train'``, as the network was when it trained (dropout, batch norm by the
-            batch), or ``'eval'``.
-        interval: iterations between two refreshes of the snapshot; for ``'ema'`` the length of the first period, in
-            which there is no past. Defaults to one pass over the training set.
-        ema_decay: of ``'ema'``: how much of the average stays in each step of the optimizer.
+        teacher_mode, interval, ema_decay: of the past copy, see :class:`selfkd_mmengine.PSKDHookBase`.
         keep_hard: keep the whole weight of the label's loss, 1 instead of ``1 - alpha_t``.
 
     Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two weighted parts of the
@@ -56,6 +52,7 @@ class PSKDHook(PSKDHookBase):
     """
 
     task = 'segmentation'
+    no_bank = 'pixels of random crops keep no identity from one epoch to the next'
 
     def __init__(
         self,
@@ -67,14 +64,8 @@ class PSKDHook(PSKDHookBase):
         ema_decay: float = 0.999,
         keep_hard: bool = False,
     ):
-        super().__init__(
-            alpha,
-            teacher=teacher,
-            teacher_mode=teacher_mode,
-            interval=interval,
-            ema_decay=ema_decay,
-            keep_hard=keep_hard,
-        )
+        copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
+        super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, **copy)
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         return [loss for loss in losses_of(model.decode_head) if isinstance(loss, CrossEntropyLoss)]
@@ -88,6 +79,7 @@ class PSKDHook(PSKDHookBase):
                 'EncoderDecoder whose decode head computes its loss as BaseDecodeHead does (FCN, PSP, DeepLabV3+, '
                 'UPerNet, SegFormer, ...)'
             )
+        self.align_corners, self.ignore_index = head.align_corners, head.ignore_index
         tapped = self.loss_modules(model)
         if len(tapped) != 1 or tapped[0].use_sigmoid or tapped[0].use_mask:
             names = [type(loss).__name__ for loss in losses_of(head)]
@@ -95,13 +87,6 @@ class PSKDHook(PSKDHookBase):
                 f'PSKDHook: {type(head).__name__} trains with {names}, but a past prediction is a softmax over '
                 'classes: decode_head.loss_decode must hold one CrossEntropyLoss with use_sigmoid=False'
             )
-
-    def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
-        return 'pixels of random crops keep no identity from one epoch to the next', " or 'ema'"
-
-    def setup(self, runner: Runner, model: nn.Module) -> None:
-        super().setup(runner, model)
-        self.align_corners, self.ignore_index = model.decode_head.align_corners, model.decode_head.ignore_index
 
     def _tap(self, module, args, kwargs, output):
         return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)

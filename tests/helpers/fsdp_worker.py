@@ -45,7 +45,9 @@ def main(digits, folder, what):
     if what == 'bank':
         runner = run(digits, folder / 'bank', pskd, dict(type='selfkd_mmpretrain.CSKDHook'))
         logs = {key.split('/')[1]: log.data[0].tolist() for key, log in runner.message_hub.log_scalars.items()}
-        torch.save(dict(bank=find_hook(runner, 'PSKDHook').bank.state_dict(), logs=logs), folder / f'{get_rank()}.pth')
+        torch.save(
+            dict(bank=find_hook(runner, 'PSKDHook').past.bank.state_dict(), logs=logs), folder / f'{get_rank()}.pth'
+        )
 
 
 if __name__ == '__main__':

@@ -46,10 +46,10 @@ class Count(Hook):
 
     def before_train(self, runner):
         self.hook, self.runner = find_hook(runner, 'PSKDHook'), runner
-        if self.hook.snapshot:
-            self._spy(self.hook.teacher, 'update', self.refreshes)
+        if self.hook.source == 'snapshot':
+            self._spy(self.hook.past.teacher, 'update', self.refreshes)
         else:
-            self._spy(self.hook, '_exchange', self.exchanges)
+            self._spy(self.hook.past, 'synchronize', self.exchanges)
 
     def _spy(self, owner, name, steps):
         original = getattr(owner, name)
@@ -110,8 +110,8 @@ def run(digits, folder):
         counts[name] = dict(
             period=hook.period, alphas=count.alphas, refreshes=count.refreshes, exchanges=count.exchanges
         )
-        if hook.teacher is not None:
-            buffers = [b.double().sum().item() for name, b in hook.teacher.model.named_buffers() if 'running' in name]
+        if hook.source == 'snapshot':
+            buffers = [b.double().sum().item() for name, b in hook.past.model.named_buffers() if 'running' in name]
             counts[name]['buffers'] = buffers
     return counts
 

@@ -160,8 +160,8 @@ class Driver:
             runner.register_hook(hook, priority='LOWEST')
         runner.train()
         model = getattr(runner.model, 'module', runner.model)
-        own = next((hook for hook in runner.hooks if hasattr(hook, 'teacher')), None)
-        bank, teacher = getattr(own, 'bank', None), getattr(own, 'teacher', None)
+        past = next((hook.past for hook in runner.hooks if hasattr(hook, 'past')), None)
+        bank, teacher = getattr(past, 'bank', None), getattr(past, 'teacher', None)
         return {
             'weights': copy.deepcopy(model.state_dict()),
             'steps': steps.steps,

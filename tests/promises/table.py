@@ -109,7 +109,14 @@ BANK = dict(knows_samples=True, **PAST)
 ROWS = [
     Row('PSKD-bank', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8),), **BANK),
     Row('PSKD-bank-top_k', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, top_k=3),), **BANK),
+    Row(
+        'PSKD-bank-momentum',
+        MMPRETRAIN,
+        (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, bank_momentum=0.5),),
+        **BANK,
+    ),
     Row('PSKD-snapshot', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, teacher='snapshot'),), **PAST),
+    Row('PSKD-ema', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8, teacher='ema'),), **PAST),
     Row(
         'CSKD',
         MMPRETRAIN,
@@ -120,12 +127,14 @@ ROWS = [
     ),
     Row('FRSKD', MMPRETRAIN, options={'model.type': 'selfkd_mmpretrain.FRSKDImageClassifier'}),
     Row('PSKD', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), **PAST),
+    Row('PSKD-ema', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8, teacher='ema'),), **PAST),
     Row(
         'PSKD-RetinaNet', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), model={'model': 'retinanet'}, **PAST
     ),
     Row('CSKD', MMDET, (dict(type='selfkd_mmdet.CSKDHook'),), zero=dict(weight=0.0)),
     Row('FRSKD', MMDET, options={'model.roi_head.type': 'selfkd_mmdet.FRSKDRoIHead'}),
     Row('PSKD', MMSEG, (dict(type='selfkd_mmseg.PSKDHook', alpha=0.8),), **PAST),
+    Row('PSKD-ema', MMSEG, (dict(type='selfkd_mmseg.PSKDHook', alpha=0.8, teacher='ema'),), **PAST),
     Row(
         'FRSKD',
         MMSEG,

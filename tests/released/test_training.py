@@ -224,7 +224,7 @@ def test_pskd(measured, monkeypatch, tmp_path):
     runner, table = compare(
         'PS-KD, PreAct ResNet-18', measured, monkeypatch, to_ours(net), config, pskd_loop, net, to_ours, tmp_path, 1e-6
     )
-    mine = find_hook(runner, 'PSKDHook').bank.read(torch.arange(IMAGES))
+    mine = find_hook(runner, 'PSKDHook').past.bank.read(torch.arange(IMAGES))
     off = (table - mine).abs().max().item()
     measured(SECTION, 'PS-KD, PreAct ResNet-18', table_of_predictions=off)
     assert off < 1e-6

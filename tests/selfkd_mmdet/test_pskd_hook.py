@@ -73,6 +73,9 @@ def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp
             assert step['outputs'][name] == pytest.approx(factor * expected.item(), rel=1e-4)
     keys = {'s0.pskd_hard', 's1.pskd_soft'} if case == 'cascade' else {'pskd_hard', 'pskd_soft'}
     assert keys | {'pskd_alpha'} <= regions.steps[-1]['outputs'].keys()
+    entropies = [value for name, value in regions.steps[-1]['outputs'].items() if name.endswith('pskd_entropy')]
+    assert len(entropies) == stages
+    assert min(entropies) > 0
     assert (regions.steps[-1]['calls'][0][1] < 10).any()  # there were digits among the regions
 
 
@@ -175,7 +178,7 @@ def test_nothing_but_the_past_copys_weights_is_added(voc, tmp_path, model):
     parameters = [p for group in runner.optim_wrapper.param_groups for p in group['params']]
     assert len(parameters) == len(list(vanilla.parameters()))
     hook = find_hook(runner, 'PSKDHook')
-    assert not any(p.requires_grad or p.grad is not None for p in hook.teacher.model.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in hook.past.model.parameters())
     held = [value for value in vars(hook).values() if isinstance(value, (tuple, dict, torch.Tensor))]
     held = [list(v.values()) if isinstance(v, dict) else v if isinstance(v, tuple) else [v] for v in held]
     assert sum(tensor.numel() for tensors in held for tensor in tensors if isinstance(tensor, torch.Tensor)) < 1000
@@ -210,7 +213,7 @@ from mmengine.hooks import Hook
 class DumpModels(Hook):
     def after_train(self, runner):
         hook = next(h for h in runner.hooks if type(h).__name__ == 'PSKDHook')
-        state = dict(teacher=hook.teacher.state_dict(), parameters=dict(runner.model.module.named_parameters()))
+        state = dict(teacher=hook.past.teacher.state_dict(), parameters=dict(runner.model.module.named_parameters()))
         torch.save(state, os.path.join(runner.work_dir, f'rank{runner.rank}.pth'))
 """
     )
@@ -264,6 +267,8 @@ def test_other_one_stage_and_query_detectors_are_refused_by_name(detector, messa
 
 
 def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):
+    with pytest.raises(ValueError, match="regions and anchors keep no identity .* set teacher='snapshot' or 'ema'"):
+        train(config(voc, tmp_path, dict(PSKD, teacher='bank')))
     with pytest.raises(ValueError, match='background=False is for two-stage'):
         train(config(voc, tmp_path, dict(PSKD, background=False), model='retinanet'))
     with pytest.raises(ValueError, match='keep_hard=False is for two-stage'):

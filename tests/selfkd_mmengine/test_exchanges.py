@@ -29,7 +29,7 @@ class Rows(Hook):
         self.images = {}
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        rows = find_hook(runner, 'PSKDHook')._indices.tolist()
+        rows = find_hook(runner, 'PSKDHook').past.rows.tolist()
         for row, sample in zip(rows, data_batch['data_samples']):
             self.images.setdefault(row, set()).add(sample.img_path)
 

@@ -48,7 +48,7 @@ def test_a_loss_beside_the_training_step_is_plain_and_leaves_no_trace(digits, tm
         logs = [runner.message_hub.log_scalars['train/loss'].data[0].tolist() for runner in (looked, expected)]
         assert logs[0] == logs[1]
         if hook is PSKD:
-            banks = [find_hook(runner, 'PSKDHook').bank.state_dict() for runner in (looked, expected)]
+            banks = [find_hook(runner, 'PSKDHook').past.bank.state_dict() for runner in (looked, expected)]
             assert_same_state(*banks)
 
 

@@ -128,7 +128,7 @@ def test_beside_pskd_in_any_order(digits, tmp_path):
     (steps, runner), (other, _) = runs
     assert [s['loss'] for s in steps] == [s['loss'] for s in other]
     assert [s['loss_cskd'] for s in steps] == [s['loss_cskd'] for s in other]
-    bank = find_hook(runner, 'PSKDHook').bank
+    bank = find_hook(runner, 'PSKDHook').past.bank
     infos = map(runner.train_dataloader.dataset.get_data_info, range(40))
     rows = {info['img_path']: i for i, info in enumerate(infos)}
     before = torch.cat([s['logits'].softmax(1) for s in steps[5:10]])

@@ -380,7 +380,7 @@ def test_beside_pskd(digits, tmp_path, label_smooth, mixing):
     assert last['pskd_hard'] == pytest.approx(0.2 * last['plain'].item(), rel=1e-5)
     assert last['pskd_soft'] > 0
     if not mixing:  # the bank holds the classifier's predictions, not the self-teacher's
-        bank = find_hook(runner, 'PSKDHook').bank
+        bank = find_hook(runner, 'PSKDHook').past.bank
         infos = map(runner.train_dataloader.dataset.get_data_info, range(40))
         rows = {info['img_path']: i for i, info in enumerate(infos)}
         torch.testing.assert_close(bank.read(torch.tensor([rows[p] for p in last['paths']])), last['logits'].softmax(1))

@@ -28,16 +28,19 @@ PSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
 SNAPSHOT = dict(PSKD, teacher='snapshot')
 
 
-def expected_losses(steps, alpha_of, hard_target):
+def expected_losses(steps, alpha_of, hard_target, keep_hard=False, bank_momentum=0.0):
     """Each step's loss, restated from the paper in float64, out of the logits that were captured on the way."""
     past, losses = {}, []
     for step in steps:
         log_probs = step['logits'].double().log_softmax(1)
         hard = hard_target(step['label']).double()
-        before = torch.stack([past.get(path, row) for path, row in zip(step['paths'], hard)])
+        before = torch.stack([past.get(path, row * (not keep_hard)) for path, row in zip(step['paths'], hard)])
         alpha = alpha_of(step)
-        losses.append(-(((1 - alpha) * hard + alpha * before) * log_probs).sum(1).mean().item())
-        past.update(zip(step['paths'], log_probs.exp()))
+        share = 1 if keep_hard else 1 - alpha
+        losses.append(-((share * hard + alpha * before) * log_probs).sum(1).mean().item())
+        for path, probs in zip(step['paths'], log_probs.exp()):
+            old = past.get(path, probs)
+            past[path] = bank_momentum * old + (1 - bank_momentum) * probs
     return losses
 
 
@@ -54,6 +57,15 @@ def test_three_epochs_recomputed_from_captured_logits(digits, tmp_path):
     plain = [step['plain'].item() for step in recorder.steps]
     assert plain[:5] == pytest.approx(expected[:5], rel=1e-5)  # epoch 0 is plain cross-entropy
     assert all(abs(a - b) > 1e-3 for a, b in zip(plain[10:], expected[10:]))
+
+
+@pytest.mark.parametrize('options', [dict(keep_hard=True), dict(bank_momentum=0.6)])
+def test_options_recomputed_with_samples_that_are_new_in_later_passes(digits, tmp_path, options):
+    recorder = Recorder()
+    cfg = digits_config(digits, tmp_path, dict(PSKD, **options), **{'train_dataloader.dataset.indices': 38})
+    train(by_iterations(cfg, 13), recorder)
+    expected = expected_losses(recorder.steps, lambda step: 0.8 * (step['iter'] // 5 * 5) / 13, onehot, **options)
+    assert [step['loss'] for step in recorder.steps] == pytest.approx(expected, rel=1e-5)
 
 
 def test_iteration_based_loop_recomputed(digits, tmp_path):
@@ -195,7 +207,7 @@ def test_checkpoint_is_plain_and_loads_strictly_into_the_vanilla_model(digits, t
     saved = torch.load(tmp_path / 'epoch_3.pth')
     torch.save(saved['selfkd'], tmp_path / 'ours.pth')
     ours = torch.load(tmp_path / 'ours.pth', weights_only=True)
-    assert_same_state(ours['PSKDHook']['bank'], find_hook(runner, 'PSKDHook').bank.state_dict())
+    assert_same_state(ours['PSKDHook']['bank'], find_hook(runner, 'PSKDHook').past.bank.state_dict())
     vanilla = MODELS.build(digits_config(digits, tmp_path).model)
     vanilla.load_state_dict(saved['state_dict'], strict=True)
     assert not runner.model.head.loss_module._forward_hooks  # the tap is gone after training
@@ -203,9 +215,9 @@ def test_checkpoint_is_plain_and_loads_strictly_into_the_vanilla_model(digits, t
 
 def test_validation_leaves_the_bank_alone(digits, tmp_path):
     runner = train(digits_config(digits, tmp_path, PSKD))
-    before = find_hook(runner, 'PSKDHook').bank.state_dict()
+    before = find_hook(runner, 'PSKDHook').past.bank.state_dict()
     runner.val()
-    assert_same_state(find_hook(runner, 'PSKDHook').bank.state_dict(), before)
+    assert_same_state(find_hook(runner, 'PSKDHook').past.bank.state_dict(), before)
 
 
 # Resume
@@ -223,7 +235,7 @@ def test_resume_from_a_run_without_the_hook_says_that_the_bank_starts_empty(digi
     cfg = digits_config(digits, tmp_path, PSKD, resume=True, log_level='WARNING')
     train(cfg, recorder := Recorder())
     logs = ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
-    assert 'the checkpoint holds no prediction bank' in logs
+    assert "the checkpoint holds no past of teacher='bank'" in ' '.join(logs.split())
     first = recorder.steps[0]
     assert first['epoch'] == 1
     assert first['loss'] == pytest.approx(first['plain'].item())
@@ -244,7 +256,8 @@ class DumpBank(Recorder):
         hook = find_hook(runner, 'PSKDHook')
         dataset = runner.train_dataloader.dataset
         paths = {dataset.get_data_info(n)['img_path']: n for n in range(len(dataset))}
-        torch.save(dict(bank=hook.bank.state_dict(), steps=self.steps, paths=paths, weights=runner.model.state_dict()),
+        bank, weights = hook.past.bank.state_dict(), runner.model.state_dict()
+        torch.save(dict(bank=bank, steps=self.steps, paths=paths, weights=weights),
                    os.path.join(runner.work_dir, f'rank{runner.rank}.pth'))
 """
     )
@@ -325,17 +338,21 @@ def refused(message, cfg, error=ValueError):
     ('hook', 'message'),
     [
         (dict(PSKD, alpha=1.2), r'alpha must lie in \[0, 1\], got 1.2'),
-        (dict(PSKD, teacher='ema'), r"teacher must be 'bank' or 'snapshot', got 'ema'"),
+        (dict(PSKD, teacher='cnn'), r"teacher must be one of \['auto', 'bank', 'snapshot', 'ema'\], got 'cnn'"),
         (dict(PSKD, bank_dtype='int8'), r"bank_dtype must be one of \['float32', 'float16'\], got 'int8'"),
-        (dict(SNAPSHOT, top_k=4), r"top_k, bank_dtype and bank_device belong to teacher='bank'"),
+        (dict(SNAPSHOT, top_k=4), "teacher='snapshot' has no top_k: remove"),
+        (dict(SNAPSHOT, ema_decay=0.9), "teacher='snapshot' has no ema_decay: remove"),
+        (dict(PSKD, teacher='ema', bank_momentum=0.5), "teacher='ema' has no bank_momentum: remove"),
+        (dict(PSKD, teacher='ema', ema_decay=1.0), r'ema_decay: must lie in \[0, 1\), got 1.0'),
+        (dict(PSKD, bank_momentum=0.5, top_k=3), 'bank_momentum: rows of which a few classes are kept cannot'),
         (dict(PSKD, top_k=11), r'top_k: must lie in \[1, num_classes=10\] or be None, got 11'),
-        (dict(PSKD, teacher_mode='eval'), r"teacher_mode belongs to teacher='snapshot'; .* got teacher_mode='eval'"),
+        (dict(PSKD, teacher='bank', teacher_mode='eval', interval=3), "teacher='bank' has no teacher_mode, interval"),
         (dict(SNAPSHOT, teacher_mode='test'), r"teacher_mode must be one of \['train', 'eval'\], got 'test'"),
         (dict(SNAPSHOT, interval=0), r'interval must be a positive number of iterations, got 0'),
         (dict(SNAPSHOT, interval=2.5), r'interval must be a positive number of iterations, got 2.5'),
         (
             dict(SNAPSHOT, interval=3),
-            r'interval works with a snapshot teacher in an iteration-based training loop only',
+            r'interval works in an iteration-based training loop only',
         ),
     ],
 )
@@ -375,7 +392,7 @@ def test_settings_that_cannot_work_are_refused(digits, tmp_path, hook, message):
     ],
 )
 def test_models_that_cannot_work_are_refused_at_the_start(digits, tmp_path, options, message):
-    refused(message, digits_config(digits, tmp_path, PSKD, **options))
+    refused(message, digits_config(digits, tmp_path, dict(PSKD, teacher='bank'), **options))
 
 
 def test_a_head_without_loss_module_is_refused(digits, tmp_path):
@@ -434,7 +451,7 @@ def test_a_classifier_inside_the_backbone(digits, tmp_path):
     cfg = digits_config(digits, tmp_path, PSKD)
     linear = dict(type='LinearNeck', in_channels=32, out_channels=10, norm_cfg=None)
     cfg.model.neck, cfg.model.head = [cfg.model.neck, linear], dict(type='ClsHead')
-    assert find_hook(train(cfg), 'PSKDHook').bank.num_classes == 10
+    assert find_hook(train(cfg), 'PSKDHook').past.bank.num_classes == 10
 
 
 def test_predictions_that_the_bank_did_not_take_are_logged(digits, tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ HEAD, LOSS = 'model.decode_head', 'model.decode_head.loss_decode'
 WEIGHTS = [0.2] + [1.0] * 9 + [2.0]
 CASES = {
     'plain': {},
+    'hard label kept': {},
     'past copy in evaluation mode': {},
     'avg_non_ignore': {'model.decode_head.loss_decode.avg_non_ignore': True},
     'loss_weight': {'model.decode_head.loss_decode.loss_weight': 2.0},
@@ -69,7 +70,8 @@ CASES = {
 @pytest.mark.parametrize('case', CASES)
 def test_loss_recomputed_from_earlier_checkpoints(voc, tmp_path, case):
     mode = 'eval' if 'evaluation' in case else 'train'
-    cfg = config(voc, tmp_path, dict(PSKD, **({'teacher_mode': 'eval'} if mode == 'eval' else {})), **CASES[case])
+    keep = 'kept' in case
+    cfg = config(voc, tmp_path, dict(PSKD, teacher_mode=mode, keep_hard=keep), **CASES[case])
     weighted, ignored = 'class weights' in case, CASES[case].get(f'{HEAD}.ignore_index', 255)
     weights = torch.tensor(WEIGHTS if weighted else [1.0] * 11)
     cfg.train_dataloader.dataset.pipeline[2]['void'] = not weighted
@@ -88,7 +90,7 @@ def test_loss_recomputed_from_earlier_checkpoints(voc, tmp_path, case):
             past = F.interpolate(past, label.shape[1:], mode='bilinear').softmax(1)
             alpha = 0.8 * since / 7
             assert step['outputs']['pskd_alpha'] == pytest.approx(alpha)
-            target = (1 - alpha) * target + alpha * past
+            target = (1 - alpha * (not keep)) * target + alpha * past
         target = target * weights.view(-1, 1, 1)
         each = -(target * step['logits'].double().log_softmax(1)).sum(1) * valid
         if 'ohem' in case:
@@ -98,6 +100,7 @@ def test_loss_recomputed_from_earlier_checkpoints(voc, tmp_path, case):
         expected = CASES[case].get(f'{LOSS}.loss_weight', 1) * each.sum() / count
         assert step['outputs']['decode.loss_ce'] == pytest.approx(expected.item(), rel=1e-4)
     assert pixels.steps[-1]['outputs']['pskd_soft'] > 0
+    assert pixels.steps[-1]['outputs']['pskd_entropy'] > 0
     assert 'aux.loss_ce' in pixels.steps[-1]['outputs']
 
 
@@ -136,6 +139,11 @@ def test_resume_between_two_snapshots_is_exact(voc, tmp_path):
         results.append(torch.load(tmp_path / name / 'iter_7.pth'))
     for key in ('state_dict', 'optimizer', 'selfkd'):
         assert_same_state(results[0][key], results[1][key])
+
+
+def test_a_bank_is_refused(voc, tmp_path):
+    with pytest.raises(ValueError, match="pixels of random crops keep no identity .* set teacher='snapshot' or 'ema'"):
+        train(config(voc, tmp_path, dict(PSKD, teacher='bank', interval=None)))
 
 
 def test_accumulation_and_ema(voc, tmp_path):
