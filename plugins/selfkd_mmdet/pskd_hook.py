@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd_mmengine import PSKDHookBase, only_looks
 
-from .heads import check_region_heads, has_focal_loss, per_stage, region_heads, stage_of
+from .heads import check_past_of_regions, feats_of_image, has_focal_loss, per_stage, region_heads, stage_of
 from .scores import Places, check_places, score_loss, scores
 
 __all__ = ['PSKDHook']
@@ -96,7 +96,7 @@ class PSKDHook(PSKDHookBase):
         self.many_calls = not two_stage and has_focal_loss(model)
         self.by_scores = not two_stage and not self.many_calls
         if two_stage:
-            check_region_heads('PSKDHook', model)
+            check_past_of_regions('PSKDHook', model)
         elif self.by_scores:
             check_places('PSKDHook', model)
         for name in ('background', 'keep_hard'):
@@ -194,6 +194,11 @@ class PSKDHook(PSKDHookBase):
     def _region_losses(self, stage: int, arguments: Dict[str, object]) -> Tensor:
         logits, label = arguments['cls_score'], arguments['label']
         past, self._past[stage] = self._past[stage], None
+        if past.shape != logits.shape:
+            raise RuntimeError(
+                f'PSKDHook: {type(self.student.roi_head).__name__} is trained on scores {tuple(logits.shape)} of its '
+                f'regions, and gives {tuple(past.shape)} for the regions that it reads; train it without PSKDHook'
+            )
         if not self.background:
             hard = label == region_heads(self.student)[stage].num_classes
             past[hard] = F.one_hot(label[hard], logits.shape[1]).to(past)
