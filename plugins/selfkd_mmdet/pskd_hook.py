@@ -1,7 +1,7 @@
 """PS-KD for MMDetection."""
 
 from functools import partial
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,17 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
-from selfkd_mmengine import PSKDHookBase
+from selfkd_mmengine import PSKDHookBase, only_looks
 
-from .heads import check_dense_head, check_region_heads, per_stage, region_heads, stage_of
+from .heads import check_past_of_regions, feats_of_image, has_focal_loss, per_stage, region_heads, stage_of
+from .scores import Places, check_places, score_loss, scores
 
 __all__ = ['PSKDHook']
 
 
 @HOOKS.register_module()
 class PSKDHook(PSKDHookBase):
-    """Progressive self-knowledge distillation of a detector's classification, two-stage and one-stage.
+    """Progressive self-knowledge distillation of a detector's classification: two-stage, one-stage, transformers.
 
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
     https://arxiv.org/abs/2006.12000
@@ -37,6 +38,11 @@ class PSKDHook(PSKDHookBase):
     One-stage detectors with sigmoids (RetinaNet, FCOS, ATSS): it classifies the same anchors or points, and the loss
     becomes ``focal(label) + alpha_t * qfl(past)``, with the quality focal loss: unlike the focal loss of a soft target
     it is least where student and past agree.
+
+    Other one-stage detectors (RTMDet, YOLOX, GFL, TOOD, SSD, ...) and transformers (DETR, Deformable DETR, DINO, ...):
+    it scores the same points, anchors or queries, and the past's term is a loss of its own, ``loss_pskd``: the quality
+    focal loss (softmax heads: the cross-entropy) between the two, summed over all places and divided by the number of
+    objects that the past expects. Where a score is class times objectness (YOLOX, YOLOv3), the product is taught.
 
     The label's term keeps its whole weight: where student and past agree the past's has no gradient, and with
     ``1 - alpha_t`` classification would weigh ever less beside the boxes.
@@ -80,20 +86,31 @@ class PSKDHook(PSKDHookBase):
         super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, background=background, **copy)
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
+        if self.by_scores:
+            return [model.bbox_head]  # what it gives is looked at, and not changed
         return [model.bbox_head.loss_cls] if self.many_calls else [head.loss_cls for head in region_heads(model)]
 
     def check(self, runner: Runner, model: nn.Module) -> None:
-        one_stage = hasattr(model, 'bbox_head')
-        (check_dense_head if one_stage else check_region_heads)('PSKDHook', model)
+        two_stage = getattr(model, 'roi_head', None) is not None
+        # Whose focal loss takes the past's term in, with its own weights and normalisation.
+        self.many_calls = not two_stage and has_focal_loss(model)
+        self.by_scores = not two_stage and not self.many_calls
+        if two_stage:
+            check_past_of_regions('PSKDHook', model)
+        elif self.by_scores:
+            check_places('PSKDHook', model)
         for name in ('background', 'keep_hard'):
-            if one_stage and not getattr(self, name):
+            if not two_stage and not getattr(self, name):
                 raise ValueError(f'PSKDHook: {name}=False is for two-stage detectors: remove it')
-        self.many_calls, self.student = one_stage, model
+        self.student = model
         super().check(runner, model)
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        if not self.many_calls:
+        if self.by_scores:
+            self._places = Places(self.student, self.past)
+            self._handles += self._places.attach(self.student, lambda: self._computing_loss)
+        elif not self.many_calls:
             for stage, extractor in enumerate(per_stage(self.student.roi_head.bbox_roi_extractor)):
                 self._handles.append(extractor.register_forward_pre_hook(partial(self._classify, stage)))
 
@@ -101,9 +118,34 @@ class PSKDHook(PSKDHookBase):
     def teaches(self) -> bool:
         return self.past.ready and self.current_alpha > 0
 
+    def _before_model(self, model, args, kwargs) -> None:
+        super()._before_model(model, args, kwargs)
+        if self._computing_loss:
+            self._batch = (
+                args[0] if args else kwargs['inputs'],
+                kwargs.get('data_samples', args[-1] if args else None),
+            )
+
+    def _after_model(self, model, args, output):
+        if self._computing_loss and self.by_scores and self._taps:
+            output = self._with_score_loss(output)
+        self._batch = self._logits = None
+        return super()._after_model(model, args, output)
+
+    def _with_score_loss(self, output: Dict[str, Any]) -> Dict[str, Any]:
+        of_labels = [loss for name, loss in output.items() if 'loss_cls' in name]
+        self.logs['pskd_hard'] = sum(map(_total, of_labels), torch.zeros(()))
+        self.logs['pskd_soft'] = torch.zeros(())
+        if not self.teaches:
+            return output
+        past = self._places.scores(*self._batch)
+        loss = self.current_alpha * score_loss(self.student.bbox_head, self._logits, past)
+        self.logs['pskd_soft'] = loss.detach()
+        return {**output, 'loss_pskd': loss}
+
     def before_forward(self, inputs: Tensor) -> None:
         self._feats, self._past = None, {}
-        if not self.teaches:
+        if not self.teaches or self.by_scores:
             return
         run, teacher = self.past.run, self.past.model
         feats = run(teacher.extract_feat, inputs)
@@ -112,7 +154,7 @@ class PSKDHook(PSKDHookBase):
             scores, classes = run(teacher.bbox_head, feats)[0], teacher.bbox_head.cls_out_channels
             self._past = torch.cat([score.permute(0, 2, 3, 1).reshape(-1, classes) for score in scores])
         else:
-            self._feats = feats
+            self._feats, self._of_image = feats, run(feats_of_image, teacher.roi_head, feats)
 
     def _classify(self, stage: int, extractor: nn.Module, args) -> None:
         """The past copy classifies the regions that the student is about to read.
@@ -124,12 +166,18 @@ class PSKDHook(PSKDHookBase):
             return
         roi_head = self.past.model.roi_head
         stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
-        past = self.past.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1])
+        past = self.past.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1], **self._of_image)
         self._past[stage] = past['cls_score'].float().softmax(1)
         if len(self._past) == len(region_heads(self.student)):
-            self._feats = None  # not to be held through the backward pass
+            self._feats = self._of_image = None  # not to be held through the backward pass
+
+    def _tap(self, module, args, kwargs, output):
+        return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)
 
     def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+        if self.by_scores:  # what is tapped is the head, and what it gives are scores
+            self._logits = scores(self.tapped, loss, self._places.queries)
+            return loss
         stage, prefix = (0, '') if self.many_calls else stage_of(self.student, self.tapped)
         if self.many_calls:
             soft = self._dense_losses(arguments['pred']) if self.teaches else None
@@ -146,7 +194,17 @@ class PSKDHook(PSKDHookBase):
     def _region_losses(self, stage: int, arguments: Dict[str, object]) -> Tensor:
         logits, label = arguments['cls_score'], arguments['label']
         past, self._past[stage] = self._past[stage], None
+        if past.shape != logits.shape:
+            raise RuntimeError(
+                f'PSKDHook: {type(self.student.roi_head).__name__} is trained on scores {tuple(logits.shape)} of its '
+                f'regions, and gives {tuple(past.shape)} for the regions that it reads; train it without PSKDHook'
+            )
         if not self.background:
             hard = label == region_heads(self.student)[stage].num_classes
             past[hard] = F.one_hot(label[hard], logits.shape[1]).to(past)
         return soft_cross_entropy(logits, past, class_weight=self.tapped.class_weight, reduction='none')
+
+
+def _total(loss) -> Tensor:
+    """Of a loss, or of one for each level."""
+    return sum(part.detach().sum() for part in (loss if isinstance(loss, list) else [loss]))

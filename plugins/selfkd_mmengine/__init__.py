@@ -3,7 +3,7 @@
 from selfkd.teacher import unwrap
 
 from .checkpoints import allow_mmengine_checkpoints
-from .hook import SelfKDHook, epoch_length, training_progress
+from .hook import SelfKDHook, epoch_length, only_looks, training_progress
 from .pair_sampler import PairBatchSampler, ViewBatchSampler
 from .pskd_hook import PSKDHookBase
 from .sample_index import SampleIndex
@@ -16,6 +16,7 @@ __all__ = [
     'ViewBatchSampler',
     'allow_mmengine_checkpoints',
     'epoch_length',
+    'only_looks',
     'training_progress',
     'unwrap',
 ]

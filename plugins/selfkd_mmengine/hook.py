@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from selfkd.teacher import unwrap
 
-__all__ = ['SelfKDHook', 'epoch_length', 'training_progress']
+__all__ = ['SelfKDHook', 'epoch_length', 'only_looks', 'training_progress']
 
 CHECKPOINT_KEY = 'selfkd'
 STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of FlexibleRunner: plain calls of a torch module
@@ -220,6 +220,12 @@ class SelfKDHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if runner._resume:
             self._resumed_state = checkpoint.get(CHECKPOINT_KEY, {}).get(type(self).__name__)
+
+
+def only_looks(kwargs: dict) -> bool:
+    """Whether a call of a loss module looks for hard samples (MMSegmentation's OHEM, MMDetection's PISA), and its value
+    is not trained on."""
+    return kwargs.get('reduction_override') == 'none'
 
 
 def is_sharded(model: nn.Module) -> bool:

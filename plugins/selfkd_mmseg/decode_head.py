@@ -7,7 +7,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-__all__ = ['ConvHead', 'losses_of', 'only_looks', 'plain_loss']
+__all__ = ['ConvHead', 'losses_of', 'plain_loss']
 
 
 def plain_loss(head: type) -> bool:
@@ -20,11 +20,6 @@ def plain_loss(head: type) -> bool:
 
 def losses_of(head: nn.Module) -> List[nn.Module]:
     return list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
-
-
-def only_looks(kwargs: dict) -> bool:
-    """Whether a call of a loss module is that of OHEMPixelSampler with ``thresh=None``, which looks for hard pixels."""
-    return kwargs.get('reduction_override') == 'none'
 
 
 @MODELS.register_module()

@@ -18,9 +18,10 @@ from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import BiFPN, dry_run
 from selfkd.schedule import sigmoid_ramp_up
+from selfkd_mmengine import only_looks
 from selfkd_mmengine.base_type import derived_from, find_base_type
 
-from .decode_head import ConvHead, losses_of, only_looks, plain_loss
+from .decode_head import ConvHead, losses_of, plain_loss
 
 __all__ = ['FRSKDEncoderDecoder', 'SelfTeacher']
 

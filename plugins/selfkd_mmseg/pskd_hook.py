@@ -13,9 +13,9 @@ from mmseg.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.losses import soft_cross_entropy
-from selfkd_mmengine import PSKDHookBase
+from selfkd_mmengine import PSKDHookBase, only_looks
 
-from .decode_head import losses_of, only_looks, plain_loss
+from .decode_head import losses_of, plain_loss
 
 __all__ = ['PSKDHook']
 

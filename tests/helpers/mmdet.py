@@ -22,7 +22,7 @@ def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
     """The toy config: 4 images of 64 x 64, batches of 2, 2 epochs; no region is sampled at random.
 
     ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, cascade mask, c4,
-    dynamic, mask scoring, point rend, sabl, fcos, atss.
+    dynamic, mask scoring, point rend, sabl, fcos, atss, rtmdet, yolox, ssd, deformable detr.
     """
     name = model if model in ('faster-rcnn', 'retinanet') else 'faster-rcnn'
     cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
@@ -138,6 +138,50 @@ def dense(kind: str):
     return modify
 
 
+def one_stage(kind: str, **options):
+    """The head, losses and assigner of a config of MMDetection's, on three small maps (strides 8, 16, 32)."""
+
+    def modify(cfg):
+        full = get_config(f'mmdet::{kind}').model
+        cfg.model.type, cfg.model.bbox_head = full.type, full.bbox_head
+        for name, value in dict(num_classes=10, **options).items():
+            cfg.model.bbox_head.pop(name, None)  # or it would be merged
+            cfg.model.bbox_head[name] = value
+        cfg.model.train_cfg, cfg.model.test_cfg = full.get('train_cfg'), full.test_cfg
+        cfg.model.data_preprocessor.batch_augments = None
+        for name in ('rpn_head', 'roi_head'):
+            del cfg.model[name]
+        cfg.model.neck.update(start_level=1, num_outs=3)
+
+    return modify
+
+
+SMALL = dict(in_channels=32, feat_channels=8, stacked_convs=1, norm_cfg=dict(type='GN', num_groups=2))
+
+
+def ssd(cfg) -> None:
+    anchors = dict(type='SSDAnchorGenerator', scale_major=False, input_size=64, strides=[8, 16, 32])
+    anchors.update(min_sizes=[10, 20, 40], max_sizes=[20, 40, 60], ratios=[[2], [2], [2]])
+    one_stage('ssd/ssd300_coco.py', in_channels=(32, 32, 32), anchor_generator=anchors)(cfg)
+
+
+def deformable_detr(cfg) -> None:
+    full = get_config('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py').model
+    for part in (full.encoder, full.decoder):
+        part.num_layers = 2
+        part.layer_cfg.self_attn_cfg.embed_dims = 32
+        part.layer_cfg[('self' if part is full.encoder else 'cross') + '_attn_cfg'].num_levels = 3
+        part.layer_cfg.ffn_cfg.update(embed_dims=32, feedforward_channels=32)
+    full.decoder.layer_cfg.cross_attn_cfg.embed_dims = 32
+    full.positional_encoding.num_feats, full.bbox_head.num_classes, full.bbox_head.embed_dims = 16, 10, 32
+    full.num_queries, full.num_feature_levels = 12, 3
+    for name in ('backbone', 'neck', 'data_preprocessor'):
+        full.pop(name)
+        full[name] = cfg.model[name]
+    full.neck.update(start_level=1, num_outs=3)
+    cfg.model = full
+
+
 MODIFY = {
     'cascade': cascade,
     'mask': mask,
@@ -149,6 +193,10 @@ MODIFY = {
     'sabl': sabl,
     'fcos': dense('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
     'atss': dense('atss/atss_r50_fpn_1x_coco.py'),
+    'rtmdet': one_stage('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', **SMALL),
+    'yolox': one_stage('yolox/yolox_s_8xb8-300e_coco.py', **{**SMALL, 'stacked_convs': 1}),
+    'ssd': ssd,
+    'deformable detr': deformable_detr,
 }
 
 

@@ -133,6 +133,10 @@ ROWS = [
     Row(
         'PSKD-RetinaNet', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), model={'model': 'retinanet'}, **PAST
     ),
+    *(
+        Row(f'PSKD-{model}', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), model={'model': model}, **PAST)
+        for model in ('rtmdet', 'deformable detr')
+    ),
     Row('CSKD', MMDET, (dict(type='selfkd_mmdet.CSKDHook'),), zero=dict(weight=0.0)),
     Row('FRSKD', MMDET, options={'model.roi_head.type': 'selfkd_mmdet.FRSKDRoIHead'}),
     Row('PSKD', MMSEG, (dict(type='selfkd_mmseg.PSKDHook', alpha=0.8),), **PAST),
