@@ -56,7 +56,7 @@ class Prediction(NamedTuple):
             values = torch.cat([torch.special.entr(part).sum(1) for part in self.probs.split(256)])
         if self.known is True:
             return values.mean()
-        known = self.known.to(values.device, non_blocking=True)
+        known = torch.as_tensor(self.known).to(values.device, non_blocking=True)
         return (values * known).sum() / known.sum().clamp(min=1)
 
 
