@@ -11,15 +11,15 @@ import os
 from importlib import import_module
 
 SUITES = {
-    'loss': 'selfkd.loss_benchmark:loss_suite',
-    'bank': 'selfkd.loss_benchmark:bank_suite',
-    'torch': 'selfkd_torch.benchmark:step_suite',
-    'mmpretrain': 'selfkd_mmpretrain.benchmark:step_suite',
-    'distillation': 'selfkd_mmpretrain.benchmark:distillation_suite',
-    'mmdet': 'selfkd_mmdet.benchmark:step_suite',
-    'detectron2': 'selfkd_detectron2.benchmark:step_suite',
-    'mmseg': 'selfkd_mmseg.benchmark:step_suite',
-    'fairseq': 'selfkd_fairseq.benchmark:step_suite',
+    'loss': 'suites.losses:loss_suite',
+    'bank': 'suites.losses:bank_suite',
+    'torch': 'suites.torch:step_suite',
+    'mmpretrain': 'suites.mmpretrain:step_suite',
+    'distillation': 'suites.mmpretrain:distillation_suite',
+    'mmdet': 'suites.mmdet:step_suite',
+    'detectron2': 'suites.detectron2:step_suite',
+    'mmseg': 'suites.mmseg:step_suite',
+    'fairseq': 'suites.fairseq:step_suite',
 }
 
 
@@ -43,8 +43,7 @@ def main() -> None:
     if args.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the toolkits' trainers choose the device by themselves
     import torch
-
-    from selfkd.benchmark import to_markdown, write_section
+    from costs import to_markdown, write_section
 
     if not torch.cuda.is_available() and (args.device == 'cuda' or args.device is None and args.size == 'full'):
         option = '--device cuda' if args.device == 'cuda' else '--size full without --device cpu'

@@ -103,9 +103,9 @@ def main() -> None:
 
     import make_toy_data
     import torch
+    from costs import write_section
     from tqdm import tqdm
 
-    from selfkd.benchmark import write_section
     from selfkd_mmpretrain.report import Predictions, write_report
 
     os.environ['OMP_NUM_THREADS'] = '1'

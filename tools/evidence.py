@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Dict, List, Sequence
 
-from selfkd.benchmark import write_section
+from costs import write_section
+
 from selfkd.comparison import NOTE, Run, comparison_table, differences, read_runs, verdict
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'

@@ -22,11 +22,11 @@ from typing import Callable, Dict, Optional, Sequence
 
 import numpy as np
 import torch
+from costs import write_section
 from mmengine.config import Config
 from survey_shrink import shrink
 from survey_trial import Outcome, train_two_steps
 
-from selfkd.benchmark import write_section
 from selfkd.files import replacing
 
 METHODS: Dict[str, Dict[str, dict]] = {

@@ -8,12 +8,12 @@ import torch
 
 pytest.importorskip('fairseq')
 from fairseq.data import Dictionary  # noqa: E402
+from suites.fairseq import make_trainer  # noqa: E402
 
 from selfkd.bank import PredictionBank  # noqa: E402
 from selfkd.losses import distillation_kl  # noqa: E402
 from selfkd.metrics import calibration_error, calibration_gaps, confidence_of  # noqa: E402
 from selfkd.past import SnapshotPast  # noqa: E402
-from selfkd_fairseq.benchmark import make_trainer  # noqa: E402
 from selfkd_fairseq.criterions import check_config  # noqa: E402
 
 SMALL = dict(vocabulary=50, dim=16, layers=1, tokens=300, sentences=40, dropout=0.0)

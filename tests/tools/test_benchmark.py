@@ -9,10 +9,9 @@ from importlib import import_module
 
 import pytest
 import torch
+from costs import compare, peak_bytes, write_section
 from helpers import ROOT
 from mmengine.registry import MODELS, DefaultScope
-
-from selfkd.benchmark import compare, peak_bytes, write_section
 
 TOOL = ROOT / 'tools/benchmark.py'
 PAGE = ROOT / 'docs/performance.md'
@@ -30,7 +29,7 @@ def test_benchmark_ratios_and_sections(tmp_path, monkeypatch):
 
         return work
 
-    monkeypatch.setattr('selfkd.benchmark.time', types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr('costs.time', types.SimpleNamespace(perf_counter=lambda: clock[0]))
     one, four = compare({'one': step('one', 1), 'four': step('four', 4)}, repeats=5)
     assert steps == ['one', 'four'] * 8 + ['one', 'four']  # in turn: 3 to warm up, 5 timed, one for the memory
     assert (one.time_ratio, one.memory_ratio, four.memory_ratio) == (1, 1, 4)
@@ -47,13 +46,13 @@ def test_benchmark_ratios_and_sections(tmp_path, monkeypatch):
 
 @pytest.fixture
 def toolkit(monkeypatch):
-    """Imports a plugin's benchmark; skips where the toolkit is not installed."""
+    """Imports a toolkit's suites; skips where it is not installed."""
 
-    def load(plugin):
-        pytest.importorskip({'selfkd': 'torch', 'selfkd_torch': 'torchvision'}.get(plugin, plugin[7:]))
-        if plugin == 'selfkd_mmpretrain':  # mmengine has mixed precision for GPUs alone; torch has bfloat16 for CPUs
+    def load(name):
+        pytest.importorskip({'losses': 'torch', 'torch': 'torchvision'}.get(name, name))
+        if name == 'mmpretrain':  # mmengine has mixed precision for GPUs alone; torch has bfloat16 for CPUs
             monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
-        return import_module(f'{plugin}.{"loss_" if plugin == "selfkd" else ""}benchmark')
+        return import_module(f'suites.{name}')
 
     return load
 
@@ -81,7 +80,7 @@ def suites():
 @pytest.mark.parametrize('name', ROWS)
 def test_each_suite_measures_what_the_full_size_does(name, toolkit):
     module, function = suites()[name]
-    tables = getattr(toolkit(module.split('.')[0]), function)('tiny')
+    tables = getattr(toolkit(module.split('.')[1]), function)('tiny')
     assert [len(table.costs) for table in tables] == ROWS[name]
     for table in tables:
         assert table.title.endswith('.')
@@ -103,7 +102,7 @@ def built(toolkit, cfg):
 
 
 def test_full_sizes_in_mmpretrain(toolkit):
-    plugin = toolkit('selfkd_mmpretrain')
+    plugin = toolkit('mmpretrain')
     preact, resnet = plugin.SHAPES['full']
     assert (preact.batch, preact.pixels, preact.classes) == (128, 32, 100)
     assert (resnet.batch, resnet.pixels, resnet.classes) == (128, 224, 1000)
@@ -115,7 +114,7 @@ def test_full_sizes_in_mmpretrain(toolkit):
 
 def test_full_sizes_in_mmdet(toolkit):
     """Those of the zoo: batch 2 a GPU, the shorter side 800."""
-    plugin = toolkit('selfkd_mmdet')
+    plugin = toolkit('mmdet')
     shape = plugin.SHAPES['full']
     assert (shape.batch, shape.height) == (2, 800)
     cfg = plugin.make_config(shape, 'faster-rcnn')
@@ -125,14 +124,14 @@ def test_full_sizes_in_mmdet(toolkit):
 
 
 def test_full_sizes_in_mmseg(toolkit):
-    plugin = toolkit('selfkd_mmseg')
+    plugin = toolkit('mmseg')
     shape = plugin.SHAPES['full'][0]
     assert (shape.batch, shape.pixels) == (4, 512)
     assert round(parameters(built('mmseg', plugin.make_config(shape))) / 1e6) == 49
 
 
 def test_full_sizes_in_detectron2(toolkit):
-    plugin = toolkit('selfkd_detectron2')
+    plugin = toolkit('detectron2')
     shape = plugin.SHAPES['full']
     assert min(shape.height, shape.width) == 800
     cfg = plugin.make_config(shape)
@@ -141,7 +140,7 @@ def test_full_sizes_in_detectron2(toolkit):
 
 def test_full_sizes_in_fairseq(toolkit):
     """Vaswani et al.'s base model has 44.1 M parameters in its layers; two embeddings of 37000 words are not shared."""
-    plugin = toolkit('selfkd_fairseq')
+    plugin = toolkit('fairseq')
     cfg, task = plugin.make_task([], '', plugin.SHAPES['full']._replace(sentences=2))
     assert (cfg.dataset.max_tokens, cfg.common.amp) == (8192, True)
     with torch.device('meta'):
@@ -150,10 +149,10 @@ def test_full_sizes_in_fairseq(toolkit):
 
 
 def test_full_sizes_of_the_core(toolkit):
-    plugin = toolkit('selfkd')
+    plugin = toolkit('losses')
     assert plugin.LOSSES['full'][:3] == (8192, 128_000, torch.bfloat16)
     assert plugin.BANKS['full'][:2] == (1_281_167, 1000)
-    network, batch, pixels, *_ = toolkit('selfkd_torch').SHAPES['full']
+    network, batch, pixels, *_ = toolkit('torch').SHAPES['full']
     assert (network, batch, pixels) == ('resnet50', 128, 224)
 
 

@@ -5,12 +5,11 @@ from typing import Iterator, List, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from costs import Table, compare, used_device
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from selfkd.benchmark import Table, compare, used_device
-
-from .pskd import PSKD
+from selfkd_torch.pskd import PSKD
 
 __all__ = ['step_suite']
 

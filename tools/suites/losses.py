@@ -5,10 +5,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from costs import Table, compare, used_device
 
-from .bank import PredictionBank
-from .benchmark import Table, compare, used_device
-from .losses import TopK, pskd_loss
+from selfkd.bank import PredictionBank
+from selfkd.losses import TopK, pskd_loss
 
 __all__ = ['bank_suite', 'loss_suite']
 

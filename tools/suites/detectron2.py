@@ -4,6 +4,7 @@ import itertools
 from typing import Callable, Dict, List, NamedTuple
 
 import torch
+from costs import Table, compare, used_device
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
@@ -12,9 +13,7 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from selfkd.benchmark import Table, compare, used_device
-
-from .config import add_selfkd_config, selfkd_hooks, with_self_teacher
+from selfkd_detectron2.config import add_selfkd_config, selfkd_hooks, with_self_teacher
 
 __all__ = ['make_config', 'make_step', 'step_suite']
 

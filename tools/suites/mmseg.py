@@ -3,13 +3,14 @@
 from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
+from costs import Table
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
-from selfkd.benchmark import Table
-from selfkd_mmengine.benchmark import compare_configs, training_config
+import selfkd_mmseg  # noqa: F401  (registers what is measured)
+from suites.mmengine import compare_configs, training_config
 
 __all__ = ['RandomScenes', 'make_config', 'step_suite']
 

@@ -4,10 +4,9 @@ import tempfile
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
+from costs import Cost, compare
 from mmengine.config import Config
 from mmengine.runner import Runner
-
-from selfkd.benchmark import Cost, compare
 
 __all__ = ['compare_configs', 'training_config']
 
@@ -39,7 +38,7 @@ def training_config(
 
 
 def compare_configs(configs: Dict[str, Config], repeats: int) -> List[Cost]:
-    """:func:`selfkd.benchmark.compare` of a training step with each config."""
+    """:func:`costs.compare` of a training step with each config."""
     with tempfile.TemporaryDirectory() as folder:
         steps = {}
         for i, (name, cfg) in enumerate(configs.items()):

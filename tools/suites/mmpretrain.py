@@ -3,12 +3,13 @@
 from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
+from costs import Table
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmpretrain.registry import DATASETS
 
-from selfkd.benchmark import Table
-from selfkd_mmengine.benchmark import compare_configs, training_config
+import selfkd_mmpretrain  # noqa: F401  (registers what is measured)
+from suites.mmengine import compare_configs, training_config
 
 __all__ = ['distillation_suite', 'step_suite']
 

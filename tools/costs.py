@@ -1,8 +1,8 @@
 """Cost of a method as a ratio to the plain computation, both timed alternately in one run.
 
-A ratio of interleaved steps cancels what else the machine is doing; absolute times would not. What is measured, the
-suites, lies with the plugins. A suite measures its shapes of one size: ``small`` ones for a CPU, ``full`` ones, which
-people train, for a GPU, and ``tiny`` ones, the full size's in small numbers, for tests.
+A ratio of interleaved steps cancels what else the machine is doing; absolute times would not. What is measured is in
+tools/suites. A suite measures its shapes of one size: ``small`` ones for a CPU, ``full`` ones, which people train, for
+a GPU, and ``tiny`` ones, the full size's in small numbers, for tests.
 """
 
 import platform
@@ -12,7 +12,7 @@ from typing import Callable, Dict, List, NamedTuple
 
 import torch
 
-from .files import replacing
+from selfkd.files import replacing
 
 __all__ = ['Cost', 'Table', 'compare', 'hardware', 'peak_bytes', 'to_markdown', 'used_device', 'write_section']
 

@@ -4,14 +4,15 @@ from typing import List, NamedTuple
 
 import numpy as np
 import torch
+from costs import Table
 from mmdet.registry import DATASETS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.hub import get_config
 
-from selfkd.benchmark import Table
-from selfkd_mmengine.benchmark import compare_configs, training_config
+import selfkd_mmdet  # noqa: F401  (registers what is measured)
+from suites.mmengine import compare_configs, training_config
 
 __all__ = ['RandomDetections', 'make_config', 'step_suite']
 
