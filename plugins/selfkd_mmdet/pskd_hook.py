@@ -164,6 +164,8 @@ class PSKDHook(PSKDHookBase):
         """
         if not self._computing_loss or self._feats is None or stage in self._past:
             return
+        if not torch.is_grad_enabled():  # a sampler looks for hard regions (PISA)
+            return
         roi_head = self.past.model.roi_head
         stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
         past = self.past.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1], **self._of_image)

@@ -22,7 +22,7 @@ def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
     """The toy config: 4 images of 64 x 64, batches of 2, 2 epochs; no region is sampled at random.
 
     ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, cascade mask, c4,
-    dynamic, mask scoring, point rend, sabl, fcos, atss, rtmdet, yolox, ssd, deformable detr.
+    dynamic, mask scoring, point rend, sabl, double head, pisa, fcos, atss, rtmdet, yolox, ssd, deformable detr.
     """
     name = model if model in ('faster-rcnn', 'retinanet') else 'faster-rcnn'
     cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
@@ -110,6 +110,21 @@ def sabl(cfg) -> None:
     cfg.model.roi_head.bbox_head.update(reg_cls_out_channels=32, cls_out_channels=16)
 
 
+def double_head(cfg) -> None:
+    """Regions are read twice, the larger ones for the boxes."""
+    cfg.model.roi_head.type, cfg.model.roi_head.reg_roi_scale_factor = 'DoubleHeadRoIHead', 1.3
+    small = dict(num_convs=1, num_fcs=1, in_channels=32, conv_out_channels=16, fc_out_channels=16, num_classes=10)
+    cfg.model.roi_head.bbox_head = ConfigDict(type='DoubleConvFCBBoxHead', roi_feat_size=7, **small)
+
+
+def pisa(cfg) -> None:
+    """Samples are weighed by their importance, which is found by calls of the loss module that are not trained on."""
+    cfg.model.roi_head.type = 'PISARoIHead'
+    cfg.model.roi_head.bbox_head.loss_bbox = ConfigDict(type='SmoothL1Loss', beta=1.0)
+    cfg.model.train_cfg.rcnn.update(isr=dict(k=2, bias=0), carl=dict(k=1, bias=0.2))
+    cfg.model.train_cfg.rcnn.sampler.update(type='ScoreHLRSampler', k=0.5, bias=0.0)
+
+
 def c4(cfg) -> None:
     """Regions from one map of the backbone, whose last stage is the head's; as mmdet's faster-rcnn_r50-caffe-c4."""
     model = cfg.model
@@ -191,6 +206,8 @@ MODIFY = {
     'mask scoring': mask_scoring,
     'point rend': point_rend,
     'sabl': sabl,
+    'double head': double_head,
+    'pisa': pisa,
     'fcos': dense('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
     'atss': dense('atss/atss_r50_fpn_1x_coco.py'),
     'rtmdet': one_stage('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', **SMALL),
@@ -261,10 +278,11 @@ class Regions(Hook):
 
     def _sampled(self, sample):
         def watched(*args, **kwargs):
-            result = sample(*args, **kwargs)
+            found = sample(*args, **kwargs)
+            result = found[0] if isinstance(found, tuple) else found  # PISA's come with weights
             background = result.pos_assigned_gt_inds.new_full((len(result.neg_priors),), -1)
             self.assigned.append(torch.cat([result.pos_assigned_gt_inds, background]))
-            return result
+            return found
 
         return watched
 
@@ -274,10 +292,12 @@ class Regions(Hook):
             self.steps.append(dict(inputs=kwargs['inputs'].clone(), rois=[], calls=[], objects=[]))
 
     def _rois(self, module, args):
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.steps[-1]['rois'].append(args[1].clone())
 
     def _loss(self, module, args, kwargs, output):
+        if kwargs.get('reduction_override') == 'none':  # PISA looks for hard samples
+            return
         logits, label, weight = args
         logits.retain_grad()
         self.steps[-1]['calls'].append((logits, label, weight, kwargs['avg_factor']))

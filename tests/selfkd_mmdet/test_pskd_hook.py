@@ -32,6 +32,8 @@ BATCH_NORM = {'model.roi_head.bbox_head.norm_cfg': dict(type='BN', _delete_=True
         'mask scoring',
         'point rend',
         'sabl',
+        'double head',
+        'pisa',
     ],
 )
 def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp_path, case):
@@ -234,14 +236,10 @@ class DumpModels(Hook):
             {'model.roi_head.bbox_head.loss_cls.use_sigmoid': True},
             'classifies regions with CrossEntropyLoss, .* use_sigmoid=False',
         ),
-        (
-            {'model.roi_head.type': 'DoubleHeadRoIHead', 'model.roi_head.reg_roi_scale_factor': 1.3},
-            'FasterRCNN with the RoI head DoubleHeadRoIHead is not supported',
-        ),
     ],
 )
 @pytest.mark.parametrize('hook', [PSKDHook, CSKDHook])
-def test_regions_without_a_softmax_or_with_another_forward_are_refused(voc, tmp_path, options, message, hook):
+def test_regions_without_a_softmax_are_refused(voc, tmp_path, options, message, hook):
     model = MODELS.build(config(voc, tmp_path, **options).model)
     with pytest.raises(ValueError, match=f'^{hook.__name__}: .*{message}'):
         hook().check(None, model)
@@ -250,20 +248,32 @@ def test_regions_without_a_softmax_or_with_another_forward_are_refused(voc, tmp_
 @pytest.mark.parametrize(
     ('detector', 'message'),
     [
-        ('tood/tood_r50_fpn_1x_coco.py', 'TOOD with TOODHead is not supported'),
-        ('yolox/yolox_tiny_8xb8-300e_coco.py', 'YOLOX with YOLOXHead is not supported'),
-        ('deformable_detr/deformable-detr_r50_16xb2-50e_coco.py', 'DeformableDETRHead is not supported'),
-        ('gfl/gfl_r50_fpn_1x_coco.py', 'GFL with GFLHead is not supported'),
-        ('paa/paa_r50_fpn_1x_coco.py', 'PAA with PAAHead is not supported'),
-        ('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 'RTMDet with RTMDetSepBNHead is not supported'),
-        ('pascal_voc/ssd300_voc0712.py', 'SSDHead is not supported'),
-        ('ghm/retinanet_r50_fpn_ghm-1x_coco.py', 'RetinaHead classifies with GHMC'),
+        ('solo/solo_r50_fpn_1x_coco.py', r'SOLO has no bbox_head or roi_head .* \(it has a mask_head, SOLOHead\)'),
+        ('maskformer/maskformer_r50_ms-16xb1-75e_coco.py', 'MaskFormer has no bbox_head .* panoptic_head'),
+        ('sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py', 'SparseRoIHead classifies regions by object_feats'),
     ],
 )
-def test_other_one_stage_and_query_detectors_are_refused_by_name(detector, message):
+def test_what_scores_no_boxes_of_the_students_is_refused_by_name(detector, message):
     model = MODELS.build(get_config(f'mmdet::{detector}').model)
     with pytest.raises(ValueError, match=f'PSKDHook: .*{message}'):
         PSKDHook().check(None, model)
+
+
+def test_a_roi_head_that_trains_on_other_scores_is_an_error(voc, tmp_path):
+    """As CrowdDet's, whose losses are of two predictions for each region."""
+    cfg = config(voc, tmp_path, PSKD)
+
+    class Elsewhere(Hook):
+        def before_train(self, runner):
+            head = runner.model.roi_head.bbox_head
+
+            def loss(cls_score, *args, **kwargs):
+                return dict(loss_cls=cls_score.sum())
+
+            head.loss = loss
+
+    with pytest.raises(RuntimeError, match='was never called while the model computed its loss'):
+        train(cfg, Elsewhere())
 
 
 def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):

@@ -12,8 +12,8 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.utils import get_installed_path
 
-from selfkd_mmdet import CSKDHook, FRSKDRoIHead, PSKDHook
-from selfkd_mmdet.heads import check_region_heads
+from selfkd_mmdet import CSKDHook, FRSKDRoIHead
+from selfkd_mmdet.heads import check_past_of_regions, check_region_heads
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +71,7 @@ def test_frskd_takes_the_place_of_no_other_head(roi_heads):
     assert len(refused) == 11 + 4  # kinds of RoI heads, and reasons against others
 
 
-def test_hooks_take_the_heads_that_they_know(roi_heads):
+def test_cskd_takes_the_heads_that_it_knows_and_pskd_what_classifies_regions_alone(roi_heads):
     known = [f'{kind}RoIHead' for kind in ('Standard', 'Cascade', 'Dynamic', 'MaskScoring', 'PointRend')]
     kinds = {
         options['type']: options
@@ -81,9 +81,13 @@ def test_hooks_take_the_heads_that_they_know(roi_heads):
     assert len(kinds) == 13
     for kind, options in kinds.items():
         model = SimpleNamespace(roi_head=build(options))
+        if kind == 'SparseRoIHead':  # each region comes with features of its own
+            with pytest.raises(ValueError, match='SparseRoIHead classifies regions by object_feats'):
+                check_past_of_regions('PSKDHook', model)
+        else:
+            check_past_of_regions('PSKDHook', model)
         if kind in known:
-            check_region_heads('PSKDHook', model)
+            check_region_heads('CSKDHook', model)
             continue
-        for hook in (PSKDHook(), CSKDHook()):
-            with pytest.raises(ValueError, match=f'with the RoI head {kind} is not supported'):
-                hook.check(None, model)
+        with pytest.raises(ValueError, match=f'with the RoI head {kind} is not supported'):
+            CSKDHook().check(None, model)
