@@ -18,7 +18,7 @@ from .teacher import SnapshotTeacher
 from .topk import TopK, draw_top_k
 
 __all__ = ['TEACHERS', 'AveragePast', 'BankPast', 'CopyPast', 'Past', 'Prediction', 'SnapshotPast', 'TokenBankPast']
-__all__ += ['choose_teacher', 'copy_past', 'refuse_without_past']
+__all__ += ['check_momentum', 'choose_teacher', 'copy_past', 'refuse_without_past']
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,18 @@ class Prediction(NamedTuple):
     def alpha(self, alpha: float) -> Union[Tensor, float]:
         """The share of the past for each sample: 0 for those that have none."""
         return alpha if self.known is True else alpha * self.known
+
+    def entropy(self, num_classes: int) -> Tensor:
+        """Mean entropy of those that are known, in nats, a scalar on the device of ``probs``: for logs."""
+        if isinstance(self.probs, TopK):
+            kept, rest = torch.special.entr(self.probs.values).sum(1), torch.special.entr(self.probs.rest(num_classes))
+            values = kept + (num_classes - self.probs.values.shape[1]) * rest
+        else:  # a few samples at a time: a vocabulary is large
+            values = torch.cat([torch.special.entr(part).sum(1) for part in self.probs.split(256)])
+        if self.known is True:
+            return values.mean()
+        known = self.known.to(values.device, non_blocking=True)
+        return (values * known).sum() / known.sum().clamp(min=1)
 
 
 class Past:
@@ -114,13 +126,7 @@ class BankPast(Past):
     """
 
     def __init__(self, bank: PredictionBank, *, momentum: float = 0.0, way_out: str):
-        if not 0 <= momentum < 1:
-            raise ValueError(f'bank_momentum: must lie in [0, 1), got {momentum}')
-        if momentum and bank.top_k:
-            raise ValueError(
-                f'bank_momentum: rows of which a few classes are kept cannot be averaged, got {momentum} beside '
-                f'top_k={bank.top_k}: remove one of the two'
-            )
+        check_momentum(momentum, bank.top_k)
         self.bank, self.momentum, self.way_out = bank, momentum, way_out
         self.step, self.rows = 0, torch.zeros(0, dtype=torch.long)
         self._past: Optional[Prediction] = None
@@ -341,6 +347,17 @@ class AveragePast(CopyPast):
         if 'average' in state:
             self.teacher.load_state_dict(state['average'])
             self.updates, self.ready = state['updates'], state['ready']
+
+
+def check_momentum(momentum: float, top_k: Optional[int]) -> None:
+    """Refuses a bank's momentum that is out of range, or beside ``top_k``."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f'bank_momentum: must lie in [0, 1), got {momentum}')
+    if momentum and top_k:
+        raise ValueError(
+            f'bank_momentum: rows of which a few classes are kept cannot be averaged, got {momentum} beside '
+            f'top_k={top_k}: remove one of the two'
+        )
 
 
 def copy_past(teacher: str, model: nn.Module, *, mode: str, ema_decay: float) -> CopyPast:
