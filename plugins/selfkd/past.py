@@ -138,6 +138,7 @@ class BankPast(Past):
         return self.bank.skipped
 
     def begin_step(self, step: int, rows: Optional[Tensor] = None) -> None:
+        assert rows is not None, 'a bank needs the rows of the batch'
         self.step, self.rows, self._past = step, rows, None
 
     def predict(self, target: Tensor) -> Optional[Prediction]:
@@ -159,8 +160,8 @@ class BankPast(Past):
     def observe(self, logits: Tensor) -> None:
         probs = logits.detach().float().softmax(1)
         if self.momentum and self._past is not None:
-            past, known = self._past.probs.to(probs.device), self._past.known.to(probs.device)[:, None]
-            probs = torch.where(known, self.momentum * past + (1 - self.momentum) * probs, probs)
+            past, known = (torch.as_tensor(part).to(probs.device) for part in self._past)
+            probs = torch.where(known[:, None], self.momentum * past + (1 - self.momentum) * probs, probs)
         self._write(self.rows, probs)
 
     def _write(self, rows: Tensor, probs: Union[Tensor, TopK]) -> None:
@@ -211,17 +212,18 @@ class TokenBankPast(BankPast):
         ignore_index: int = -100,
         way_out: str,
     ):
-        self.ends = torch.as_tensor(lengths).long().cumsum(0)
+        self.lengths = torch.as_tensor(lengths).long()
+        self.ends = self.lengths.cumsum(0)
         bank = PredictionBank(int(self.ends[-1]), num_classes, top_k=top_k, dtype=dtype, device=device)
         super().__init__(bank, way_out=way_out)
-        self.ignore_index = ignore_index
-        self._real = torch.zeros(0, dtype=torch.bool)
+        self.top_k, self.ignore_index = top_k, ignore_index
+        self.samples, self._real = self.rows, torch.zeros(0, dtype=torch.bool)
         logger.info('PS-KD: the token bank takes %.1f MB for %d samples', bank.nbytes / 1e6, len(self.ends))
 
     def begin_step(self, step: int, rows: Optional[Tensor] = None) -> None:
         """``rows``: the samples, as of :class:`BankPast`."""
-        super().begin_step(step)
-        self.samples = rows
+        super().begin_step(step, rows)
+        self.samples = self.rows
 
     def predict(self, target: Tensor) -> Optional[Prediction]:
         """Past predictions of all positions, N = B * T.
@@ -234,22 +236,21 @@ class TokenBankPast(BankPast):
         """
         labels = target.detach().cpu().view(len(self.samples), -1)
         real = labels != self.ignore_index
-        end = self.ends[self.samples][:, None]
-        first = torch.where(self.samples > 0, self.ends[self.samples - 1], 0)[:, None]
-        rows = end - real.flip(1).cumsum(1).flip(1)
-        if (rows < first)[real].any():
+        place = real.flip(1).cumsum(1).flip(1)  # from 1, the last one's
+        if (place > self.lengths[self.samples][:, None]).any():
             raise ValueError(
                 'PS-KD: a sample has more labels than when the bank was made. Do the data set or the collate function '
                 f'move or change samples? Leave them as they are, or {self.way_out}'
             )
+        rows = self.ends[self.samples][:, None] - place
         self.bank.check_labels(rows[real], labels[real], way_out=self.way_out)
         self._real = real.flatten()
-        self.rows = torch.where(real, rows, first).flatten()  # without a label: any row, its loss is ignored
+        self.rows = rows.masked_fill(~real, 0).flatten()  # without a label: any row, its loss is ignored
         return self._read(self.rows, self._real)
 
     def observe(self, logits: Tensor) -> None:
         """``logits``: ``[B * T, V]``, or log-probabilities."""
-        drawn = draw_top_k(logits, self.bank.top_k, row_uniform(self.rows, self.step))
+        drawn = draw_top_k(logits, self.top_k, row_uniform(self.rows, self.step))
         here = self._real.to(logits.device)
         self._write(self.rows[self._real], TopK(*(part[here] for part in drawn)))
 

@@ -98,8 +98,8 @@ class SnapshotTeacher:
         buffers."""
         for mine, other in zip(self.model.parameters(), _parameters(model)):
             mine.lerp_(other.detach().to(mine.dtype), 1 - decay)
-        for mine, other in zip(self.model.buffers(), _buffers(model)):
-            mine.copy_(other)
+        for own, other in zip(self.model.buffers(), _buffers(model)):
+            own.copy_(other)
 
     def __call__(self, *args, **kwargs):
         """The copy's forward pass."""

@@ -29,14 +29,16 @@ def _small_chunks(monkeypatch):
 @pytest.mark.parametrize('reduction', ['mean', 'sum'])
 @pytest.mark.parametrize('shares', ['number', 'each', 'none'])
 @pytest.mark.parametrize('with_bias', [True, False])
-def test_it_is_the_loss_of_the_logits_with_all_its_gradients(reduction, shares, with_bias):
+@pytest.mark.parametrize('keep_hard', [True, False])
+def test_it_is_the_loss_of_the_logits_with_all_its_gradients(reduction, shares, with_bias, keep_hard):
     hidden, weight, bias, labels, past, alpha = case()
     alpha = {'number': 0.3, 'each': alpha, 'none': 0.0}[shares]
     past = None if shares == 'none' else past
     inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
     bias = bias if with_bias else None
-    ours = linear_pskd_loss(hidden, weight, labels, past, alpha, bias=bias, reduction=reduction)
-    expected = pskd_loss(F.linear(hidden, weight, bias), labels, past, alpha, ignore_index=-100, reduction=reduction)
+    options = dict(reduction=reduction, keep_hard=keep_hard)
+    ours = linear_pskd_loss(hidden, weight, labels, past, alpha, bias=bias, **options)
+    expected = pskd_loss(F.linear(hidden, weight, bias), labels, past, alpha, ignore_index=-100, **options)
     torch.testing.assert_close(ours, expected)
     for own, theirs in zip(torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * expected, inputs)):
         torch.testing.assert_close(own, theirs)

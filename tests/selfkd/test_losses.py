@@ -116,6 +116,28 @@ def test_per_sample_alpha_trains_new_samples_on_labels_alone():
     torch.testing.assert_close(losses[seen], pskd_loss(logits, labels, past, 0.8, reduction='none')[seen])
 
 
+@pytest.mark.parametrize('weight', [None, torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)])
+@pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
+@pytest.mark.parametrize('probs', [False, True])
+def test_with_keep_hard_the_labels_term_stays_whole(reduction, weight, probs):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    past, target = torch.rand(6, 4).double().softmax(1), torch.randint(4, (6,))
+    target = F.one_hot(target, 4).double() if probs else target
+    alpha, options = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), dict(weight=weight, reduction=reduction)
+    loss, parts = pskd_cross_entropy(logits, target, past, alpha, keep_hard=True, return_parts=True, **options)
+    mixed, mixed_parts = pskd_cross_entropy(logits, target, past, alpha, return_parts=True, **options)
+    hard = F.cross_entropy(logits, target, **options)
+    torch.testing.assert_close(parts.hard, hard.detach())
+    torch.testing.assert_close(loss, hard + mixed_parts.soft)
+    torch.testing.assert_close(mixed, mixed_parts.hard + mixed_parts.soft)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+    soft = soft_cross_entropy(logits, past, class_weight=weight, reduction='none')
+    divisor = 1 if reduction != 'mean' else 6 if weight is None or probs else weight[target].sum()
+    (expected,) = torch.autograd.grad(hard.sum() + (alpha * soft / divisor).sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6))
 def test_permuting_classes_or_samples_changes_nothing(seed):
