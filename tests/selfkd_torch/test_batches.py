@@ -1,6 +1,5 @@
 """Which sample is which, what an epoch is, and what the loader does, whatever a loop does with ``batches()``."""
 
-import copy
 import logging
 
 import pytest
@@ -21,7 +20,6 @@ from torch.utils.data import (
 )
 
 from selfkd_torch import CSKD, PSKD, Batches
-from selfkd_torch.batches import Numbered
 
 N, CLASSES = 24, 4
 X, Y = torch.arange(float(N))[:, None].repeat(1, 3), torch.arange(N) % CLASSES
@@ -191,10 +189,6 @@ def test_a_worker_init_fn_sets_attributes_of_the_users_data_set():
         assert torch.equal(x, expected)
         pskd.loss(torch.randn(6, CLASSES), y)
     assert pskd.batches().lend().dataset is data
-    numbered = Numbered(data)
-    numbered.noise = 7
-    assert data.noise == 7
-    assert copy.deepcopy(numbered).noise == 7
 
 
 def test_a_batch_that_fails_takes_its_rows_along():
@@ -205,7 +199,7 @@ def test_a_batch_that_fails_takes_its_rows_along():
             return super().__getitem__(index)
 
     batches = Batches(loader_of(Broken()))
-    batches.number('PSKD')
+    batches.number('PSKD', 'use another loader')
     running, seen = iter(batches.lend()), []
     while True:
         try:
@@ -337,7 +331,7 @@ def test_lengths_that_cannot_work_are_refused():
         ('goes over the data', lambda: snapshot_of(endless, model)),
         ('by max_epochs= .* or max_steps=', lambda: bank_of(loader_of(), max_steps=9)),
         ('by max_epochs= .* or max_steps=', lambda: bank_of(loader_of(), max_epochs=None)),
-        ('max_steps must be a whole number above 4', lambda: bank_of(endless, max_epochs=None, max_steps=4)),
+        ('the first 4 steps .a pass over the data. have no past, and training ends after 4', lambda: bank_of(endless, max_epochs=None, max_steps=4)),
         ('max_steps needs to know how many batches a pass',
          lambda: snapshot_of(loader_of(Endless()), model, max_epochs=None, max_steps=9)),
     ):  # fmt: skip
