@@ -58,8 +58,8 @@ class PSKD(Method):
         model: for a copy: the module that the loop calls (DistributedDataParallel, torch.compile'd or plain).
         outputs: for a copy: gives the logits from what the model returns, where that is not they.
 
-    ``logs``, of the latest loss, numbers or tensors ``[]``: ``pskd_alpha``; ``pskd_hard`` and ``pskd_soft``, which sum to
-    it; ``pskd_entropy`` of the past, in nats; ``pskd_skipped``, if predictions were not finite.
+    ``logs``, of the latest loss, numbers or tensors ``[]``: ``pskd_alpha``; ``pskd_hard`` and ``pskd_soft``, which sum
+    to it; ``pskd_entropy`` of the past, in nats; ``pskd_skipped``, if predictions were not finite.
 
     Raises:
         ValueError: for settings that cannot work or would never act; each message says what to change.
