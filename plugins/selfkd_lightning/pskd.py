@@ -249,7 +249,7 @@ class PSKD(pl.Callback):
             elif self._by_steps:  # resumed with another batch size it is in another epoch
                 data.epoch = trainer.global_step * self.pskd.max_epochs // trainer.max_steps
             if batch_idx and not self._saved:
-                self.pskd.resume_without_past()
+                self.pskd.resume_without_past(mid_period=True)
             data.begin_epoch()
         if data.way_out and not data.noted:
             raise ValueError(

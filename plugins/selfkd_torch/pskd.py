@@ -341,7 +341,8 @@ class PSKD(Method):
         self._begun = self.data.epoch if 'teacher' in state else None
         self._batches = self._plain = 0
 
-    def resume_without_past(self) -> None:
-        """In the place of :meth:`load_state_dict`, where a checkpoint from within an epoch has no state."""
-        self._begun = self.data.epoch
-        logger.warning('PSKD: the checkpoint holds no past predictions: plain training until the next epoch')
+    def resume_without_past(self, mid_period: bool) -> None:
+        """In the place of :meth:`load_state_dict`, where a checkpoint has no state."""
+        self._begun = self.data.epoch if mid_period else None
+        if mid_period or self.kind in ('auto', 'bank'):
+            logger.warning('PSKD: the checkpoint holds no past predictions: plain training until there are some')

@@ -331,7 +331,8 @@ def test_lengths_that_cannot_work_are_refused():
         ('goes over the data', lambda: snapshot_of(endless, model)),
         ('by max_epochs= .* or max_steps=', lambda: bank_of(loader_of(), max_steps=9)),
         ('by max_epochs= .* or max_steps=', lambda: bank_of(loader_of(), max_epochs=None)),
-        ('the first 4 steps .a pass over the data. have no past, and training ends after 4', lambda: bank_of(endless, max_epochs=None, max_steps=4)),
+        ('the first 4 steps .a pass over the data. .* ends after 4',
+         lambda: bank_of(endless, max_epochs=None, max_steps=4)),
         ('max_steps needs to know how many batches a pass',
          lambda: snapshot_of(loader_of(Endless()), model, max_epochs=None, max_steps=9)),
     ):  # fmt: skip

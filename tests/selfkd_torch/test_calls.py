@@ -79,7 +79,10 @@ def test_two_calls_before_the_losses(of_output):
     def step(x, y):
         first, second = model(x), model(-x)
         losses = [pskd.loss(of_output(second), y), pskd.loss(of_output(first), y)]
-        return [(losses[1], softened(first, y, pskd.past.teacher(x))), (losses[0], softened(second, y, pskd.past.teacher(-x)))]
+        return [
+            (losses[1], softened(first, y, pskd.past.teacher(x))),
+            (losses[0], softened(second, y, pskd.past.teacher(-x))),
+        ]
 
     for loss, expected in sum(two_epochs(pskd, step), []):
         torch.testing.assert_close(loss, expected)
@@ -116,7 +119,10 @@ def test_a_tap_leaves_auxiliary_heads_alone():
             output = model(x)
             main, aux = F.cross_entropy(output['out'], y), F.cross_entropy(output['aux'], y)
         with torch.no_grad():
-            return (main, softened(output['out'], y, pskd.past.teacher(x)['out'])), (aux, F.cross_entropy(output['aux'], y))
+            return (main, softened(output['out'], y, pskd.past.teacher(x)['out'])), (
+                aux,
+                F.cross_entropy(output['aux'], y),
+            )
 
     for loss, expected in sum(two_epochs(pskd, step), ()):
         torch.testing.assert_close(loss, expected)
