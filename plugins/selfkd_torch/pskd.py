@@ -25,7 +25,6 @@ __all__ = ['PSKD']
 
 logger = logging.getLogger(__name__)
 
-OWN = ('batches', 'kind', 'tokens')  # what is not the past's in a state
 WAY_OUT = "use teacher='snapshot' with model=, which needs no rows"
 
 
@@ -45,21 +44,19 @@ class PSKD(Method):
         teacher: where the past comes from. ``'bank'`` keeps what was predicted for each sample when it was last trained
             on (the paper's way, no extra forward pass); ``'snapshot'`` runs the model of the end of the last epoch on
             the present inputs, ``'ema'`` an average of the weights. ``'auto'``: the bank, or, given ``model``, the
-            snapshot where samples have no index, or the first loss is not one of a label for each of them (Mixup,
-            pixels); the log says why.
+            snapshot where samples have no index or the first loss is not one of a label for each; the log says why.
         teacher_mode: how a copy runs, see :class:`selfkd.teacher.SnapshotTeacher`.
         interval: a period is so many batches, in place of an epoch, for copies and long epochs; alpha then grows with
             the share of training that was done when the period began.
         ema_decay: of ``'ema'``, by batches.
         keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
-        top_k, bank_dtype: of the bank, see :class:`selfkd.bank.PredictionBank`; a dtype also by its name.
-        bank_device: of the bank. Defaults to the logits'.
-        bank_momentum: see :class:`selfkd.past.BankPast`.
+        top_k, bank_dtype, bank_device, bank_momentum: of the bank, see :class:`selfkd.bank.PredictionBank` and
+            :class:`selfkd.past.BankPast`; a dtype also by its name. The device is by default the logits'.
         model: for a copy: the module that the loop calls (DistributedDataParallel, torch.compile'd or plain).
         outputs: for a copy: gives the logits from what the model returns, where that is not they.
 
-    ``logs``, of the latest loss, numbers or tensors ``[]``: ``pskd_alpha``; ``pskd_hard`` and ``pskd_soft``, which sum
-    to it; ``pskd_entropy`` of the past, in nats; ``pskd_skipped``, if predictions were not finite.
+    ``logs`` of the latest loss, numbers or tensors ``[]``: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (sum to it),
+    ``pskd_entropy`` (of the past, in nats), ``pskd_skipped`` (predictions that were not finite).
 
     Raises:
         ValueError: for settings that cannot work or would never act; each message says what to change.
@@ -112,20 +109,18 @@ class PSKD(Method):
         self.max_steps = steps_of(self.data, alpha, interval, max_epochs, max_steps)
         self._calls = Calls(outputs or (lambda output: output), type(unwrap(model)).__name__)
         self.kind = 'auto'  # of the past, until it is known
-        self.past: Optional[Past] = None  # a bank is made at the first loss
+        self.past = Past()  # does nothing; a bank is made at the first loss
         self._saved: Dict[str, Any] = {}  # of a bank that is not made yet
         self.cross_entropies = WeakSet()  # loss modules of tap() that have shown that they are
-        if teacher == 'auto':
-            obstacle = 'interval= refreshes a copy of the model' if interval else self.data.why_not_numbered()
-            if obstacle and (interval or model is not None):
-                teacher = choose_teacher(teacher, obstacle)
+        obstacle = 'interval= refreshes a copy of the model' if interval else self.data.why_not_numbered()
+        if obstacle and (interval or model is not None):
+            teacher = choose_teacher(teacher, obstacle)
         if teacher in ('auto', 'bank'):
             self.data.number('PSKD', WAY_OUT)
         self._take(teacher)
         self.data.methods.append(self)
-        self.count = 0  # losses that were softened, or will be when there is a past
+        self.count, self._progress = 0, 0.0  # losses that a past belongs to; the share of training that alpha goes by
         self.logs: Dict[str, Union[float, Tensor]] = {}
-        self._progress = 0.0  # the share of training that alpha goes by
         self._rows: Optional[Tensor] = None
         self._inside = self._computing = False
 
@@ -135,24 +130,18 @@ class PSKD(Method):
         if teacher in ('snapshot', 'ema'):
             if self.model is None:
                 raise ValueError(f'PSKD: teacher={teacher!r} copies the model: give it as model=')
-            options = dict(mode=self._settings['teacher_mode'], ema_decay=self._settings['ema_decay'])
-            self.past = self._calls.past = copy_past(teacher, unwrap(self.model), **options)
+            mode, decay = self._settings['teacher_mode'], self._settings['ema_decay']
+            self.past = self._calls.past = copy_past(teacher, unwrap(self.model), mode=mode, ema_decay=decay)
         warn_without_effect(teacher, self._settings)
 
     @property
     def bank(self) -> Optional[PredictionBank]:
-        """The bank, from the first loss on."""
         return getattr(self.past, 'bank', None)
 
     def _make_bank(self, num_classes: int, device: torch.device) -> BankPast:
-        options = self._settings
-        bank = PredictionBank(
-            len(self.data.loader.dataset),
-            num_classes,
-            top_k=options['top_k'],
-            dtype=dtype_of(options['bank_dtype'], 'float32'),
-            device=options['bank_device'] or device,
-        )
+        options, rows = self._settings, len(self.data.loader.dataset)
+        stored = dict(top_k=options['top_k'], dtype=dtype_of(options['bank_dtype'], 'float32'))
+        bank = PredictionBank(rows, num_classes, device=options['bank_device'] or device, **stored)
         return BankPast(bank, momentum=options['bank_momentum'], way_out=WAY_OUT)
 
     @property
@@ -166,8 +155,7 @@ class PSKD(Method):
         Args:
             logits: ``[B, C]`` of the batch under way; with a copy also ``[B, C, ...]``.
             target: class ids ``[B, ...]``; with a copy also probs ``[B, C, ...]`` (mixed labels).
-            options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing`` as in
-                :func:`torch.nn.functional.cross_entropy`.
+            options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing`` as in torch's.
 
         Raises:
             RuntimeError: outside ``batches()``, or (bank) for the second time in a batch.
@@ -180,8 +168,8 @@ class PSKD(Method):
                 loss = F.cross_entropy(logits, target, **options)
                 self.log(loss)
                 return loss
-            options.update(keep_hard=self.keep_hard, return_parts=True)
-            loss, parts = pskd_cross_entropy(logits, target, past.probs, past.alpha(self.current_alpha), **options)
+            options.update(keep_hard=self.keep_hard, return_parts=True, alpha=past.alpha(self.current_alpha))
+            loss, parts = pskd_cross_entropy(logits, target, past.probs, **options)
             self.log(parts.hard, parts.soft, past.entropy(logits.shape[1]))
             return loss
         finally:
@@ -189,9 +177,8 @@ class PSKD(Method):
 
     def log(self, hard: Tensor, soft: Union[float, Tensor] = 0.0, entropy: Union[float, Tensor] = 0.0) -> None:
         """Keeps what a loss consisted of."""
-        soft = soft.mean() if isinstance(soft, Tensor) else soft
-        self.logs = dict(pskd_alpha=self.current_alpha, pskd_hard=hard.detach().mean())
-        self.logs.update(pskd_soft=soft, pskd_entropy=entropy)
+        parts = dict(pskd_alpha=self.current_alpha, pskd_hard=hard.detach(), pskd_soft=soft, pskd_entropy=entropy)
+        self.logs = {name: part.mean() if isinstance(part, Tensor) else part for name, part in parts.items()}
         if self.bank is not None and self.bank.skipped:
             self.logs['pskd_skipped'] = float(self.bank.skipped)
 
@@ -203,8 +190,7 @@ class PSKD(Method):
                 "prefetcher that takes batches ahead goes inside: PSKD(prefetcher, teacher='snapshot', ...))"
             )
         self._decide(logits, target)
-        self.used += 1
-        self.count += 1
+        self.used, self.count = self.used + 1, self.count + 1
         return self._past_of_rows(logits, target) if self.kind == 'bank' else self._past_of_call(logits)
 
     def _decide(self, logits: Tensor, target: Tensor) -> None:
@@ -216,8 +202,7 @@ class PSKD(Method):
 
     def misfit(self, logits: Tensor, target: Tensor) -> Optional[str]:
         """Why predictions would not belong to the samples of the batch, each to one; None: they do."""
-        classes = self.num_classes if self.bank is None else self.bank.num_classes
-        expected = (len(self._rows), classes or (logits.shape[1] if logits.dim() > 1 else 1))
+        expected = (len(self._rows), self.num_classes or (logits.shape[1] if logits.dim() > 1 else 1))
         if logits.shape != expected:
             return (
                 f'the batch has {expected[0]} samples of {expected[1]} classes, so the bank wants logits {expected}, '
@@ -248,8 +233,9 @@ class PSKD(Method):
         misfit = self.misfit(logits, target)
         if misfit:
             raise ValueError(f'PSKD: {misfit}: {WAY_OUT}')
-        if self.past is None:
-            self.past = self._make_bank(self.num_classes or logits.shape[1], logits.device)
+        if self.bank is None:
+            self.num_classes = logits.shape[1]
+            self.past = self._make_bank(self.num_classes, logits.device)
             self.past.load_state_dict(self._saved)
             self.past.begin_step(self.data.step, self._rows)
         prediction = self.past.predict(target)
@@ -280,9 +266,8 @@ class PSKD(Method):
             raise ValueError(f'PSKD: {what}={length}: alpha is for that many')
         new = super().begin_epoch()
         self.synchronize()
-        self._progress = min((epoch if self.interval else epoch + 1) * each / length, 1.0)
-        self._inside = True
-        if new and epoch and self.past is not None:
+        self._progress, self._inside = min((epoch if self.interval else epoch + 1) * each / length, 1.0), True
+        if new and epoch:
             self.past.begin_period(unwrap(self.model))
         if self.model is not None and self.kind != 'bank' and self.alpha != 0:
             self._calls.watch(self.model)
@@ -292,16 +277,14 @@ class PSKD(Method):
         super().begin_step(rows, partners, batch)
         self._rows = rows
         self._calls.forget()
-        if self.past is not None:
-            self.past.begin_step(self.data.step, rows)
+        self.past.begin_step(self.data.step, rows)
 
     def end_step(self) -> None:
         super().end_step()
         self._calls.forget()
 
     def after_update(self) -> None:
-        if self.past is not None:
-            self.past.after_update(unwrap(self.model))
+        self.past.after_update(unwrap(self.model))
 
     def end_epoch(self, finished: bool) -> None:
         self._inside = False
@@ -313,21 +296,19 @@ class PSKD(Method):
     def synchronize(self) -> None:
         """Makes the banks of all processes equal; an epoch ends with it. Call it in all of them before a checkpoint is
         saved in the middle of an epoch."""
-        if self.past is not None:
-            self.past.synchronize()
+        self.past.synchronize()
 
     def state_dict(self) -> Dict[str, Any]:
         """What a checkpoint must hold beside the model: plain tensors and numbers. Saved within an epoch, the resumed
         run begins this epoch anew."""
-        past = self._saved if self.past is None else self.past.state_dict(self._begun == self.data.epoch)
+        past = self._saved if type(self.past) is Past else self.past.state_dict(self._begun == self.data.epoch)
         return {**past, 'batches': self.data.state_dict(), 'kind': self.kind}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restores :meth:`state_dict`; load the model first. With ``teacher='auto'`` the past is of the saved kind.
 
         Raises:
-            ValueError: the state is that of another ``teacher``; a bank with other settings is refused at the first
-                loss.
+            ValueError: the state is another ``teacher``'s; or at the first loss, a bank's with other settings.
         """
         kind = state.get('kind', 'bank' if 'bank' in state else 'snapshot')
         if self.kind == 'auto':
@@ -335,9 +316,9 @@ class PSKD(Method):
         if kind not in (self.kind, 'auto'):
             raise ValueError(f'PSKD: the state is of teacher={kind!r}: resume with the same teacher')
         self.data.load_state_dict(state['batches'])
-        self._saved = {name: value for name, value in state.items() if name not in OWN and value is not None}
-        if self.past is not None:
-            self.past.load_state_dict(self._saved)
+        ours = ('batches', 'kind', 'tokens')
+        self._saved = {name: value for name, value in state.items() if name not in ours and value is not None}
+        self.past.load_state_dict(self._saved)
         self._begun = self.data.epoch if 'teacher' in state else None
         self._batches = self._plain = 0
 
