@@ -54,9 +54,9 @@ class Prediction(NamedTuple):
             values = kept + (num_classes - self.probs.values.shape[1]) * rest
         else:  # a few samples at a time: a vocabulary is large
             values = torch.cat([torch.special.entr(part).sum(1) for part in self.probs.split(256)])
-        if self.known is True:
+        if isinstance(self.known, bool):
             return values.mean()
-        known = torch.as_tensor(self.known).to(values.device, non_blocking=True)
+        known = self.known.to(values.device, non_blocking=True)
         return (values * known).sum() / known.sum().clamp(min=1)
 
 

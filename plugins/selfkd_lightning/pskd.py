@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Union
 
 import lightning.pytorch as pl
 import torch
@@ -13,9 +13,11 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
 import selfkd_torch
-from selfkd.checks import one_of, several_epochs, share
+from selfkd.past import choose_teacher
+from selfkd.renamed import renamed
 from selfkd.schedule import may_end_early
 from selfkd_torch import Batches
+from selfkd_torch.settings import check_settings
 from selfkd_torch.words import in_words
 
 __all__ = ['PSKD']
@@ -26,7 +28,11 @@ WAY_IN = (
     'training_step must compute it by F.cross_entropy (not F.nll_loss); a loss module that is written another way is '
     "named, as PSKD(loss='criterion'), and the callback's loss(logits, target) says it outright"
 )
+WAY_OUT = "use teacher='snapshot', which needs no rows"
 WORDS = {  # what selfkd_torch calls it, and what it is here
+    ' with model=, which': ', which',
+    r'\(a loop over batches\(\)\)': "(one of the Trainer's)",
+    r'give max_steps=$': 'set limit_train_batches to a number',
     r'\bset outputs=, or compute its loss outside': "compute its loss outside, or use teacher='bank'",
     r'\bset outputs=': 'name the module that gives the logits, as model="net"',
     r', by what outputs= gives of each': '',
@@ -34,6 +40,13 @@ WORDS = {  # what selfkd_torch calls it, and what it is here
 
 
 class _Batches(Batches):
+    """Batches that the Trainer trains on."""
+
+    trainer: pl.Trainer
+
+    def done(self) -> int:
+        return self.trainer.global_step
+
     def check_epoch_ends(self, method: str, steps: Optional[int] = None) -> None:
         """The Trainer says how long an epoch is."""
 
@@ -49,12 +62,14 @@ class PSKD(pl.Callback):
     is noted when the loader makes it. Past predictions go into Lightning's checkpoints.
 
     Args:
-        alpha, num_classes, teacher, teacher_mode, top_k, dtype, device: as of :class:`selfkd_torch.PSKD`.
+        alpha, teacher, teacher_mode, keep_hard, top_k, bank_dtype, bank_device, bank_momentum, num_classes: as of
+            :class:`selfkd_torch.PSKD`.
+        interval, ema_decay: likewise, by steps of the optimizer (``trainer.global_step``).
         loss: name of the sub-module that computes the loss, as ``'criterion'``, where that is not torch's
-            cross-entropy; see :meth:`selfkd_torch.PSKD.tap`.
-        model: for ``'snapshot'``: name of the sub-module that computes the logits; by default the only one with
-            parameters.
+            cross-entropy; see :func:`selfkd_torch.PSKD.tap`.
+        model: for a copy: name of the sub-module that computes the logits; by default the only one with parameters.
 
+    Logged besides the loss, in every step: ``pskd_alpha``, ``pskd_hard``, ``pskd_soft``, ``pskd_entropy``.
     The number of epochs is the Trainer's ``max_epochs``, or what its ``max_steps`` come to.
 
     Raises:
@@ -62,31 +77,36 @@ class PSKD(pl.Callback):
         RuntimeError: a training step without a loss that could be softened.
     """
 
+    @renamed(dtype='bank_dtype', device='bank_device')
     def __init__(
         self,
         alpha: float = 0.8,
-        num_classes: Optional[int] = None,
         *,
-        teacher: str = 'bank',
+        teacher: str = 'auto',
+        teacher_mode: str = 'train',
+        interval: Optional[int] = None,
+        ema_decay: float = 0.999,
+        keep_hard: bool = False,
+        top_k: Optional[int] = None,
+        bank_dtype: Union[str, torch.dtype] = 'float32',
+        bank_device: Union[str, torch.device, None] = None,
+        bank_momentum: float = 0.0,
+        num_classes: Optional[int] = None,
         loss: Optional[str] = None,
         model: Optional[str] = None,
-        teacher_mode: str = 'train',
-        top_k: Optional[int] = None,
-        dtype: Optional[torch.dtype] = None,
-        device='cpu',
     ):
-        share('PSKD', alpha=alpha)
-        one_of('PSKD', ('bank', 'snapshot'), teacher=teacher)
-        if teacher == 'bank' and model is not None:
-            raise ValueError("PSKD: model is for teacher='snapshot': remove it")
+        self._settings: Dict[str, Any] = dict(alpha=alpha, teacher=teacher, teacher_mode=teacher_mode)
+        self._settings.update(interval=interval, ema_decay=ema_decay, top_k=top_k, bank_dtype=bank_dtype)
+        self._settings.update(bank_device=bank_device, bank_momentum=bank_momentum)
+        check_settings('PSKD', model=model, **self._settings)
+        self._settings.update(keep_hard=keep_hard, num_classes=num_classes)
         self.teacher, self._loss, self._model = teacher, loss, model
-        self._options: Dict[str, Any] = dict(alpha=alpha, num_classes=num_classes, teacher=teacher)
-        self._options.update(teacher_mode=teacher_mode, top_k=top_k, dtype=dtype, device=device)
         self.pskd: Optional[selfkd_torch.PSKD] = None
         self._data: Optional[Batches] = None
         self._saved: Dict[str, Any] = {}
         self._state: Any = None  # the Trainer's
         self._in_step = self._by_steps = False  # whether training_step is under way; whether max_steps ends training
+        self._updates = 0  # of the optimizer, that the past knows of
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         """In place of ``F.cross_entropy``, for those who rather say it themselves. In validation and testing it is
@@ -112,7 +132,8 @@ class PSKD(pl.Callback):
             return
         strategy = trainer.strategy
         self._release(strategy)
-        if self.teacher == 'snapshot' and type(strategy) not in (DDPStrategy, SingleDeviceStrategy):
+        self._whole = type(strategy) in (DDPStrategy, SingleDeviceStrategy)
+        if self.teacher in ('snapshot', 'ema') and not self._whole:
             raise ValueError(
                 f"PSKD: under {type(strategy).__name__} no process has the whole model to copy: use teacher='bank'"
             )
@@ -150,28 +171,32 @@ class PSKD(pl.Callback):
             return loader
         if self.pskd is None:
             self._data = _Batches(loader)
-        elif self.teacher == 'bank' and loader.dataset is not self._data.loader.dataset:
+            self._data.trainer = trainer
+        elif self.pskd.kind in ('auto', 'bank') and loader.dataset is not self._data.loader.dataset:
             raise ValueError(
                 'PSKD: reload_dataloaders_every_n_epochs brought another data set, to which the rows of the bank do '
                 "not belong: use teacher='snapshot', or give the loader the same data set each time"
             )
         else:
             self._data.replace(loader)
-        if self.teacher == 'bank':
-            self._data.number('PSKD')
+        if self.teacher == 'bank' or (self.teacher == 'auto' and not self._data.why_not_numbered()):
+            self._data.number('PSKD', WAY_OUT)
         return self._data.lend()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._data is None or trainer.train_dataloader is not self._data.lend():
             raise ValueError('PSKD: the training data must come from one DataLoader (of a ConcatDataset)')
-        options = {**self._options, 'max_epochs': self._epochs(trainer)}
-        call = 'a cross-entropy'
-        if self.teacher == 'snapshot':
+        options, call = {**self._settings, **self._length(trainer)}, 'a cross-entropy'
+        if self.teacher == 'auto' and not self._whole:
+            options['teacher'] = choose_teacher('auto', None)
+        elif self.teacher != 'bank':
             name = self._network(pl_module)
-            options['model'] = pl_module.get_submodule(name)
-            call += f' of the logits that {type(pl_module).__name__}.{name} gives (another module: model="name")'
-        self.pskd = selfkd_torch.PSKD(self._data, **options)
-        self.pskd.call, self.pskd.way_in = call, WAY_IN
+            options['model'] = pl_module.get_submodule(name) if name else None
+            if self.teacher != 'auto':
+                call += f' of the logits that {type(pl_module).__name__}.{name} gives (another module: model="name")'
+        with in_words(WORDS):
+            self.pskd = selfkd_torch.PSKD(self._data, **options)
+        self.pskd.call, self.pskd.way_in, self._updates = call, WAY_IN, trainer.global_step
         if self._saved:
             self.pskd.load_state_dict(self._saved)
         stops = ['max_steps'] if trainer.max_steps != -1 and trainer.num_training_batches == math.inf else []
@@ -179,13 +204,16 @@ class PSKD(pl.Callback):
         if any(isinstance(callback, Timer) and callback.time_remaining() is not None for callback in trainer.callbacks):
             stops.append('max_time')
         if stops and self.pskd.alpha and trainer.is_global_zero:
-            logger.warning(may_end_early('PSKD', self.pskd.alpha, f'{self.pskd.max_epochs} epochs', stops))
+            training = f'{self.pskd.max_steps} steps' if self.pskd.interval else f'{self.pskd.max_epochs} epochs'
+            logger.warning(may_end_early('PSKD', self.pskd.alpha, training, stops))
 
-    def _epochs(self, trainer: pl.Trainer) -> int:
-        """How many epochs the training will take."""
+    def _length(self, trainer: pl.Trainer) -> Dict[str, Any]:
+        """How long the training will be, in epochs, or with ``interval`` in steps."""
         self._by_steps = False
         if trainer.fast_dev_run:  # a look whether it runs, with the tap; it learns from no past
-            return 2
+            return dict(max_epochs=2, interval=None)
+        if self._settings['interval'] and trainer.estimated_stepping_batches not in (math.inf, -1):
+            return dict(max_steps=trainer.estimated_stepping_batches)
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
         if trainer.max_steps != -1 and trainer.num_training_batches != math.inf:
             steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
@@ -196,18 +224,19 @@ class PSKD(pl.Callback):
             if trainer.max_steps != -1:
                 how = 'set max_epochs, or limit_train_batches to a number, which is an epoch then'
             raise ValueError(f'PSKD: alpha grows up to the last epoch, which is not known: {how}')
-        several_epochs('PSKD', epochs, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
-        return epochs
+        return dict(max_epochs=epochs)
 
-    def _network(self, pl_module: nn.Module) -> str:
-        """The name of the sub-module that computes the logits."""
+    def _network(self, pl_module: nn.Module) -> Optional[str]:
+        """The name of the sub-module that computes the logits; None if it is not known, and may not be needed."""
         if self._model is not None:
             return self._model
         found = [name for name, child in pl_module.named_children() if next(child.parameters(), None) is not None]
         if len(found) != 1:
+            if self.teacher == 'auto':
+                return None
             raise ValueError(
-                f"PSKD: teacher='snapshot' copies the one module that computes the logits, but there are {found}: name "
-                'it, as model="net" (several can be put into an nn.Sequential)'
+                f'PSKD: teacher={self.teacher!r} copies the module that computes the logits, but there are {found}: '
+                'name it, as model="net" (several can be put into an nn.Sequential)'
             )
         return found[0]
 
@@ -215,10 +244,14 @@ class PSKD(pl.Callback):
         data = self._data
         if not self.pskd._inside:  # Lightning leaves on_train_epoch_start out when it resumes within an epoch
             data.epoch = trainer.current_epoch
-            if self._by_steps:  # resumed with another batch size it is in another epoch
+            if self.pskd.interval:
+                data.epoch = data.done() // self.pskd.interval
+            elif self._by_steps:  # resumed with another batch size it is in another epoch
                 data.epoch = trainer.global_step * self.pskd.max_epochs // trainer.max_steps
+            if batch_idx and not self._saved:
+                self.pskd.resume_without_past(mid_period=True)
             data.begin_epoch()
-        if self.teacher == 'bank' and not data.noted:
+        if data.way_out and not data.noted:
             raise ValueError(
                 "PSKD: training_step(dataloader_iter) fetches batches by itself: take a batch, or teacher='snapshot'"
             )
@@ -229,6 +262,10 @@ class PSKD(pl.Callback):
             self._data.noted and self._data.noted.popleft()
             return
         self._data.end_step()
+        if trainer.global_step != self._updates:
+            self._updates = trainer.global_step
+            self._data.after_update()
+        pl_module.log_dict(self.pskd.logs)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.pskd._inside:

@@ -1,29 +1,28 @@
 """A data loader's own batches, and beside each of them which samples it holds."""
 
 import logging
-import operator
 import sys
 from collections import deque
 from contextlib import contextmanager
-from typing import Callable, Iterator, Optional
+from typing import Iterator, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     IterableDataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
 from selfkd.pairing import SameClassPairing
-from selfkd.seeds import step_generator
 
-__all__ = ['Batches', 'Method', 'unwrap', 'world_size']
+from .noting import Noting
+
+__all__ = ['Batches', 'Method', 'length_of']
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +52,14 @@ class Batches:
     def __init__(self, loader):
         self.loader, self.methods = loader, []
         self.epoch, self.step = 0, 0  # both count from 0; the epoch under way, or the next one
-        self.steps_per_epoch: Optional[int] = None  # for a training that is counted in steps: where an epoch ends
+        self.steps_per_epoch: Optional[int] = None  # for a training that is counted in steps: how long an epoch is
         self.trained = False  # whether the epoch under way had a loss
         self.noted = deque()  # rows and partners of the batches handed out and not yet trained on, oldest first
         self.pairing: Optional[SameClassPairing] = None
-        self._seed, self._iterating = 0, False
+        self.seed, self._iterating = 0, False  # the partners'
         self._ending: Optional[str] = None  # the method that counts epochs
-        self._way_out: Optional[str] = None  # of a loader whose rows are needed
-        self._noting: Optional[_Noting] = None
+        self.way_out: Optional[str] = None  # of a loader whose rows are needed; None: they are not
+        self._noting: Optional[Noting] = None
 
     @property
     def _wrapper(self) -> Optional[str]:
@@ -73,42 +72,46 @@ class Batches:
         """The DataLoader that makes the batches."""
         return vars(self.loader)[self._wrapper] if self._wrapper else self.loader
 
-    def number(self, method: str) -> None:
-        """Asks for the rows of the samples. ValueError: the loader cannot give them."""
-        way_out = "use teacher='snapshot', which needs no rows" if method == 'PSKD' else 'use a map-style data set'
+    def why_not_numbered(self) -> Optional[str]:
+        """Why the loader cannot give the rows of the samples; None: it can."""
         loader = self._inner
         if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
-            raise ValueError(
-                f'{method}: loader must be a torch DataLoader, got {type(loader).__name__}, whose batches come from an '
-                f'__iter__ of its own, so the samples in them are not known: {way_out}'
+            return (
+                f'the loader is a {type(loader).__name__}, whose batches do not come from the __iter__ of a torch '
+                'DataLoader, so the samples in them are not known'
             )
         if isinstance(loader.dataset, IterableDataset):
-            raise ValueError(f'{method}: the data set is an IterableDataset, whose samples have no index: {way_out}')
+            return 'the data set is an IterableDataset, whose samples have no index'
         if not getattr(loader, 'in_order', True):
-            raise ValueError(
-                f'{method}: with in_order=False it is not known which samples a batch holds: leave it out, or {way_out}'
-            )
-        self._way_out = way_out
+            return 'with in_order=False of the loader it is not known which samples a batch holds'
+        return None
+
+    def number(self, method: str, way_out: str) -> None:
+        """Asks for the rows of the samples. ValueError: the loader cannot give them."""
+        obstacle = self.why_not_numbered()
+        if obstacle:
+            raise ValueError(f'{method}: {obstacle}: {way_out}')
+        self.way_out = way_out
 
     def pair(self, method: str, pairing: SameClassPairing, seed: int) -> None:
         """Asks for a partner of each sample, which come as a batch of their own."""
-        self.number(method)
+        self.number(method, 'use a map-style data set, and a torch DataLoader with in_order=True')
         if self._inner.batch_sampler is None:
             raise ValueError(f'{method}: the loader has batch_size=None: partners need a batch sampler')
-        self.pairing, self._seed = pairing, seed
+        self.pairing, self.seed = pairing, seed
 
     def count_steps(self, method: str) -> int:
         """From now on an epoch is one pass over the data, counted in steps of all processes together.
 
         ValueError: how many steps that takes is not known.
         """
-        loader, size = self.loader, _length(getattr(self.loader, 'dataset', None))
+        loader, size = self.loader, length_of(getattr(self.loader, 'dataset', None))
         each = getattr(loader, 'total_batch_size', None)  # Accelerate's, of all processes
         if each is None:
             each = getattr(loader, 'batch_size', None) or getattr(loader.batch_sampler, 'batch_size', None)
-            each = each and each * world_size()
+            each = each and each * _world_size()
         by_samples = -(-size // each) if size and each else None
-        known = [steps for steps in (by_samples, _length(loader)) if steps]
+        known = [steps for steps in (by_samples, length_of(loader)) if steps]
         if not known:
             raise ValueError(
                 f'{method}: max_steps needs to know how many batches a pass over the data takes: give the data set a '
@@ -120,23 +123,23 @@ class Batches:
     def check_epoch_ends(self, method: str, steps: Optional[int] = None) -> None:
         """ValueError: an epoch of so many steps (by default what the loader says) goes over the data too often."""
         self._ending = method
-        size, each = _length(getattr(self.loader, 'dataset', None)), getattr(self.loader, 'batch_size', None) or 1
-        steps = steps or _length(self.loader)
+        size, each = length_of(getattr(self.loader, 'dataset', None)), getattr(self.loader, 'batch_size', None) or 1
+        steps = steps or length_of(self.loader)
         if size and steps and steps * each > PASSES * max(size, each):
             raise ValueError(
                 f'{method}: one loop over the loader goes over the data {steps * each // size} times (a sampler with '
                 'replacement?), and what acts from the second epoch on would not act before: say how many batches the '
                 'training takes, max_steps= in place of max_epochs=, and an epoch is one pass over the data'
             )
-        if size is None and steps == LONG and self.epoch == 0 and _length(self.loader) is None:
+        if size is None and steps == LONG and self.epoch == 0 and length_of(self.loader) is None:
             logger.warning('%s: plain up to now: the first epoch has not ended after %d batches', method, steps)
 
     def lend(self):
         """The loader, or one like it that notes which rows its batches hold: for a loop that is not ours."""
-        if not self._way_out:
+        if not self.way_out:
             return self.loader
         if self._noting is None:
-            self._noting = _Noting(self, self._inner)
+            self._noting = Noting(self, self._inner)
         return self._noting
 
     def replace(self, loader) -> None:
@@ -151,7 +154,7 @@ class Batches:
             )
         self._check_prepared()
         if self.steps_per_epoch:
-            self.epoch = self.step // self.steps_per_epoch
+            self.epoch = self._epoch_of_steps()
         elif self.trained:  # the last epoch was broken off, and training goes on with another
             self.epoch += 1
         self._iterating, self.trained, finished = True, False, False
@@ -164,11 +167,13 @@ class Batches:
                     self.begin_step(batch)
                     yield batch
                     self.end_step()
+                    self.after_update()
                 finished = True
         finally:
             self._iterating = False
             if any(method.used for method in self.methods):  # a break after the loss
                 self.end_step()
+                self.after_update()
             self.end_epoch(finished)
 
     @contextmanager
@@ -205,11 +210,10 @@ class Batches:
             method.begin_epoch()
 
     def begin_step(self, batch=None) -> None:
-        if self.steps_per_epoch and self.step // self.steps_per_epoch > self.epoch:
-            self.end_epoch(True)  # the loop goes on over the next pass
-            self.epoch = self.step // self.steps_per_epoch
+        if self.steps_per_epoch and self._epoch_of_steps() > self.epoch:
+            self.end_epoch(True)  # the loop goes on in the next one
             self.begin_epoch()
-        rows, partners = self.noted.popleft() if self._way_out else (None, None)
+        rows, partners = self.noted.popleft() if self.way_out else (None, None)
         for method in self.methods:
             method.begin_step(rows, partners, batch)
 
@@ -219,11 +223,23 @@ class Batches:
         for method in self.methods:
             method.end_step()
 
+    def after_update(self) -> None:
+        for method in self.methods:
+            method.after_update()
+
     def end_epoch(self, finished: bool) -> None:
         for method in self.methods:
             method.end_epoch(finished)
         if finished:
-            self.epoch, self.trained = self.epoch + 1, False
+            self.epoch = self._epoch_of_steps() if self.steps_per_epoch else self.epoch + 1
+            self.trained = False
+
+    def done(self) -> int:
+        """What ``steps_per_epoch`` counts: batches, or in a toolkit's loop the steps of its optimizer."""
+        return self.step
+
+    def _epoch_of_steps(self) -> int:
+        return self.done() // self.steps_per_epoch
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -269,7 +285,7 @@ class Method:
         new = self._begun != self.data.epoch
         if new:
             self._begun, self._batches, self._plain = self.data.epoch, 0, 0
-        elif self._batches >= (_length(self.data.loader) or LONG):  # broken off again and again
+        elif self._batches >= (length_of(self.data.loader) or LONG):  # broken off again and again
             self._refuse_if_plain()
         return new
 
@@ -280,6 +296,9 @@ class Method:
         self._batches += 1
         self._plain += not self.used
         self.used = 0
+
+    def after_update(self) -> None:
+        """The loop is through with a batch, its step of the optimizer included."""
 
     def end_epoch(self, finished: bool) -> None:
         if not finished:
@@ -299,132 +318,12 @@ class Method:
             )
 
 
-class _Noting(DataLoader):
-    """A loader once more, that notes which samples are in the batches it gives."""
-
-    def __init__(self, batches: Batches, source: DataLoader):  # not DataLoader's own: it has what the source has
-        vars(self).update(_batches=batches, _source=source, _drawn=deque())
-        self._follow()
-
-    def _follow(self) -> None:
-        """Takes over what the source has now; the workers that persist are its own."""
-        kept = {name: vars(self).get(name) for name in ('_batches', '_source', '_drawn', '_iterator')}
-        vars(self).update(vars(self._source))
-        vars(self).update(kept)
-        name = 'sampler' if self._source.batch_sampler is None else 'batch_sampler'
-        vars(self)[name] = _Sampler(vars(self)[name], self._batches, self._drawn)
-        if self._batches.pairing is not None:
-            vars(self)['collate_fn'] = _Halves(self._source.collate_fn)
-
-    def __setattr__(self, name: str, value) -> None:
-        vars(self)[name] = value
-        if not name.startswith('_'):
-            setattr(self._source, name, value)
-
-    def __iter__(self) -> Iterator:
-        self._follow()
-        self._batches.noted.clear()
-        self._drawn.clear()
-        return map(self._note, _Steps(super().__iter__(), self._drawn))  # the seeds are drawn now, as the loader's are
-
-    def _note(self, drawn):
-        (rows, partners), batch = drawn
-        if self._batches.pairing is not None:
-            batch, others = batch
-            partners = partners, others
-        self._batches.noted.append((rows, partners))
-        return batch
-
-
-class _Steps:
-    """What was drawn for a batch, beside the batch; where a batch fails, what was drawn for it goes with it."""
-
-    def __init__(self, batches: Iterator, drawn: deque):
-        self.batches, self.drawn = batches, drawn
-
-    def __iter__(self) -> '_Steps':
-        return self
-
-    def __next__(self):
-        try:
-            batch = next(self.batches)
-        except StopIteration:
-            raise
-        except Exception:
-            if self.drawn:
-                self.drawn.popleft()
-            raise
-        return self.drawn.popleft(), batch
-
-
-class _Sampler(Sampler):
-    """A sampler, of samples or batches, that notes what it draws; for pairs a partner of each sample as well."""
-
-    def __init__(self, sampler, batches: Batches, drawn: deque):
-        self._sampler, self._batches, self._drawn = sampler, batches, drawn
-
-    def __iter__(self) -> Iterator:
-        pairing, way_out = self._batches.pairing, self._batches._way_out
-        generator = step_generator(self._batches._seed, self._batches.epoch)
-        for indices in self._sampler:
-            rows = _rows(indices, way_out)
-            partners = None
-            if pairing is not None:
-                partners = pairing.draw(rows, generator)
-                indices = [*indices, *partners.tolist()]
-            self._drawn.append((rows, partners))
-            yield indices
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __getattr__(self, name: str):  # a batch sampler's sampler, which may have a set_epoch
-        if name == '_sampler':
-            raise AttributeError(name)
-        return getattr(self._sampler, name)
-
-
-def _rows(indices, way_out: Optional[str]) -> Tensor:
-    try:
-        indices = indices.reshape(-1) if isinstance(indices, Tensor) else indices
-        return torch.tensor(
-            [operator.index(index) for index in (indices if hasattr(indices, '__iter__') else [indices])]
-        )
-    except TypeError:
-        raise ValueError(
-            f'the sampler draws {indices!r:.100} for a batch, which are not the numbers of samples (a size beside each '
-            f'of them, a key?), so the rows of the samples are not known: {way_out}'
-        ) from None
-
-
-class _Halves:
-    """The loader's own collate function, for the samples and for their partners."""
-
-    def __init__(self, collate: Callable):
-        self.collate = collate
-
-    def __call__(self, samples):
-        samples, half = list(samples), len(samples) // 2
-        return self.collate(samples[:half]), self.collate(samples[half:])
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile."""
-    while True:
-        inner = getattr(model, '_orig_mod', None)
-        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-def world_size() -> int:
+def _world_size() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
 
 
-def _length(sized) -> Optional[int]:
+def length_of(sized) -> Optional[int]:
     try:
         return len(sized)
     except (TypeError, NotImplementedError, AttributeError):

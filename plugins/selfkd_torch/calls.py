@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from selfkd.teacher import SnapshotTeacher
+from selfkd.past import CopyPast
 
 __all__ = ['Calls', 'Hook', 'copied', 'origin', 'origins']
 
@@ -72,22 +72,22 @@ class Calls:
     """The calls of the model in the batch under way.
 
     Args:
-        teacher: the past model.
         outputs: gives the logits from what the model returns.
         model_name: for messages.
+
+    ``past`` is the copy that runs beside each call, once it is ready; None where that is not known yet.
     """
 
-    def __init__(self, teacher: SnapshotTeacher, outputs: Callable, model_name: str):
-        self.teacher, self.outputs, self.model_name = teacher, outputs, model_name
-        self.teaches = False  # whether there is a past to run
+    def __init__(self, outputs: Callable, model_name: str):
+        self.outputs, self.model_name = outputs, model_name
+        self.past: Optional[CopyPast] = None
         self._calls: List[_Call] = []
         self._open: List[Optional[_Call]] = []  # calls that have not returned yet
         self._hooks: List = []
 
-    def watch(self, model: nn.Module, teaches: bool) -> None:
-        """From now on the calls of this module are noted, and with ``teaches`` the past model runs beside them."""
+    def watch(self, model: nn.Module) -> None:
+        """From now on the calls of this module are noted."""
         self.leave()
-        self.teaches = teaches
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._hooks = [
             inner.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
@@ -144,10 +144,10 @@ class Calls:
             self._open.append(None)
             return
         past = None
-        if self.teaches:
+        if self.past is not None and self.past.ready:
             # Copies: a model may write into its inputs, and these are the student's.
             args, kwargs = tree_map(copied, (args, kwargs))
-            past = self.outputs(self.teacher(*args, **kwargs))
+            past = self.outputs(self.past.run(self.past.model, *args, **kwargs))
             if not isinstance(past, Tensor):
                 raise ValueError(
                     f'PSKD: the {self.model_name} gives a {type(past).__name__}: say which part of it is the logits, '

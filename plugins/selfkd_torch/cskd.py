@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_map
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
 from selfkd.pairing import SameClassPairing
+from selfkd.teacher import unwrap
 
-from .batches import Method, unwrap
+from .batches import Method
 from .calls import Hook, copied
 
 __all__ = ['CSKD']

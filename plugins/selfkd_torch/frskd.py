@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
 from selfkd.pyramid import SelfTeacherPyramid, dry_run
+from selfkd.teacher import unwrap
 
-from .batches import unwrap
 from .calls import Hook, origins
 
 __all__ = ['FRSKD']

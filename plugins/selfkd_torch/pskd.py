@@ -1,26 +1,31 @@
 """PS-KD in a training loop of your own."""
 
-from typing import Callable, Optional
+import logging
+from typing import Any, Callable, Dict, Optional, Union
 from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from selfkd.bank import PredictionBank
-from selfkd.bank_sync import exchange_rows
-from selfkd.checks import one_of, share
 from selfkd.losses import pskd_cross_entropy
+from selfkd.past import BankPast, Past, Prediction, choose_teacher, copy_past
+from selfkd.renamed import renamed
 from selfkd.schedule import linear_growth
-from selfkd.teacher import MODES, SnapshotTeacher
+from selfkd.teacher import unwrap
 
-from .batches import Method, unwrap, world_size
+from .batches import Method
 from .calls import Calls
+from .settings import check_settings, dtype_of, steps_of, warn_without_effect
 from .tap import tap
 
 __all__ = ['PSKD']
 
-WAY_OUT = "use teacher='snapshot', which needs no rows"
+logger = logging.getLogger(__name__)
+
+WAY_OUT = "use teacher='snapshot' with model=, which needs no rows"
 
 
 class PSKD(Method):
@@ -32,20 +37,26 @@ class PSKD(Method):
     Args:
         loader: the DataLoader of the training set, or another method's ``batches()``.
         num_classes: C; for the bank. By default it is seen at the first loss.
-        alpha: final share of the past prediction in the target, in [0, 1]; it grows linearly, by epochs. Defaults to
-            0.8, the paper's.
         max_epochs: how many epochs the whole training takes, an epoch being a loop over ``batches()``.
-        max_steps: in its place how many batches the whole training takes, for a loop that counts these; an epoch is
-            then one pass over the data, counted by samples.
-        teacher: ``'bank'`` keeps the prediction that each training sample got when it was last trained on (the paper's
-            way, no extra forward pass); ``'snapshot'`` runs the model of the end of the previous epoch on the present
-            inputs: for Mixup and CutMix, for an IterableDataset, and for pixels.
-        model: for ``'snapshot'``: the module that the loop calls (DistributedDataParallel, torch.compile'd or plain).
-        outputs: for ``'snapshot'``: gives the logits from what the model returns, where that is not they.
-        teacher_mode: for ``'snapshot'``: see :class:`selfkd.teacher.SnapshotTeacher`.
-        top_k, dtype, device: of the bank, see :class:`selfkd.bank.PredictionBank`.
+        max_steps: in its place how many batches it takes, for a loop that counts these; an epoch is then one pass over
+            the data, counted by samples.
+        alpha: final share of the past prediction in the target, in [0, 1]; it grows linearly, by epochs.
+        teacher: where the past comes from. ``'bank'`` keeps what was predicted for each sample when it was last trained
+            on (the paper's way, no extra forward pass); ``'snapshot'`` runs the model of the end of the last epoch on
+            the present inputs, ``'ema'`` an average of the weights. ``'auto'``: the bank, or, given ``model``, the
+            snapshot where samples have no index or the first loss is not one of a label for each; the log says why.
+        teacher_mode: how a copy runs, see :class:`selfkd.teacher.SnapshotTeacher`.
+        interval: a period is so many batches, in place of an epoch, for copies and long epochs; alpha then grows with
+            the share of training that was done when the period began.
+        ema_decay: of ``'ema'``, by batches.
+        keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
+        top_k, bank_dtype, bank_device, bank_momentum: of the bank, see :class:`selfkd.bank.PredictionBank` and
+            :class:`selfkd.past.BankPast`; a dtype also by its name. The device is by default the logits'.
+        model: for a copy: the module that the loop calls (DistributedDataParallel, torch.compile'd or plain).
+        outputs: for a copy: gives the logits from what the model returns, where that is not they.
 
-    ``current_alpha`` is the share in the epoch under way.
+    ``logs`` of the latest loss, numbers or tensors ``[]``: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (sum to it),
+    ``pskd_entropy`` (of the past, in nats), ``pskd_skipped`` (predictions that were not finite).
 
     Raises:
         ValueError: for settings that cannot work or would never act; each message says what to change.
@@ -54,7 +65,7 @@ class PSKD(Method):
         >>> images, labels, model = torch.randn(8, 4), torch.arange(8) % 2, nn.Linear(4, 2)
         >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        >>> pskd = PSKD(loader, num_classes=2, alpha=0.8, max_epochs=3)
+        >>> pskd = PSKD(loader, max_epochs=3, alpha=0.8)
         >>> for epoch in range(3):
         ...     for x, y in pskd.batches():
         ...         loss = pskd.loss(model(x), y)
@@ -68,117 +79,142 @@ class PSKD(Method):
     name, call = 'PSKD', 'pskd.loss(logits, target)'
     way_in = 'use it in place of the cross-entropy, or pskd.tap() around code that cannot be edited'
 
+    @renamed(dtype='bank_dtype', device='bank_device')
     def __init__(
         self,
         loader,
         num_classes: Optional[int] = None,
         *,
-        alpha: float = 0.8,
         max_epochs: Optional[int] = None,
         max_steps: Optional[int] = None,
-        teacher: str = 'bank',
+        alpha: Optional[float] = 0.8,
+        teacher: str = 'auto',
+        teacher_mode: str = 'train',
+        interval: Optional[int] = None,
+        ema_decay: float = 0.999,
+        keep_hard: bool = False,
+        top_k: Optional[int] = None,
+        bank_dtype: Union[str, torch.dtype, None] = 'float32',
+        bank_device: Union[str, torch.device, None] = None,
+        bank_momentum: float = 0.0,
         model: Optional[nn.Module] = None,
         outputs: Optional[Callable] = None,
-        teacher_mode: str = 'train',
-        top_k: Optional[int] = None,
-        dtype: Optional[torch.dtype] = None,
-        device='cpu',
     ):
-        share('PSKD', alpha=alpha)
-        one_of('PSKD', ('bank', 'snapshot'), teacher=teacher)
-        one_of('PSKD', MODES, teacher_mode=teacher_mode)
+        self._settings = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay, top_k=top_k)
+        self._settings.update(bank_dtype=bank_dtype, bank_device=bank_device, bank_momentum=bank_momentum)
+        check_settings('PSKD', alpha=alpha, teacher=teacher, **self._settings, model=model, outputs=outputs)
         super().__init__(loader)
-        self.alpha, self.max_epochs, self.max_steps = alpha, max_epochs, max_steps
-        self._check_length()
-        self.bank: Optional[PredictionBank] = None
-        self.teacher: Optional[SnapshotTeacher] = None
+        self.num_classes, self.max_epochs = num_classes, max_epochs
+        self.alpha, self.interval, self.keep_hard, self.model = alpha, interval, keep_hard, model
+        self.max_steps = steps_of(self.data, alpha, interval, max_epochs, max_steps)
+        self._calls = Calls(outputs or (lambda output: output), type(unwrap(model)).__name__)
+        self.kind = 'auto'  # of the past, until it is known
+        self.past = Past()  # does nothing; a bank is made at the first loss
+        self._saved: Dict[str, Any] = {}  # of a bank that is not made yet
         self.cross_entropies = WeakSet()  # loss modules of tap() that have shown that they are
-        if teacher == 'snapshot':
-            if model is None:
-                raise ValueError("PSKD: teacher='snapshot' copies the model: give it as model=")
-            if (top_k, dtype or torch.float32, torch.device(device)) != (None, torch.float32, torch.device('cpu')):
-                raise ValueError("PSKD: top_k, dtype and device are the bank's: remove them, or teacher='snapshot'")
-            self.model = model
-            self.teacher = SnapshotTeacher(unwrap(model), mode=teacher_mode)
-            self._calls = Calls(self.teacher, outputs or (lambda output: output), type(unwrap(model)).__name__)
-        else:
-            if model is not None or outputs is not None or teacher_mode != 'train':
-                raise ValueError("PSKD: model, outputs and teacher_mode are for teacher='snapshot': remove them")
-            self.data.number('PSKD')
-            self._bank = dict(top_k=top_k, dtype=dtype, device=device)
-            if num_classes is not None:
-                self._make_bank(num_classes)
+        obstacle = 'interval= refreshes a copy of the model' if interval else self.data.why_not_numbered()
+        if obstacle and (interval or model is not None):
+            teacher = choose_teacher(teacher, obstacle)
+        if teacher in ('auto', 'bank'):
+            self.data.number('PSKD', WAY_OUT)
+        self._take(teacher)
         self.data.methods.append(self)
-        self.current_alpha = 0.0  # of the epoch under way
-        self.count = 0  # losses that were softened, or will be when there is a past
+        self.count, self._progress = 0, 0.0  # losses that a past belongs to; the share of training that alpha goes by
+        self.logs: Dict[str, Union[float, Tensor]] = {}
         self._rows: Optional[Tensor] = None
         self._inside = self._computing = False
-        self._written = []
 
-    def _check_length(self) -> None:
-        """ValueError: the training ends before there is a past, or it is not known when it ends."""
-        if (self.max_epochs is None) == (self.max_steps is None):
-            raise ValueError(
-                'PSKD: alpha grows up to the end of training: say when that is, by max_epochs= (loops over batches()) '
-                f'or max_steps= (batches), got max_epochs={self.max_epochs} and max_steps={self.max_steps}'
-            )
-        if self.max_steps is None:
-            if not (isinstance(self.max_epochs, int) and (self.max_epochs > 1 or self.alpha == 0)):
-                raise ValueError(
-                    f'PSKD: max_epochs must be a whole number from 2 on, got {self.max_epochs}: in the first epoch '
-                    'there is no past, so that a single one is plain training'
-                )
-            self.data.check_epoch_ends('PSKD')
-            return
-        steps = self.data.count_steps('PSKD')
-        if not (isinstance(self.max_steps, int) and (self.max_steps > steps or self.alpha == 0)):
-            raise ValueError(
-                f'PSKD: max_steps must be a whole number above {steps}, the batches of the first pass over the data, '
-                f'got {self.max_steps}: in that pass there is no past, so that it is plain training'
-            )
+    def _take(self, teacher: str) -> None:
+        """The past is of this kind, whatever ``teacher`` was."""
+        self.kind = teacher
+        if teacher in ('snapshot', 'ema'):
+            if self.model is None:
+                raise ValueError(f'PSKD: teacher={teacher!r} copies the model: give it as model=')
+            mode, decay = self._settings['teacher_mode'], self._settings['ema_decay']
+            self.past = self._calls.past = copy_past(teacher, unwrap(self.model), mode=mode, ema_decay=decay)
+        warn_without_effect(teacher, self._settings)
 
-    def _make_bank(self, num_classes: int) -> None:
-        options = {**self._bank, 'dtype': self._bank['dtype'] or torch.float32}
-        self.bank = PredictionBank(len(self.data.loader.dataset), num_classes, **options)
+    @property
+    def bank(self) -> Optional[PredictionBank]:
+        return getattr(self.past, 'bank', None)
+
+    def _make_bank(self, num_classes: int, device: torch.device) -> BankPast:
+        options, rows = self._settings, len(self.data.loader.dataset)
+        stored = dict(top_k=options['top_k'], dtype=dtype_of(options['bank_dtype'], 'float32'))
+        bank = PredictionBank(rows, num_classes, device=options['bank_device'] or device, **stored)
+        return BankPast(bank, momentum=options['bank_momentum'], way_out=WAY_OUT)
+
+    @property
+    def current_alpha(self) -> float:
+        """The share in the epoch under way."""
+        return linear_growth(self.alpha or 0.0, self._progress)
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         """In place of ``F.cross_entropy(logits, target, **options)``, and with its options.
 
         Args:
-            logits: ``[B, C]`` of the batch under way; with a snapshot also ``[B, C, ...]``.
-            target: class ids ``[B, ...]``; with a snapshot also probs ``[B, C, ...]`` (mixed labels).
-            options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing`` as in
-                :func:`torch.nn.functional.cross_entropy`.
+            logits: ``[B, C]`` of the batch under way; with a copy also ``[B, C, ...]``.
+            target: class ids ``[B, ...]``; with a copy also probs ``[B, C, ...]`` (mixed labels).
+            options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing`` as in torch's.
 
         Raises:
             RuntimeError: outside ``batches()``, or (bank) for the second time in a batch.
             ValueError: logits that are not those of the batch.
         """
-        past, seen = self._past_of(logits, target)
+        past = self.past_of(logits, target)
         self._computing = True  # a tap around this leaves alone what is computed here
         try:
             if past is None:
-                return F.cross_entropy(logits, target, **options)
-            alpha = self.current_alpha if seen is None else self.current_alpha * seen.to(logits.device)
-            return pskd_cross_entropy(logits, target, past, alpha, **options)
+                loss = F.cross_entropy(logits, target, **options)
+                self.log(loss)
+                return loss
+            options.update(keep_hard=self.keep_hard, return_parts=True, alpha=past.alpha(self.current_alpha))
+            loss, parts = pskd_cross_entropy(logits, target, past.probs, **options)
+            self.log(parts.hard, parts.soft, past.entropy(logits.shape[1]))
+            return loss
         finally:
             self._computing = False
 
-    def _past_of(self, logits: Tensor, target: Tensor):
-        """What was predicted for the batch (None where nothing was, or where it does not count), and of which samples
-        (None: of all); keeps what is predicted now."""
+    def log(self, hard: Tensor, soft: Union[float, Tensor] = 0.0, entropy: Union[float, Tensor] = 0.0) -> None:
+        """Keeps what a loss consisted of."""
+        parts = dict(pskd_alpha=self.current_alpha, pskd_hard=hard.detach(), pskd_soft=soft, pskd_entropy=entropy)
+        self.logs = {name: part.mean() if isinstance(part, Tensor) else part for name, part in parts.items()}
+        if self.bank is not None and self.bank.skipped:
+            self.logs['pskd_skipped'] = float(self.bank.skipped)
+
+    def past_of(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
+        """What was predicted for the batch; None where nothing was. What is predicted now is kept."""
         if not self._inside:
             raise RuntimeError(
                 'PSKD: the loss is for training, in a loop over pskd.batches(); for validation use the plain one. (A '
                 "prefetcher that takes batches ahead goes inside: PSKD(prefetcher, teacher='snapshot', ...))"
             )
-        self.used += 1
-        self.count += 1
-        return self._past_of_call(logits) if self.teacher is not None else self._past_of_rows(logits, target)
+        self._decide(logits, target)
+        self.used, self.count = self.used + 1, self.count + 1
+        return self._past_of_rows(logits, target) if self.kind == 'bank' else self._past_of_call(logits)
 
-    def _past_of_call(self, logits: Tensor):
+    def _decide(self, logits: Tensor, target: Tensor) -> None:
+        """``teacher='auto'``: before the first loss all that is known is that samples have an index."""
+        if self.kind == 'auto':
+            self._take(choose_teacher('auto', self.misfit(logits, target) if self.model is not None else None))
+            if self.kind == 'bank':
+                self._calls.leave()
+
+    def misfit(self, logits: Tensor, target: Tensor) -> Optional[str]:
+        """Why predictions would not belong to the samples of the batch, each to one; None: they do."""
+        expected = (len(self._rows), self.num_classes or (logits.shape[1] if logits.dim() > 1 else 1))
+        if logits.shape != expected:
+            return (
+                f'the batch has {expected[0]} samples of {expected[1]} classes, so the bank wants logits {expected}, '
+                f'got {tuple(logits.shape)} (pixels, tokens, or samples that the loop repeats?)'
+            )
+        if target.is_floating_point():
+            return 'with probs as target, not class ids, samples may be mixed (Mixup, CutMix)'
+        return None
+
+    def _past_of_call(self, logits: Tensor) -> Optional[Prediction]:
         if self.alpha == 0:
-            return None, None
+            return None
         call = self._calls.of(logits)
         shape = call.shape if call.past is None else call.past.shape
         if shape not in (None, logits.shape):
@@ -186,110 +222,73 @@ class PSKD(Method):
                 f'PSKD: the past model gives logits {tuple(shape)} for the inputs of the model, but the loss is of '
                 f'{tuple(logits.shape)}: give the loss what the model gives, or set outputs='
             )
-        return call.past, None
+        return None if call.past is None else Prediction(call.past, True)
 
-    def _past_of_rows(self, logits: Tensor, target: Tensor):
-        rows = self._rows
-        if self.bank is None:
-            self._make_bank(logits.shape[1] if logits.dim() > 1 else 1)
+    def _past_of_rows(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
         if self.used > 1:
             raise RuntimeError(
                 'PSKD: a second loss in one batch: the bank keeps one prediction for each sample. Call the loss once, '
-                "for the whole batch (further heads learn with the plain loss), or use teacher='snapshot'"
+                f'for the whole batch (further heads learn with the plain loss), or {WAY_OUT}'
             )
-        if logits.shape != (len(rows), self.bank.num_classes):
-            raise ValueError(
-                f'PSKD: the batch has {len(rows)} samples of {self.bank.num_classes} classes, so the bank wants logits '
-                f'{(len(rows), self.bank.num_classes)}, got {tuple(logits.shape)}: for pixels, tokens, or samples that '
-                "the loop repeats, use teacher='snapshot'"
-            )
-        if target.is_floating_point():
-            raise ValueError(
-                'PSKD: with probs as target samples may be mixed (Mixup, CutMix), and a prediction belongs to no '
-                "single one: use teacher='snapshot', or class ids with label_smoothing="
-            )
-        self.bank.check_labels(rows, target, way_out=WAY_OUT)
-        past, seen = self.bank.read(rows, return_seen=True)
-        self.bank.write(rows, logits.detach().float().softmax(1))
-        self._written.append((rows, self.data.step))
-        if self.current_alpha == 0 or not seen.any():
-            return None, None
-        return past.to(logits.device, non_blocking=True), seen
+        misfit = self.misfit(logits, target)
+        if misfit:
+            raise ValueError(f'PSKD: {misfit}: {WAY_OUT}')
+        if self.bank is None:
+            self.num_classes = logits.shape[1]
+            self.past = self._make_bank(self.num_classes, logits.device)
+            self.past.load_state_dict(self._saved)
+            self.past.begin_step(self.data.step, self._rows)
+        prediction = self.past.predict(target)
+        self.past.observe(logits)
+        if prediction is None or self.current_alpha == 0:
+            return None
+        probs = tree_map(lambda part: part.to(logits.device, non_blocking=True), prediction.probs)
+        return prediction._replace(probs=probs)
 
-    def tap(self, loss_module: Optional[nn.Module] = None, *, check: bool = True):
-        """For code that cannot be edited: softens the cross-entropy that is computed inside.
-
-        ::
-
-            with pskd.tap():
-                train_one_epoch(model, nn.CrossEntropyLoss(), optimizer, pskd.batches())
-
-        With a snapshot, losses of other logits than the model's (an auxiliary head's) stay plain.
-
-        Args:
-            loss_module: by default every training call of :func:`torch.nn.functional.cross_entropy` is softened
-                (``nn.CrossEntropyLoss`` calls it, too). With several losses, or one that is written another way, the
-                module is given here. It is called with (logits, target). One that does not call torch's must be a
-                cross-entropy in what it computes, a mean or a value for each sample, with any smoothing.
-            check: False where less than a batch runs inside.
-
-        Raises:
-            RuntimeError: no loss was computed inside.
-            ValueError: the module is no cross-entropy.
-        """
-        return tap(self, loss_module, check=check)
+    tap = tap
 
     def listens(self) -> bool:
         """Whether a cross-entropy that is computed now is training's."""
         return self._inside and not self._computing and torch.is_grad_enabled()
 
-    def is_of_model(self, logits: Tensor) -> bool:
-        """Whether logits can be those of the loss: with a snapshot those that come from its model."""
-        return self.teacher is None or self.alpha == 0 or self._calls.knows(logits)
+    def is_of_model(self, logits: Tensor, target: Tensor) -> bool:
+        """Whether logits can be those of the loss: with a copy those that come from its model."""
+        self._decide(logits, target)
+        return self.kind == 'bank' or self.alpha == 0 or self._calls.knows(logits)
 
     # What Batches calls.
 
     def begin_epoch(self) -> bool:
         epoch = self.data.epoch
-        done = epoch * self.data.steps_per_epoch if self.max_steps else epoch
-        length = self.max_steps or self.max_epochs
-        if done >= length and self.alpha:
-            what = f'step {done + 1} of max_steps' if self.max_steps else f'epoch {epoch + 1} of max_epochs'
+        each, length = (self.data.steps_per_epoch, self.max_steps) if self.max_steps else (1, self.max_epochs)
+        if epoch * each >= length and self.alpha != 0:
+            what = f'step {epoch * each + 1} of max_steps' if self.max_steps else f'epoch {epoch + 1} of max_epochs'
             raise ValueError(f'PSKD: {what}={length}: alpha is for that many')
         new = super().begin_epoch()
         self.synchronize()
-        each = self.data.steps_per_epoch if self.max_steps else 1
-        self.current_alpha = linear_growth(self.alpha, min((epoch + 1) * each / length, 1.0))
-        self._inside = True
-        if self.teacher is not None:
-            if new and epoch:
-                self._refresh()
-            if self.alpha:
-                self._calls.watch(self.model, teaches=epoch > 0)
+        self._progress, self._inside = min((epoch if self.interval else epoch + 1) * each / length, 1.0), True
+        if new and epoch:
+            self.past.begin_period(unwrap(self.model))
+        if self.model is not None and self.kind != 'bank' and self.alpha != 0:
+            self._calls.watch(self.model)
         return new
-
-    def _refresh(self) -> None:
-        self.teacher.update(unwrap(self.model))
-        if self.teacher.mode == 'eval' and world_size() > 1:  # batch norms' statistics differ between processes
-            for buffer in self.teacher.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
 
     def begin_step(self, rows: Optional[Tensor], partners, batch) -> None:
         super().begin_step(rows, partners, batch)
         self._rows = rows
-        if self.teacher is not None:
-            self._calls.forget()
-            self.teacher.begin_step(self.data.step)
+        self._calls.forget()
+        self.past.begin_step(self.data.step, rows)
 
     def end_step(self) -> None:
         super().end_step()
-        if self.teacher is not None:
-            self._calls.forget()
+        self._calls.forget()
+
+    def after_update(self) -> None:
+        self.past.after_update(unwrap(self.model))
 
     def end_epoch(self, finished: bool) -> None:
         self._inside = False
-        if self.teacher is not None:
-            self._calls.leave()
+        self._calls.leave()
         super().end_epoch(finished)
         if finished:
             self.synchronize()
@@ -297,38 +296,34 @@ class PSKD(Method):
     def synchronize(self) -> None:
         """Makes the banks of all processes equal; an epoch ends with it. Call it in all of them before a checkpoint is
         saved in the middle of an epoch."""
-        if self.bank is not None and world_size() > 1:
-            none = torch.zeros(0, dtype=torch.long)
-            indices = torch.cat([none, *(rows for rows, _ in self._written)])
-            steps = torch.cat([none, *(torch.full_like(rows, step) for rows, step in self._written)])
-            exchange_rows(self.bank, indices, steps)
-        self._written = []
+        self.past.synchronize()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> Dict[str, Any]:
         """What a checkpoint must hold beside the model: plain tensors and numbers. Saved within an epoch, the resumed
         run begins this epoch anew."""
-        state = {'batches': self.data.state_dict()}
-        if self.teacher is None:
-            state['bank'] = self.bank.state_dict() if self.bank is not None else None
-        elif self.data.epoch and self._begun == self.data.epoch:  # else the model's own weights are the next teacher
-            state['teacher'] = {name: value.detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
-        return state
+        past = self._saved if type(self.past) is Past else self.past.state_dict(self._begun == self.data.epoch)
+        return {**past, 'batches': self.data.state_dict(), 'kind': self.kind}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restores :meth:`state_dict`; load the model first.
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`; load the model first. With ``teacher='auto'`` the past is of the saved kind.
 
         Raises:
-            ValueError: the state is that of the other ``teacher``, or of a bank with other settings.
+            ValueError: the state is another ``teacher``'s; or at the first loss, a bank's with other settings.
         """
-        if ('bank' in state) != (self.teacher is None):
-            kind = 'bank' if 'bank' in state else 'snapshot'
-            raise ValueError(f"PSKD: the state is of teacher='{kind}': resume with the same teacher")
+        kind = state.get('kind', 'bank' if 'bank' in state else 'snapshot')
+        if self.kind == 'auto':
+            self._take(kind)
+        if kind not in (self.kind, 'auto'):
+            raise ValueError(f'PSKD: the state is of teacher={kind!r}: resume with the same teacher')
         self.data.load_state_dict(state['batches'])
-        if state.get('bank') is not None:
-            if self.bank is None:
-                self._make_bank(state['bank']['num_classes'])
-            self.bank.load_state_dict(state['bank'])
-        if 'teacher' in state:
-            self.teacher.load_state_dict(state['teacher'])
+        ours = ('batches', 'kind', 'tokens')
+        self._saved = {name: value for name, value in state.items() if name not in ours and value is not None}
+        self.past.load_state_dict(self._saved)
         self._begun = self.data.epoch if 'teacher' in state else None
         self._batches = self._plain = 0
+
+    def resume_without_past(self, mid_period: bool) -> None:
+        """In the place of :meth:`load_state_dict`, where a checkpoint has no state."""
+        self._begun = self.data.epoch if mid_period else None
+        if mid_period or self.kind in ('auto', 'bank'):
+            logger.warning('PSKD: the checkpoint holds no past predictions: plain training until there are some')

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
-from selfkd.losses import soft_cross_entropy
+from selfkd.losses import TopK, mix, soft_cross_entropy
 
 from .calls import Hook
 
@@ -22,7 +22,26 @@ OPTIONS = ('weight', 'ignore_index', 'reduction', 'label_smoothing')
 
 @contextmanager
 def tap(pskd, loss_module: Optional[nn.Module] = None, *, check: bool = True):
-    """See :meth:`selfkd_torch.PSKD.tap`."""
+    """For code that cannot be edited: softens the cross-entropy that is computed inside.
+
+    ::
+
+        with pskd.tap():
+            train_one_epoch(model, nn.CrossEntropyLoss(), optimizer, pskd.batches())
+
+    With a copy, losses of other logits than the model's (an auxiliary head's) stay plain.
+
+    Args:
+        loss_module: by default every training call of :func:`torch.nn.functional.cross_entropy` is softened
+            (``nn.CrossEntropyLoss`` calls it, too). With several losses, or one that is written another way, the module
+            is given here. It is called with (logits, target). One that does not call torch's must be a cross-entropy in
+            what it computes, a mean or a value for each sample, with any smoothing.
+        check: False where less than a batch runs inside.
+
+    Raises:
+        RuntimeError: no loss was computed inside.
+        ValueError: the module is no cross-entropy.
+    """
     before = pskd.count
     with ExitStack() as stack:
         if loss_module is None:
@@ -53,7 +72,7 @@ class Softened(TorchFunctionMode):
         if function is not F.cross_entropy or not pskd.listens():
             return function(*args, **kwargs)
         call = inspect.signature(F.cross_entropy).bind(*args, **kwargs).arguments
-        if not pskd.is_of_model(call['input']):  # an auxiliary head's, say
+        if not pskd.is_of_model(call['input'], call['target']):  # an auxiliary head's, say
             return function(*args, **kwargs)
         kept = {name: call[name] for name in OPTIONS if name in call}
         if call.get('size_average') is not None or call.get('reduce') is not None:  # torch's old names
@@ -83,25 +102,31 @@ class _Named:
     def after(self, module: nn.Module, args, output: Tensor) -> Tensor:
         self.close()
         pskd = self.pskd
-        if pskd.count > self._count or not pskd.listens() or len(args) < 2 or not pskd.is_of_model(args[0]):
+        if pskd.count > self._count or not pskd.listens() or len(args) < 2 or not pskd.is_of_model(*args[:2]):
             return output
         logits, target = args[:2]
         if module not in pskd.cross_entropies:
             refuse_unless_cross_entropy(module, logits, target)
             pskd.cross_entropies.add(module)
-        past, seen = pskd._past_of(logits, target)
+        past = pskd.past_of(logits, target)
         if past is None:
+            pskd.log(output)
             return output
+        probs = past.probs.dense(logits.shape[1]) if isinstance(past.probs, TopK) else past.probs
+        soft, alpha, share = soft_cross_entropy(logits, probs, reduction='none'), pskd.current_alpha, past.alpha(1.0)
+        share = share.to(soft) if isinstance(share, Tensor) else share
         if output.dim():
-            alpha = pskd.current_alpha * (1 if seen is None else seen.to(output))
-            return output + alpha * (soft_cross_entropy(logits, past, reduction='none') - output)
-        share, hard = 1.0, output
-        if seen is not None and not seen.all():  # the others learn their labels alone
-            known = seen.nonzero().flatten().to(logits.device, non_blocking=True)
-            share = len(known) / len(logits)
-            logits, target, past = logits[known], target[known], past[known.to(past.device)]
-            hard = module.forward(logits, target)
-        return output + pskd.current_alpha * share * (soft_cross_entropy(logits, past) - hard)
+            loss = mix(output, soft, alpha * share, keep_hard=pskd.keep_hard)
+        elif past.known is True or past.known.all():
+            loss = mix(output, soft.mean(), alpha, keep_hard=pskd.keep_hard)
+        else:  # the others learn their labels alone
+            known = past.known.nonzero().flatten().to(logits.device, non_blocking=True)
+            hard = module.forward(logits[known], target[known])
+            change = mix(hard, soft[known].mean(), alpha, keep_hard=pskd.keep_hard) - hard
+            loss = output + len(known) / len(logits) * change
+        soft_part = (alpha * share * soft.detach()).mean()
+        pskd.log(loss.detach().mean() - soft_part, soft_part, past.entropy(logits.shape[1]))
+        return loss
 
 
 def refuse_unless_cross_entropy(module: nn.Module, logits: Tensor, target: Tensor) -> None:

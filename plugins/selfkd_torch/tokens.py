@@ -1,112 +1,114 @@
 """PS-KD with a bank of tokens: language models and token classification."""
 
 import logging
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
-from selfkd.bank import PredictionBank, draw_top_k
-from selfkd.losses import TopK
-from selfkd.seeds import row_uniform
+from selfkd.defaults import PSKD as DEFAULTS
+from selfkd.past import BankPast, Prediction, TokenBankPast
+from selfkd.renamed import renamed
 from selfkd.teacher import random_state
 
 from .pskd import PSKD
+from .settings import dtype_of
 
 __all__ = ['TokenPSKD']
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 8
 LABELS = ('labels', 'label', 'label_ids', 'input_ids')  # of a sample, the first that it has
 LABELS_DIFFER = "where labels differ each time (masked language modelling, random crops), use teacher='snapshot'"
-JOINED = ": joined into one (padding-free) it is not known which token is whose: use teacher='snapshot'"
 
 
 class TokenPSKD(PSKD):
     """:class:`~selfkd_torch.PSKD` with a bank of tokens, where the loss has more rows than the batch has samples.
 
-    A token's row is its place among the sample's tokens that have a label, counted from the last one, so that padding
-    on either side changes nothing (padded on the left, a causal model also predicts a sample's first token).
-
-    Samples are dicts with ``labels`` (or ``input_ids``), pairs (inputs, labels), or the tokens themselves. Where their
-    labels are single ones, it is a :class:`PSKD`.
+    See :class:`selfkd.past.TokenBankPast`. Samples are dicts with ``labels`` (or ``input_ids``), pairs (inputs,
+    labels), or the tokens themselves. Where their labels are single ones, it is a :class:`PSKD`.
 
     Args:
-        top_k: classes that the bank keeps of a token, some of them drawn. Defaults to 8.
-        dtype: Defaults to float16.
+        alpha: Defaults to 0.3 for tokens, to 0.8 for single labels.
+        top_k: classes that the bank keeps of a token, some of them drawn. Defaults to 8 for tokens.
+        bank_dtype: Defaults to float16 for tokens.
+        bank_device: Defaults to the CPU for tokens.
     """
 
-    def __init__(self, *args, **kwargs):
-        self._offsets = None  # of tokens: the first row of each sample, and the end
-        self._of_tokens: Optional[bool] = None  # whether the samples' labels are sequences, once one was looked at
+    @renamed(dtype='bank_dtype', device='bank_device')
+    def __init__(
+        self, *args, alpha: Optional[float] = None, bank_dtype: Union[str, torch.dtype, None] = None, **options
+    ):
+        self.of_tokens: Optional[bool] = None  # whether the samples' labels are sequences, once one was looked at
+        self.joined = False  # whether it was seen that a batch has its samples in one row
         self._ignore_index = -100
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, alpha=alpha, bank_dtype=bank_dtype, **options)
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         self._ignore_index = options.get('ignore_index', -100)
         return super().loss(logits, target, **options)
 
-    def _past_of_rows(self, logits: Tensor, target: Tensor):
-        if self.used > 1 or not self._has_tokens():
-            return super()._past_of_rows(logits, target)
-        if target.dim() != 1 or len(target) % len(self._rows) or len(logits) != len(target):
-            raise ValueError(f'PSKD: the loss is of {tuple(target.shape)} tokens for {len(self._rows)} samples{JOINED}')
-        if self.bank is None:
-            self._make_bank(logits.shape[1])
-        labels = target.detach().cpu().view(len(self._rows), -1)
-        real = labels != self._ignore_index
-        first, end = self._offsets[self._rows][:, None], self._offsets[self._rows + 1][:, None]
-        rows = end - real.flip(1).cumsum(1).flip(1)
-        if (rows < first)[real].any():
-            raise ValueError("PSKD: a sample has more labels than when the bank was made: use teacher='snapshot'")
-        self.bank.check_labels(rows[real], labels[real], way_out=LABELS_DIFFER)
-        rows, real = torch.where(real, rows, first).flatten(), real.flatten()  # without label: any row, it is ignored
-        past, seen = self.bank.read_top_k(rows, return_seen=True)
-        seen = seen & real
-        here = real.to(logits.device)
-        drawn = draw_top_k(logits, self.bank.top_k, row_uniform(rows, self.data.step))
-        self.bank.write(rows[real], TopK(*(part[here] for part in drawn)))
-        self._written.append((rows[real], self.data.step))
-        if self.current_alpha == 0 or not seen.any():
-            return None, None
-        return TopK(*(part.to(logits.device, non_blocking=True) for part in past)), seen
+    def past_of(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
+        if self.alpha is None:
+            task = 'language models' if self._has_tokens() else 'classification'
+            self.alpha = DEFAULTS['alpha'][task]
+            logger.info('PSKD: alpha=%s, the default for %s', self.alpha, task)
+        if isinstance(self.past, TokenBankPast):
+            self.past.ignore_index = self._ignore_index
+        return super().past_of(logits, target)
 
-    def check_not_joined(self, labels: Any, samples: int) -> None:
-        """ValueError: the labels of a batch, if they are a tensor, are not of as many samples as the batch."""
-        if isinstance(labels, Tensor) and len(labels) != samples:
-            raise ValueError(f'PSKD: the labels are of {len(labels)} samples, but the batch has {samples}{JOINED}')
+    def misfit(self, logits: Tensor, target: Tensor) -> Optional[str]:
+        if not self._has_tokens():
+            return super().misfit(logits, target)
+        if self.joined or target.dim() != 1 or len(target) % len(self._rows) or len(logits) != len(target):
+            return (
+                f'the loss is of {tuple(target.shape)} tokens for {len(self._rows)} samples: joined into one '
+                '(padding-free), or cut, it is not known which token is whose'
+            )
+        return None
 
     def _has_tokens(self) -> bool:
         """Whether the samples' own labels are sequences. How many rows the loss has does not tell: a batch in which
-        each sample has one label has as many as it has samples."""
-        if self._of_tokens is None:
+        each sample has one label has as many as it has samples. What cannot be looked at is taken for tokens."""
+        if self.of_tokens is None:
+            dataset = getattr(self.data.loader, 'dataset', None)
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__getitem__'):
+                return True
             with random_state(0, torch.device('cpu')):  # a look must not change what the samples to come draw
-                self._of_tokens = _length(self.data.loader.dataset[0]) is not None
-        return self._of_tokens
+                self.of_tokens = _length(dataset[0]) is not None
+        return self.of_tokens
 
-    def _make_bank(self, num_classes: int) -> None:
+    def _make_bank(self, num_classes: int, device: torch.device) -> BankPast:
         if not self._has_tokens():
-            super()._make_bank(num_classes)
-            return
-        dataset, options = self.data.loader.dataset, dict(self._bank)
+            return super()._make_bank(num_classes, device)
+        dataset, options = self.data.loader.dataset, self._settings
+        if options['bank_momentum']:
+            raise ValueError(
+                'PSKD: bank_momentum averages whole rows, and of a token a few classes are kept: remove it'
+            )
         with random_state(0, torch.device('cpu')):
-            lengths = torch.tensor([0, *(_length(dataset[i]) or 0 for i in range(len(dataset)))])
-        self._offsets = lengths.cumsum(0)
-        options['top_k'] = options['top_k'] or min(TOP_K, num_classes)
-        options['dtype'] = options['dtype'] or torch.float16
-        self.bank = PredictionBank(int(self._offsets[-1]), num_classes, **options)
-        logger.info('PSKD: the token bank takes %.1f MB for %d samples', self.bank.nbytes / 1e6, len(dataset))
+            lengths = [_length(dataset[i]) or 0 for i in range(len(dataset))]
+        return TokenBankPast(
+            lengths,
+            num_classes,
+            top_k=options['top_k'] or min(DEFAULTS['top_k']['language models'], num_classes),
+            dtype=dtype_of(options['bank_dtype'], DEFAULTS['bank_dtype']['language models']),
+            device=options['bank_device'] or 'cpu',
+            ignore_index=self._ignore_index,
+            way_out=LABELS_DIFFER,
+        )
 
     def state_dict(self) -> Dict[str, Any]:
-        return {**super().state_dict(), 'tokens': self._offsets is not None}
+        state = super().state_dict()
+        return {**state, 'tokens': self._has_tokens()} if 'bank' in state else state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        if state.get('bank') is not None and self.teacher is None and state.get('tokens') != self._has_tokens():
-            kinds = ('samples', 'tokens')
+        kinds, saved = ('samples', 'tokens'), bool(state.get('tokens'))
+        if state.get('bank') and self.kind in ('auto', 'bank') and saved != self._has_tokens():
             raise ValueError(
-                f"PSKD: the state's bank is of {kinds[bool(state.get('tokens'))]}, but the training set's samples have "
-                f'labels for {kinds[self._has_tokens()]}: resume with the training set of the saved run'
+                f"PSKD: the state's bank is of {kinds[saved]}, but the training set's samples have labels for "
+                f'{kinds[self._has_tokens()]}: resume with the training set of the saved run'
             )
         super().load_state_dict(state)
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, MutableMapping, Optional
+from typing import Any, Callable, Dict, List, MutableMapping, Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from selfkd.checks import one_of, several_epochs, share
 from selfkd.files import save
+from selfkd.past import choose_teacher
 from selfkd.schedule import may_end_early
-from selfkd.teacher import MODES
 from selfkd_torch import Batches, TokenPSKD
+from selfkd_torch.settings import check_settings
 from selfkd_torch.words import in_words
 
 __all__ = ['PSKDArguments', 'PSKDMixin', 'PSKDTrainingArguments']
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 ROWS = 'selfkd_rows'  # the entry of a batch that says which samples it holds
 FILE = 'selfkd.pt'  # in a checkpoint's folder
 WORDS = {  # what selfkd_torch calls it, and what it is here
-    r'\bteacher=': 'pskd_teacher=',
+    r' with model=, which': ', which',
+    r'\b(alpha|teacher|teacher_mode|interval|ema_decay|top_k|bank_\w+)\b(?=[= ])': r'pskd_\1',
+    r'raise max_epochs': 'raise num_train_epochs or max_steps',
     r'\bor set outputs=': "or use pskd_teacher='bank'",
     r'\bset outputs=, or compute its loss outside': 'compute the loss of the logits in compute_loss',
 }
@@ -42,12 +44,28 @@ def _setting(default, text: str):
 class PSKDArguments:
     """PS-KD's settings, to be mixed into TrainingArguments of any kind; :class:`PSKDTrainingArguments` is the usual."""
 
-    pskd_alpha: float = _setting(0.8, 'Share of the past in the target, grows up to it with the epochs. 0: no PS-KD.')
-    pskd_teacher: str = _setting('bank', '"bank": kept predictions; "snapshot": the model of the last epoch, run anew.')
-    pskd_teacher_mode: str = _setting('train', 'How the snapshot runs: "train" (with dropout) or "eval".')
+    pskd_alpha: Optional[float] = _setting(
+        None, 'Share of the past in the target, grows up to it. 0: no PS-KD. Default: 0.3 of tokens, 0.8 of samples.'
+    )
+    pskd_teacher: str = _setting(
+        'auto', '"bank": kept predictions; "snapshot": the model of the last epoch, run anew; "ema": an average of it.'
+    )
+    pskd_teacher_mode: str = _setting('train', 'How a copy runs: "train" (with dropout) or "eval".')
+    pskd_interval: Optional[int] = _setting(
+        None, 'Steps of the optimizer after which a copy is refreshed. Default: an epoch.'
+    )
+    pskd_ema_decay: float = _setting(0.999, 'Of "ema", for each step of the optimizer.')
+    pskd_keep_hard: bool = _setting(False, "Whether the label's term keeps its whole weight.")
     pskd_top_k: Optional[int] = _setting(
         None, 'Classes that the bank keeps. Default: 8 of tokens (some drawn), all of samples.'
     )
+    pskd_bank_dtype: Optional[str] = _setting(None, 'Of the bank. Default: float16 of tokens, float32 of samples.')
+    pskd_bank_device: Optional[str] = _setting(None, "Of the bank. Default: the CPU for tokens, else the logits'.")
+    pskd_bank_momentum: float = _setting(0.0, 'Rows of a bank of samples become averages over the epochs.')
+
+    def _pskd_settings(self) -> Dict[str, Any]:
+        """As selfkd_torch has them."""
+        return {name[5:]: value for name, value in vars(self).items() if name.startswith('pskd_')}
 
     @property
     def train_batch_size(self) -> int:
@@ -106,20 +124,18 @@ class PSKDMixin:
             raise ValueError(
                 f'PSKD: args must be PSKDTrainingArguments (or mix PSKDArguments in), got {type(settings).__name__}'
             )
-        share('PSKD', pskd_alpha=settings.pskd_alpha)
-        one_of('PSKD', ('bank', 'snapshot'), pskd_teacher=settings.pskd_teacher)
-        one_of('PSKD', MODES, pskd_teacher_mode=settings.pskd_teacher_mode)
+        with in_words(WORDS):
+            check_settings('PSKD', **{k: v for k, v in settings._pskd_settings().items() if k != 'keep_hard'})
         if settings.pskd_alpha == 0:
             return
-        snapshot = settings.pskd_teacher == 'snapshot'
+        teacher, sharded = settings.pskd_teacher, self.is_deepspeed_enabled or self.is_fsdp_enabled
         for name, wrong, why in (
-            ('pskd_top_k', snapshot and settings.pskd_top_k is not None, 'it is for the bank, remove it'),
             ('use_liger_kernel', settings.use_liger_kernel, 'its fused loss never has the logits'),
             ('torch_compile', settings.torch_compile, 'a compiled model hides the loss in it'),
             ('several GPUs in one process', settings.n_gpu > 1, 'use torchrun, one process for each'),
             ('dispatch_batches', self.accelerator.dispatch_batches, 'leave it out, so that rows stay with batches'),
             ('parallelism_config', getattr(self.accelerator, 'parallelism_config', None), 'batches are cut in pieces'),
-            ('pskd_teacher=snapshot', snapshot and (self.is_deepspeed_enabled or self.is_fsdp_enabled), 'use the bank'),
+            (f'pskd_teacher={teacher}', sharded and teacher in ('snapshot', 'ema'), 'use the bank'),
         ):
             if wrong:
                 raise ValueError(f'PSKD: {name} cannot be used here: {why}')
@@ -130,14 +146,21 @@ class PSKDMixin:
     def training_step(self, model, inputs, *args, **kwargs):
         if self.pskd is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        if self.pskd.teacher is None:
+        if self._data.way_out:
             self._data.noted.append((self._rows_of(inputs), None))
+        elif isinstance(inputs.get('labels'), Tensor):
+            self.pskd.of_tokens = inputs['labels'].dim() > 1
         with in_words(WORDS):
             self._data.begin_step()
             with self.pskd.tap(check=False):
                 loss = super().training_step(model, inputs, *args, **kwargs)
             self._data.end_step()
         return loss
+
+    def log(self, logs: Dict[str, float], *args, **kwargs) -> None:
+        if self.pskd is not None and 'loss' in logs:
+            logs = {**logs, **{name: float(value) for name, value in self.pskd.logs.items()}}
+        super().log(logs, *args, **kwargs)
 
     def _rows_of(self, inputs) -> Tensor:
         """Which samples a batch holds, taken out of it."""
@@ -146,8 +169,8 @@ class PSKDMixin:
                 f'PSKD: a batch came without {ROWS}, which says which samples are in it: what the loader gives must '
                 "reach training_step, or use pskd_teacher='snapshot'"
             )
-        rows = torch.as_tensor(inputs.pop(ROWS))
-        self.pskd.check_not_joined(inputs.get('labels'), len(rows))
+        rows, labels = torch.as_tensor(inputs.pop(ROWS)), inputs.get('labels')
+        self.pskd.joined = isinstance(labels, Tensor) and len(labels) != len(rows)
         return rows
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:  # of a checkpoint, in all processes
@@ -170,6 +193,17 @@ class _PSKD(TokenPSKD):
     )
 
 
+class _Batches(Batches):
+    """The Trainer goes through its own loader: this knows the data, and what an epoch consists of."""
+
+    def __init__(self, loader, state):
+        super().__init__(loader)
+        self.state = state
+
+    def done(self) -> int:
+        return self.state.global_step
+
+
 class _Epochs(TrainerCallback):
     """Tells the method where training is."""
 
@@ -178,31 +212,57 @@ class _Epochs(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         trainer, checkpoint = self.trainer, self.trainer._resumed_from
-        how, snapshot = dict(alpha=args.pskd_alpha, teacher=args.pskd_teacher), args.pskd_teacher == 'snapshot'
-        if snapshot:
-            how.update(model=trainer.model, outputs=_logits, teacher_mode=args.pskd_teacher_mode)
-        # The Trainer goes through its own loader; Batches knows the data, and what an epoch consists of.
-        trainer._data = Batches(() if snapshot else DataLoader(_number(train_dataloader)))
-        if state.num_train_epochs == sys.maxsize:
+        how, length = args._pskd_settings(), dict(max_epochs=state.num_train_epochs)
+        how['teacher'] = teacher = self._teacher(args, train_dataloader)
+        banks = teacher in ('auto', 'bank')
+        trainer._data = _Batches(DataLoader(_number(train_dataloader)) if banks else (), state)
+        if teacher != 'bank':
+            how.update(model=trainer.model, outputs=_logits)
+        if args.pskd_interval:
+            length = dict(max_steps=state.max_steps)
+        elif state.num_train_epochs == sys.maxsize:
             raise ValueError(
                 'PSKD: how many epochs max_steps comes to is not known of data without a length, and alpha grows with '
-                'them: give the data set a __len__'
+                'them: give the data set a __len__, or set pskd_interval'
             )
-        several_epochs('PSKD', state.num_train_epochs, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
-        trainer.pskd = _PSKD(trainer._data, max_epochs=state.num_train_epochs, top_k=args.pskd_top_k, **how)
+        with in_words(WORDS):
+            trainer.pskd = _PSKD(trainer._data, **length, **how)
         if checkpoint is not None:
             path, trainer._resumed_from = Path(checkpoint, FILE), None
             if path.exists():
                 trainer.pskd.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
             else:
-                logger.warning('PSKD: the checkpoint has no %s: plain training until each sample was seen once', FILE)
+                self._place()
+                period = args.pskd_interval or state.max_steps // state.num_train_epochs
+                trainer.pskd.resume_without_past(mid_period=state.global_step % period > 0)
         if any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks):
             training = f'{state.num_train_epochs} epochs'
-            logger.warning(may_end_early('PSKD', args.pskd_alpha, training, ['EarlyStoppingCallback']))
+            logger.warning(
+                may_end_early('PSKD', args.pskd_alpha or 'its final value', training, ['EarlyStoppingCallback'])
+            )
+
+    def _teacher(self, args, loader) -> str:
+        """What is known before the first loss about ``pskd_teacher='auto'``."""
+        teacher, obstacle = args.pskd_teacher, None
+        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+            return choose_teacher(teacher, None)
+        if args.pskd_interval:
+            obstacle = 'pskd_interval refreshes a copy of the model'
+        elif getattr(self.trainer.data_collator, 'mlm', False):
+            obstacle = f'{type(self.trainer.data_collator).__name__} masks other tokens each time'
+        else:
+            obstacle = _why_no_index(loader)
+        return choose_teacher(teacher, obstacle) if obstacle else teacher
+
+    def _place(self) -> None:
+        # By steps, which is where the Trainer is: resumed with another batch size it is in another epoch.
+        data, state = self.trainer._data, self.trainer.state
+        data.epoch = state.global_step * state.num_train_epochs // state.max_steps
+        if data.steps_per_epoch:
+            data.epoch = state.global_step // data.steps_per_epoch
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        # By steps, which is where the Trainer is: resumed with another batch size it is in another epoch.
-        self.trainer._data.epoch = state.global_step * state.num_train_epochs // state.max_steps
+        self._place()
         self.trainer._data.begin_epoch()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -210,10 +270,19 @@ class _Epochs(TrainerCallback):
         if step == self._step:
             name = type(self.trainer).__name__
             raise RuntimeError(f'PSKD: training was plain: {name}.training_step must call super().training_step')
+        self.trainer._data.after_update()
 
     @in_words(WORDS)
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         self.trainer._data.end_epoch(True)
+
+
+def _why_no_index(loader) -> Optional[str]:
+    loader = getattr(loader, 'base_dataloader', loader)  # that of Accelerate's wrapping
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return None
+    kind = type(getattr(loader, 'dataset', loader)).__name__
+    return f'the training data come from a {kind}, whose samples have no index'
 
 
 def _number(loader) -> Dataset:
@@ -222,13 +291,10 @@ def _number(loader) -> Dataset:
     It may come from a ``get_train_dataloader`` of the user's own. Data set and collate function are all that is
     exchanged, so sampler, workers and what Accelerate has made of the loader stay.
     """
-    loader = getattr(loader, 'base_dataloader', loader)  # that of Accelerate's wrapping
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        what = type(getattr(loader, 'dataset', loader)).__name__
-        raise ValueError(
-            f'PSKD: the training data come from a {what}, whose samples have no index: '
-            "use pskd_teacher='snapshot', or a DataLoader of a map-style data set"
-        )
+    obstacle = _why_no_index(loader)
+    if obstacle:
+        raise ValueError(f"PSKD: {obstacle}: use pskd_teacher='snapshot', or a DataLoader of a map-style data set")
+    loader = getattr(loader, 'base_dataloader', loader)
     dataset = loader.dataset
     if isinstance(dataset, _Numbered):  # of a loader that is used again
         return vars(dataset)[INSIDE]

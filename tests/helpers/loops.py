@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import (
@@ -51,3 +52,12 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return iter([self.data[i] for i in range(60)])
+
+
+class LogSoftmaxLoss(nn.Module):
+    """As timm's LabelSmoothingCrossEntropy."""
+
+    def forward(self, x, target):
+        log_probs = F.log_softmax(x, dim=-1)
+        nll = -log_probs.gather(dim=-1, index=target.unsqueeze(1)).squeeze(1)
+        return (0.9 * nll - 0.1 * log_probs.mean(dim=-1)).mean()

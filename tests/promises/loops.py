@@ -182,7 +182,7 @@ class Driver:
             return CSKD(loader, model, labels=[label for _, label in self.data], **options)
         if name == 'FRSKD':
             return FRSKD(model, ['2', '5'], CLASSES, example=torch.zeros(1, 1, 8, 8), **options)
-        if options.get('teacher') == 'snapshot':
+        if options.get('teacher') in ('snapshot', 'ema'):
             options = dict(options, model=model)
         return (TokenPSKD if self.tokens else PSKD)(loader, max_epochs=self.epochs, **options)
 
@@ -195,7 +195,8 @@ class Driver:
             return (method.loss if method else F.cross_entropy)(logits.float(), y)
 
     def _result(self, model, steps, method, checkpoint):
-        bank, teacher = getattr(method, 'bank', None), getattr(method, 'teacher', None)
+        bank, past = getattr(method, 'bank', None), getattr(method, 'past', None)
+        teacher = getattr(past, 'teacher', None)
         return dict(
             weights=copy.deepcopy(model.state_dict()),
             steps=steps,

@@ -188,11 +188,14 @@ ROWS = [
     Row('FRSKD', DETECTRON2, options=dict(args='SELFKD.FRSKD.ENABLED True')),
     Row('PSKD-bank', TORCH, options=dict(alpha=0.8), **BANK),
     Row('PSKD-snapshot', TORCH, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
+    Row('PSKD-ema', TORCH, options=dict(alpha=0.8, teacher='ema', ema_decay=0.9, keep_hard=True), **PAST),
+    Row('PSKD-bank-momentum', TORCH, options=dict(alpha=0.8, bank_momentum=0.5), **BANK),
     Row('TokenPSKD', TORCH, options=dict(alpha=0.8), **BANK),
     Row('CSKD', TORCH, zero=dict(weight=0.0), knows_samples=True),
     Row('FRSKD', TORCH),
     Row('PSKD-bank', LIGHTNING, options=dict(alpha=0.8), **BANK),
     Row('PSKD-snapshot', LIGHTNING, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
+    Row('PSKD-ema', LIGHTNING, options=dict(alpha=0.8, teacher='ema', ema_decay=0.9), **PAST),
     *(
         Row(
             f'PSKD-{teacher}',
@@ -202,7 +205,7 @@ ROWS = [
             acts_at_once=False,
             knows_samples=teacher == 'bank',
         )
-        for teacher in ('bank', 'snapshot')
+        for teacher in ('bank', 'snapshot', 'ema')
     ),
 ]
 

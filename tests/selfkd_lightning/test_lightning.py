@@ -77,7 +77,7 @@ def in_a_plain_loop(data, **options):
     module = Classifier(seeded=True)
     optimizer = module.configure_optimizers()
     torch.manual_seed(1)
-    if options.get('teacher') == 'snapshot':
+    if options['teacher'] != 'bank':
         options['model'] = module.net
     pskd = selfkd_torch.PSKD(loader_of(data, shuffle=False), alpha=0.8, max_epochs=EPOCHS, **options)
     losses = []
@@ -92,11 +92,20 @@ def in_a_plain_loop(data, **options):
     return losses
 
 
-@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
-def test_it_is_the_plain_loop(digits, teacher):
-    callback = PSKD(alpha=0.8, teacher=teacher)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(teacher='bank'),
+        dict(teacher='snapshot'),
+        dict(teacher='ema', ema_decay=0.5, keep_hard=True),
+        dict(teacher='bank', bank_momentum=0.5),
+    ],
+    ids=['bank', 'snapshot', 'ema', 'momentum'],
+)
+def test_it_is_the_plain_loop(digits, options):
+    callback = PSKD(alpha=0.8, **options)
     module = fit(Classifier(seeded=True), loader_of(digits, shuffle=False), callback)
-    assert module.losses == pytest.approx(in_a_plain_loop(digits, teacher=teacher), rel=1e-5)
+    assert module.losses == pytest.approx(in_a_plain_loop(digits, **options), rel=1e-5)
     assert callback.current_alpha == pytest.approx(0.8)
     plain = fit(Classifier(seeded=True), loader_of(digits, shuffle=False))
     assert module.losses[:3] == plain.losses[:3]
@@ -195,7 +204,7 @@ def test_mixed_precision(digits):
     assert callback.pskd.bank.read(torch.arange(60)).dtype == torch.float32
 
 
-@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot', 'ema'])
 @pytest.mark.parametrize('when', ['end', 'validation', 'middle'])
 def test_resume_is_exact(digits, teacher, when, tmp_path):
     """From a checkpoint of the end of epoch 2, of its validation, or (bank) of its first step."""
@@ -232,7 +241,7 @@ def distributed(data, folder):
         bank=callback.pskd.bank.state_dict(),
         rows=torch.cat(callback.rows[:3]),
         weights=module.state_dict(),
-        past=snapshot.pskd.teacher.state_dict(),
+        past=snapshot.pskd.past.model.state_dict(),
     )
 
 
@@ -367,6 +376,97 @@ def test_a_training_that_may_end_early_is_told_of(digits, caplog, what):
     assert 'does not get there' not in caplog.text
 
 
+class Mixed(Classifier):
+    """Mixup."""
+
+    def loss_of(self, batch):
+        x, y = batch
+        target = F.one_hot(y, 10).float()
+        return self.criterion(self.net(0.7 * x + 0.3 * x.flip(0)), 0.7 * target + 0.3 * target.flip(0))
+
+
+def test_auto_takes_the_bank_or_the_snapshot_and_a_checkpoint_decides(digits, caplog, tmp_path):
+    """The first loss shows whether a prediction belongs to a sample."""
+    caplog.set_level('INFO')
+    for kind, module, loader, why in (
+        ('bank', Classifier(), loader_of(digits), 'each sample keeps its identity'),
+        ('snapshot', Classifier(), DataLoader(Stream(digits), batch_size=20), 'samples have no index'),
+        ('snapshot', Mixed(), loader_of(digits), 'samples may be mixed'),
+    ):
+        caplog.clear()
+        callback, checkpoint = PSKD(top_k=3), pl.callbacks.ModelCheckpoint(tmp_path / kind, save_top_k=-1)
+        fit(module, loader, callback, checkpoint, folder=tmp_path)
+        assert callback.pskd.kind == kind
+        assert f"teacher='auto' takes the {kind}" in caplog.text
+        assert why in caplog.text
+        assert ('top_k: no effect' in caplog.text) == (kind == 'snapshot')
+    (saved,) = (tmp_path / 'snapshot').glob('*step=6.ckpt')
+    resumed = PSKD()
+    fit(Classifier(), loader_of(digits), resumed, ckpt_path=saved, folder=tmp_path)
+    assert resumed.pskd.kind == 'snapshot'
+    with pytest.raises(ValueError, match="the state is of teacher='snapshot': resume with the same teacher"):
+        fit(Classifier(), loader_of(digits), PSKD(teacher='bank'), ckpt_path=saved, folder=tmp_path)
+
+
+def test_the_parts_of_the_loss_are_logged(digits):
+    for teacher in ('bank', 'snapshot'):
+        callback, module = PSKD(alpha=0.8, teacher=teacher), Classifier()
+        fit(module, loader_of(digits), callback)
+        logged = {name: float(value) for name, value in module.trainer.logged_metrics.items()}
+        assert logged['pskd_alpha'] == pytest.approx(0.8)
+        assert logged['pskd_hard'] + logged['pskd_soft'] == pytest.approx(module.losses[-1], rel=1e-5)
+        assert 0 < logged['pskd_entropy'] < 2.4
+
+
+@pytest.mark.parametrize('teacher', ['snapshot', 'ema'])
+def test_an_interval_is_in_steps_of_the_optimizer_and_one_epoch_is_enough(digits, teacher, tmp_path):
+    alphas, how = [], dict(max_epochs=1, accumulate_grad_batches=2, folder=tmp_path)
+    # Resumed within an epoch, Lightning begins its data anew: batches are alike.
+    alike = loader_of(
+        TensorDataset(*(part[:5].repeat(12, *[1] * (part.dim() - 1)) for part in digits.tensors)),
+        batch_size=5,
+        shuffle=False,
+    )
+
+    class Notes(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            alphas.append(round(callback.current_alpha, 6))
+
+    callback = PSKD(alpha=0.8, teacher=teacher, interval=2)
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    plain, on = Classifier(seeded=True), Classifier(seeded=True)
+    fit(plain, alike, **how)
+    fit(on, alike, callback, Notes(), checkpoint, **how)
+    assert alphas == pytest.approx([0] * 4 + [0.8 * 2 / 6] * 4 + [0.8 * 4 / 6] * 4, abs=1e-6)
+    assert on.losses[:4] == plain.losses[:4]
+    assert all(a != b for a, b in zip(on.losses[4:], plain.losses[4:]))
+    (saved,) = tmp_path.glob('*step=3.ckpt')
+    again = PSKD(alpha=0.8, teacher=teacher, interval=2)
+    resumed = Classifier(seeded=True)
+    fit(resumed, alike, again, ckpt_path=saved, **how)
+    assert resumed.losses == on.losses[6:]
+
+
+def test_a_checkpoint_without_a_past_within_an_epoch(digits, caplog, tmp_path):
+    """Plain until the next epoch."""
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
+    loader = loader_of(digits, shuffle=False)
+    fit(Classifier(seeded=True), loader, checkpoint, folder=tmp_path)
+    (saved,) = tmp_path.glob('*step=4.ckpt')
+    plain, resumed = Classifier(seeded=True), Classifier(seeded=True)
+    fit(plain, loader, ckpt_path=saved, folder=tmp_path)
+    fit(resumed, loader, PSKD(teacher='snapshot'), ckpt_path=saved, folder=tmp_path)
+    assert 'the checkpoint holds no past predictions: plain training until there are some' in caplog.text
+    assert resumed.losses[:2] == plain.losses[:2]
+    assert resumed.losses[2] != plain.losses[2]
+
+
+def test_old_names_of_options():
+    for old, value in dict(dtype=torch.float16, device='cpu').items():
+        with pytest.warns(DeprecationWarning, match=f'PSKD: {old} is now called bank_{old}'):
+            assert PSKD(**{old: value})._settings[f'bank_{old}'] == value
+
+
 class Stream(IterableDataset):
     def __init__(self, data):
         self.data = data
@@ -419,7 +519,7 @@ def test_an_endless_loader_has_epochs_by_limit_train_batches(digits):
     endless, callback = loader_of(digits, shuffle=False, sampler=sampler), PSKD()
     fit(Classifier(), endless, callback, limit_train_batches=3)
     assert callback.current_alpha == pytest.approx(0.8)
-    with pytest.raises(ValueError, match='ends within its first epoch'):
+    with pytest.raises(ValueError, match='have no past, and training ends after 1'):
         fit(Classifier(), endless, PSKD(), max_epochs=-1, max_steps=9)
 
 
@@ -471,10 +571,13 @@ def test_what_cannot_work_is_refused(digits):
     loader, stream = loader_of(digits), DataLoader(Stream(digits), batch_size=20)
     snapshot = PSKD(teacher='snapshot')
     for error, message, how in (
-        (ValueError, r'ends within its first epoch \(max_epochs=1', dict(max_epochs=1)),
-        (ValueError, r'ends within its first epoch .*max_steps=3', dict(max_steps=3)),
+        (ValueError, 'have no past, and training ends after 1', dict(max_epochs=1)),
+        (ValueError, 'have no past, and training ends after 1', dict(max_steps=3)),
         (ValueError, 'set max_epochs or max_steps', dict(max_epochs=-1)),
-        (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot'", dict(loader=stream)),
+        (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot', which needs no rows",
+         dict(loader=stream, callback=PSKD(teacher='bank'))),
+        (ValueError, 'limit_train_batches', dict(loader=stream, callback=PSKD(teacher='ema', interval=2))),
+        (ValueError, 'samples may be mixed', dict(module=Mixed(), callback=PSKD(teacher='bank'))),
         (ValueError, r'from one DataLoader \(of a ConcatDataset\)', dict(loader=[loader, loader])),
         (ValueError, r'training_step\(dataloader_iter\) fetches', dict(module=Fetching())),
         (ValueError, r"but there are \['net', 'head'\]", dict(module=TwoParts(), callback=snapshot)),
@@ -492,8 +595,13 @@ def test_what_cannot_work_is_refused(digits):
         fit(Classifier(), loader, PSKD(), PSKD())
     with pytest.raises(ValueError, match=r'alpha must lie in \[0, 1\], got 2'):
         PSKD(alpha=2)
-    with pytest.raises(ValueError, match="model is for teacher='snapshot'"):
-        PSKD(model='net')
+    for options in (
+        dict(teacher='bank', model='net'),
+        dict(teacher='snapshot', top_k=2),
+        dict(teacher='snapshot', ema_decay=0.9),
+    ):
+        with pytest.raises(ValueError, match='would do nothing: remove'):
+            PSKD(**options)
     with pytest.raises(RuntimeError, match='the loss is for training_step'):
         PSKD().loss(torch.zeros(1, 2), torch.zeros(1).long())
     assert len(fit(Classifier(), stream, snapshot).losses) == 9

@@ -200,7 +200,7 @@ def test_a_batch_that_fails_takes_its_rows_along():
             return super().__getitem__(index)
 
     batches = Batches(loader_of(Broken()))
-    batches.number('PSKD')
+    batches.number('PSKD', 'use another loader')
     running, seen = iter(batches.lend()), []
     while True:
         try:
@@ -332,7 +332,8 @@ def test_lengths_that_cannot_work_are_refused():
         ('goes over the data', lambda: snapshot_of(endless, model)),
         ('by max_epochs= .* or max_steps=', lambda: bank_of(loader_of(), max_steps=9)),
         ('by max_epochs= .* or max_steps=', lambda: bank_of(loader_of(), max_epochs=None)),
-        ('max_steps must be a whole number above 4', lambda: bank_of(endless, max_epochs=None, max_steps=4)),
+        ('the first 4 steps .a pass over the data. .* ends after 4',
+         lambda: bank_of(endless, max_epochs=None, max_steps=4)),
         ('max_steps needs to know how many batches a pass',
          lambda: snapshot_of(loader_of(Endless()), model, max_epochs=None, max_steps=9)),
     ):  # fmt: skip

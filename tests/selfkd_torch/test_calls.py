@@ -79,7 +79,10 @@ def test_two_calls_before_the_losses(of_output):
     def step(x, y):
         first, second = model(x), model(-x)
         losses = [pskd.loss(of_output(second), y), pskd.loss(of_output(first), y)]
-        return [(losses[1], softened(first, y, pskd.teacher(x))), (losses[0], softened(second, y, pskd.teacher(-x)))]
+        return [
+            (losses[1], softened(first, y, pskd.past.teacher(x))),
+            (losses[0], softened(second, y, pskd.past.teacher(-x))),
+        ]
 
     for loss, expected in sum(two_epochs(pskd, step), []):
         torch.testing.assert_close(loss, expected)
@@ -116,7 +119,10 @@ def test_a_tap_leaves_auxiliary_heads_alone():
             output = model(x)
             main, aux = F.cross_entropy(output['out'], y), F.cross_entropy(output['aux'], y)
         with torch.no_grad():
-            return (main, softened(output['out'], y, pskd.teacher(x)['out'])), (aux, F.cross_entropy(output['aux'], y))
+            return (main, softened(output['out'], y, pskd.past.teacher(x)['out'])), (
+                aux,
+                F.cross_entropy(output['aux'], y),
+            )
 
     for loss, expected in sum(two_epochs(pskd, step), ()):
         torch.testing.assert_close(loss, expected)
@@ -141,7 +147,7 @@ def test_a_loss_within_the_model():
     def step(x, y):
         with pskd.tap():
             output = model(x, y)
-        return output['loss'], softened(output['out'], y, pskd.teacher(x, y)['out'])
+        return output['loss'], softened(output['out'], y, pskd.past.teacher(x, y)['out'])
 
     for loss, expected in two_epochs(pskd, step):
         torch.testing.assert_close(loss, expected)
@@ -421,7 +427,7 @@ def test_tokens_in_batches_with_one_label_for_each_sample(kind, classes):
     loader = DataLoader(samples, batch_size=1, collate_fn=lambda batch: torch.stack(list(map(entry[kind], batch))))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY))
-    pskd, past = TokenPSKD(loader, classes, max_epochs=3, top_k=VOCABULARY, dtype=torch.float32), {}
+    pskd, past = TokenPSKD(loader, classes, max_epochs=3, top_k=VOCABULARY, bank_dtype='float32'), {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for epoch in range(3):
         for i, ids in enumerate(pskd.batches()):
@@ -437,9 +443,9 @@ def test_tokens_in_batches_with_one_label_for_each_sample(kind, classes):
             optimizer.step()
     assert pskd.bank.num_samples == 24
     assert pskd.bank._tables[0].dtype == torch.float32
-    again = TokenPSKD(loader, max_epochs=3, top_k=VOCABULARY, dtype=torch.float32)
+    again = TokenPSKD(loader, max_epochs=3, top_k=VOCABULARY, bank_dtype='float32')
     again.load_state_dict(pskd.state_dict())
-    assert torch.equal(again.bank.read(torch.tensor([1])), pskd.bank.read(torch.tensor([1])))
+    assert torch.equal(again.state_dict()['bank']['values'], pskd.state_dict()['bank']['values'])
 
 
 def test_samples_with_single_labels_have_a_bank_of_samples():
@@ -448,10 +454,18 @@ def test_samples_with_single_labels_have_a_bank_of_samples():
     state = torch.get_rng_state()
     assert not pskd._has_tokens()
     assert torch.equal(state, torch.get_rng_state())
-    assert pskd.bank.num_samples == 12
+    model = linear()
+    each(pskd.batches(), lambda x, y: pskd.loss(model(x), y))
+    assert (pskd.bank.num_samples, pskd.bank.top_k, pskd.alpha) == (12, None, 0.8)
     tokens = TokenPSKD(DataLoader(TEXTS), VOCABULARY, max_epochs=2)
-    assert tokens.bank._tables[0].dtype == torch.float16
-    assert TokenPSKD(DataLoader(TEXTS), VOCABULARY, max_epochs=2, device='meta').bank._tables[0].is_meta
+    for ids in tokens.batches():
+        tokens.loss(torch.zeros(3, VOCABULARY), ids[0, 1:])
+    assert (tokens.bank._tables[0].dtype, tokens.bank.top_k, tokens.alpha) == (torch.float16, 8, 0.3)
+    on_meta = TokenPSKD(DataLoader(TEXTS), VOCABULARY, max_epochs=2, bank_device='meta')
+    for ids in on_meta.batches():
+        on_meta.loss(torch.zeros(3, VOCABULARY), ids[0, 1:])
+        break
+    assert on_meta.bank._tables[0].is_meta
     with pytest.raises(
         ValueError, match="the state's bank is of tokens, but the training set's samples have labels for s"
     ):

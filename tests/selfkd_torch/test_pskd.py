@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.loops import EPOCHS, Stream, loader_of, network, train
+from helpers.loops import EPOCHS, LogSoftmaxLoss, Stream, loader_of, network, train
 from helpers.processes import in_processes
 from torch import nn
 from torch.utils.data import (
@@ -17,7 +17,7 @@ from torch.utils.data import (
 from selfkd.bank import PredictionBank
 from selfkd.losses import pskd_loss
 from selfkd.teacher import SnapshotTeacher
-from selfkd_torch import FRSKD, PSKD
+from selfkd_torch import FRSKD, PSKD, TokenPSKD
 
 
 def same(model, other):
@@ -86,10 +86,10 @@ def test_the_snapshot_teaches_in_the_students_mode(digits):
     torch.testing.assert_close(restated.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot', 'ema'])
 def test_resume_is_exact(digits, teacher):
     def make(model):
-        how = dict(num_classes=10) if teacher == 'bank' else dict(teacher='snapshot', model=model)
+        how = dict(num_classes=10) if teacher == 'bank' else dict(teacher=teacher, model=model)
         return PSKD(loader_of(digits, shuffle=False), alpha=0.8, max_epochs=4, **how)
 
     straight = network()
@@ -123,7 +123,7 @@ def test_resume_is_exact(digits, teacher):
     torch.set_rng_state(saved['r'])
     assert first + list(steps(pskd, resumed, optimizer, 2)) == losses
     assert same(resumed, straight)
-    other = dict(teacher='snapshot', model=resumed) if teacher == 'bank' else dict(num_classes=10)
+    other = dict(teacher='snapshot', model=resumed) if teacher == 'bank' else dict(teacher='bank')
     with pytest.raises(ValueError, match=f"PSKD: the state is of teacher='{teacher}'"):
         PSKD(loader_of(digits), max_epochs=4, **other).load_state_dict(saved['p'])
 
@@ -132,9 +132,107 @@ def test_the_number_of_classes_is_seen_at_the_first_loss_or_in_the_state(digits)
     given, found = (PSKD(loader_of(digits), classes, alpha=0.8, max_epochs=EPOCHS) for classes in (10, None))
     assert train(network(), found.batches(), found.loss) == train(network(), given.batches(), given.loss)
     again = PSKD(loader_of(digits), max_epochs=EPOCHS)
-    assert again.state_dict()['bank'] is None
+    assert 'bank' not in again.state_dict()
     again.load_state_dict(found.state_dict())
-    assert torch.equal(again.bank.read(torch.arange(60)), given.bank.read(torch.arange(60)))
+    assert again.state_dict().keys() == found.state_dict().keys()
+    assert torch.equal(again.state_dict()['bank']['values'], given.bank.read(torch.arange(60)))
+
+
+def test_the_average_moves_with_each_batch(digits):
+    model, loader = network(), loader_of(digits, shuffle=False)
+    pskd = PSKD(loader, max_epochs=2, teacher='ema', ema_decay=0.5, model=model)
+    average, weights = model[0].weight.detach().clone(), []
+    train(model, pskd.batches(), pskd.loss, 1, after_step=lambda: weights.append(model[0].weight.detach().clone()))
+    for t, weight in enumerate(weights, 1):
+        average = average.lerp(weight, 1 - min(0.5, (1 + t) / (10 + t)))
+    torch.testing.assert_close(pskd.past.model[0].weight, average)
+
+
+def mixup(x, y):
+    target = F.one_hot(y, 10).float()
+    return 0.7 * x + 0.3 * x.flip(0), 0.7 * target + 0.3 * target.flip(0)
+
+
+@pytest.mark.parametrize('how', ['loss', 'tap'])
+def test_auto_takes_the_bank_or_the_snapshot(digits, caplog, how):
+    """The first loss shows whether a prediction belongs to a sample; a state decides for the resumed run."""
+    caplog.set_level('INFO')
+    for kind, why, data, change in (
+        ('bank', 'each sample keeps its identity', digits, lambda x, y: (x, y)),
+        ('snapshot', 'samples may be mixed', digits, mixup),
+        ('snapshot', 'the batch has 20 samples of 10 classes', digits, lambda x, y: (x.repeat(2, 1), y.repeat(2))),
+        ('snapshot', 'IterableDataset, whose samples have no index', Stream(digits), lambda x, y: (x, y)),
+    ):
+        caplog.clear()
+        losses = {}
+        for teacher in ('auto', kind):
+            model = network()
+            loader = loader_of(data, shuffle=False)
+            given = {} if teacher == 'bank' else dict(model=model)
+            pskd = PSKD(
+                loader, 10, max_epochs=2, teacher=teacher, **given, **(dict(top_k=3) if teacher == 'auto' else {})
+            )
+            if teacher == kind == 'bank':
+                pskd = PSKD(loader, 10, max_epochs=2, teacher=teacher, top_k=3)
+            loss_of = pskd.loss if how == 'loss' else F.cross_entropy
+            with pskd.tap(check=False) if how == 'tap' else torch.enable_grad():
+                losses[teacher] = []
+                for _ in range(2):
+                    for batch in pskd.batches():
+                        x, y = change(*batch)
+                        losses[teacher].append(loss_of(model(x), y).item())
+            assert pskd.kind == kind
+        assert losses['auto'] == losses[kind]
+        assert f"teacher='auto' takes the {kind}" in caplog.text
+        assert why in caplog.text
+        assert ('top_k: no effect' in caplog.text) == (kind == 'snapshot')
+        again = PSKD(loader_of(digits), max_epochs=2, model=network())
+        again.load_state_dict(pskd.state_dict())
+        assert again.kind == kind
+    pskd = PSKD(loader_of(digits), max_epochs=2)  # nothing to copy
+    with pytest.raises(ValueError, match="samples may be mixed .*: use teacher='snapshot' with model="):
+        train(network(), pskd.batches(), lambda z, y: pskd.loss(z, F.one_hot(y, 10).float()))
+
+
+@pytest.mark.parametrize('teacher', ['snapshot', 'ema'])
+def test_an_interval_in_place_of_epochs(digits, teacher):
+    """In a training of one epoch: alpha grows with what was done when the period began."""
+    model, alphas, plain = network(), [], network()
+    pskd = PSKD(loader_of(digits, batch_size=10), max_epochs=1, teacher=teacher, interval=2, model=model)
+    losses = train(model, pskd.batches(), pskd.loss, 1, after_step=lambda: alphas.append(pskd.current_alpha))
+    assert alphas == pytest.approx([0, 0, 0.8 / 3, 0.8 / 3, 1.6 / 3, 1.6 / 3])
+    expected = train(plain, loader_of(digits, batch_size=10), F.cross_entropy, 1)
+    assert losses[:2] == expected[:2]
+    assert losses[2] != expected[2]
+    with pytest.raises(ValueError, match='the first 6 steps .interval=. have no past'):
+        PSKD(loader_of(digits, batch_size=10), max_epochs=1, interval=6, model=model)
+
+
+@pytest.mark.parametrize('keep_hard', [False, True])
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_the_logs_are_the_parts_of_the_loss(digits, teacher, keep_hard):
+    for criterion in (None, LogSoftmaxLoss()):
+        model = network()
+        given = dict(num_classes=10) if teacher == 'bank' else dict(model=model)
+        pskd = PSKD(loader_of(digits, shuffle=False), max_epochs=2, teacher=teacher, keep_hard=keep_hard, **given)
+        for epoch in range(2):
+            for x, y in pskd.batches():
+                logits = model(x)
+                with pskd.tap(criterion, check=False):
+                    loss = criterion(logits, y) if criterion else F.cross_entropy(logits, y, label_smoothing=0.1)
+                logs = {name: float(value) for name, value in pskd.logs.items()}
+                assert logs['pskd_alpha'] == pytest.approx(0.4 * (epoch + 1))
+                assert logs['pskd_hard'] + logs['pskd_soft'] == pytest.approx(loss.item(), rel=1e-5)
+                assert (logs['pskd_entropy'] > 0) == (logs['pskd_soft'] > 0) == (epoch == 1)
+        plain = LogSoftmaxLoss()(logits, y) if criterion else F.cross_entropy(logits, y, label_smoothing=0.1)
+        assert logs['pskd_hard'] == pytest.approx(plain.item() * (1 if keep_hard else 0.2), rel=1e-4)
+
+
+def test_old_names_of_options(digits):
+    for kind in (PSKD, TokenPSKD):
+        for old, value in dict(dtype=torch.float16, device='cpu').items():
+            with pytest.warns(DeprecationWarning, match=f'{kind.__name__}: {old} is now called bank_{old}'):
+                assert kind(loader_of(digits), max_epochs=2, **{old: value})._settings[f'bank_{old}'] == value
 
 
 def test_a_snapshot_saved_within_an_epoch_is_the_one_that_taught(digits):
@@ -153,7 +251,7 @@ def test_a_snapshot_saved_within_an_epoch_is_the_one_that_taught(digits):
     for x, y in again.batches():
         again.loss(model(x), y)
         assert again.current_alpha == pskd.current_alpha
-        assert torch.equal(again.teacher.state_dict()['0.weight'], before)
+        assert torch.equal(again.past.model.state_dict()['0.weight'], before)
         break
 
 
@@ -262,16 +360,19 @@ def one_ahead(batches):
 def test_what_cannot_work_is_refused(digits):
     loader, model = loader_of(digits), network()
     for error, message, make in (
-        (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot'",
+        (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot' with model=",
          lambda: PSKD(DataLoader(Stream(digits)), num_classes=10, max_epochs=3)),
-        (ValueError, 'loader must be a torch DataLoader, got list', lambda: PSKD([1], num_classes=10, max_epochs=3)),
-        (ValueError, "got Prefetcher, whose batches come from an __iter__ of its own, .* use teacher='snapshot'",
+        (ValueError, 'the loader is a list, whose batches do not come from', lambda: PSKD([1], max_epochs=3)),
+        (ValueError, 'the first 1 epochs .* training ends after 1', lambda: PSKD(loader, 10, max_epochs=1)),
+        (ValueError, 'the loader is a Prefetcher, whose batches do not come from',
          lambda: PSKD(type('Prefetcher', (), {'loader': loader, '__iter__': one_ahead})(), 10, max_epochs=3)),
-        (ValueError, 'max_epochs must be a whole number from 2 on, got 1', lambda: PSKD(loader, 10, max_epochs=1)),
         (ValueError, r'alpha must lie in \[0, 1\], got 1.5', lambda: PSKD(loader, 10, alpha=1.5, max_epochs=3)),
         (ValueError, "teacher='snapshot' copies the model", lambda: PSKD(loader, max_epochs=3, teacher='snapshot')),
-        (ValueError, "are for teacher='snapshot': remove them", lambda: PSKD(loader, 10, max_epochs=3, model=model)),
-        (ValueError, "are the bank's: remove them",
+        (ValueError, "with teacher='bank' model would do nothing",
+         lambda: PSKD(loader, 10, max_epochs=3, teacher='bank', model=model)),
+        (ValueError, 'interval must be a positive number of steps', lambda: PSKD(loader, max_epochs=3, interval=0)),
+        (ValueError, 'bank_momentum: must lie in', lambda: PSKD(loader, max_epochs=3, bank_momentum=1.0)),
+        (ValueError, "with teacher='snapshot' top_k would do nothing",
          lambda: PSKD(loader, max_epochs=3, teacher='snapshot', model=model, top_k=2)),
         (ValueError, 'have a PSKD already',
          lambda: PSKD(PSKD(loader, 10, max_epochs=3).batches(), 10, max_epochs=3)),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.loops import EPOCHS, loader_of, network, train
+from helpers.loops import EPOCHS, LogSoftmaxLoss, loader_of, network, train
 from torch import nn
 
 from selfkd_torch import PSKD
@@ -20,15 +20,6 @@ def torchvision_style_epoch(model, criterion, optimizer, data_loader):
         optimizer.step()
         with torch.inference_mode():
             F.cross_entropy(output, target)  # for the log
-
-
-class LogSoftmaxLoss(nn.Module):
-    """As timm's LabelSmoothingCrossEntropy."""
-
-    def forward(self, x, target):
-        log_probs = F.log_softmax(x, dim=-1)
-        nll = -log_probs.gather(dim=-1, index=target.unsqueeze(1)).squeeze(1)
-        return (0.9 * nll - 0.1 * log_probs.mean(dim=-1)).mean()
 
 
 @pytest.mark.parametrize(

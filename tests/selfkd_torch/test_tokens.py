@@ -47,7 +47,6 @@ def test_a_bank_of_tokens():
     assert pskd.bank.num_samples == 20
     again = TokenPSKD(loader, alpha=0.8, max_epochs=3, top_k=7)
     again.load_state_dict(pskd.state_dict())
-    assert torch.equal(again.bank.read(torch.arange(20)), pskd.bank.read(torch.arange(20)))
     for method, change, message in (
         (
             pskd,

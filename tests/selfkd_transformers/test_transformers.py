@@ -1,5 +1,6 @@
 """Self-distillation under transformers' own Trainer; models are built from configs, nothing is downloaded."""
 
+import copy
 import os
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from selfkd_torch import PSKD  # noqa: E402
 from selfkd_transformers import PSKDArguments, PSKDMixin, PSKDTrainingArguments  # noqa: E402
+from selfkd_transformers.pskd import _Numbered  # noqa: E402
 
 EPOCHS, SAMPLES = 3, 24
 
@@ -227,7 +229,9 @@ def test_tokens_in_batches_with_one_label_for_each_sample(task, tmp_path):
 
 
 @pytest.mark.parametrize('when', ['epoch', 'steps', 'last step'])
-@pytest.mark.parametrize(('task', 'teacher'), [('text', 'bank'), ('language', 'bank'), ('language', 'snapshot')])
+@pytest.mark.parametrize(
+    ('task', 'teacher'), [('text', 'bank'), ('language', 'bank'), ('language', 'snapshot'), ('text', 'ema')]
+)
 def test_resume_is_exact(task, teacher, when, tmp_path):
     """From a checkpoint of the end of an epoch, of two steps later, and of an epoch's last step, before it is over."""
     how = dict(save_strategy='epoch', pskd_teacher=teacher, save_total_limit=1)
@@ -615,34 +619,119 @@ def test_what_cannot_work_is_refused(tmp_path):
 
     for error, message, task, how in (
         (ValueError, 'pskd_alpha must lie in .0, 1., got 2', 'text', dict(pskd_alpha=2.0)),
-        (ValueError, "pskd_teacher must be one of .*, got 'ema'", 'text', dict(pskd_teacher='ema')),
-        (ValueError, 'pskd_top_k cannot be used here: it is for the bank', 'text',
+        (ValueError, "pskd_teacher must be one of .*, got 'mean'", 'text', dict(pskd_teacher='mean')),
+        (ValueError, "with pskd_teacher='snapshot' pskd_top_k would do nothing", 'text',
          dict(pskd_teacher='snapshot', pskd_top_k=2)),
         (ValueError, r'args must be PSKDTrainingArguments .*, got TrainingArguments', 'text',
          dict(arguments=TrainingArguments)),
         (ValueError, 'torch_compile cannot be used here', 'text', dict(torch_compile=True)),
         (ValueError, 'dispatch_batches cannot be used here', 'text',
          dict(accelerator_config=dict(dispatch_batches=True))),
-        (ValueError, r'ends within its first epoch \(num_train_epochs=1', 'text', dict(num_train_epochs=1)),
-        (ValueError, 'ends within its first epoch .*max_steps=4', 'text', dict(max_steps=4)),
+        (ValueError, 'no past, and training ends after 1, .* raise num_train_epochs', 'text', dict(num_train_epochs=1)),
+        (ValueError, 'ends after 1, .* raise num_train_epochs or max_steps', 'text', dict(max_steps=4)),
         (ValueError, "a Stream, whose samples have no index: use pskd_teacher='snapshot'", 'text',
-         dict(data=Stream(), max_steps=6)),
+         dict(data=Stream(), max_steps=6, pskd_teacher='bank')),
         (ValueError, 'max_steps comes to is not known of data without a length.*give the data set a __len__', 'text',
          dict(data=Stream(), max_steps=6, pskd_teacher='snapshot')),
         (ValueError, "are not those that the sampler chose.*pskd_teacher='snapshot'", 'language',
-         dict(data=Masked('language'))),
-        (ValueError, 'the labels are of 1 samples, but the batch has 6', 'language', dict(trainer=Joining)),
+         dict(data=Masked('language'), pskd_teacher='bank')),
+        (ValueError, 'tokens for 6 samples: joined into one', 'language',
+         dict(trainer=Joining, pskd_teacher='bank')),
         (RuntimeError, 'a batch was trained on without', 'text', dict(trainer=Silent)),
         (RuntimeError, 'Forgets.training_step must call super', 'text', dict(trainer=Forgets)),
         (RuntimeError, 'Forgets.training_step must call super', 'text', dict(trainer=Forgets, pskd_teacher='snapshot')),
         (RuntimeError, 'a batch came without selfkd_rows', 'text', dict(trainer=Cuts)),
         (ValueError, 'start_logits, end_logits, but no logits .* such a model is not served', 'answers',
          dict(pskd_teacher='snapshot')),
-        (RuntimeError, "a second loss in one batch.*use pskd_teacher='snapshot'", 'answers', {}),
+        (RuntimeError, "a second loss in one batch.*use pskd_teacher='snapshot'", 'answers', dict(pskd_teacher='bank')),
         (ValueError, "or use pskd_teacher='bank'", 'language', dict(trainer=Shifts, pskd_teacher='snapshot')),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             fit('pskd', task, tmp_path, **how)
+
+
+@dataclass
+class Masks:
+    """As DataCollatorForLanguageModeling; the real one wants a tokenizer."""
+
+    mlm: bool = True
+
+    def __call__(self, features):
+        batch = pad(features)
+        hidden = torch.rand(batch['labels'].shape) < 0.5
+        return dict(batch, labels=batch['labels'].masked_fill(~hidden, -100))
+
+
+class Soft(OwnLoss):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = F.one_hot(inputs.pop('labels'), 3).float()
+        return F.cross_entropy(model(**inputs).logits, labels)
+
+
+def test_auto_always_has_a_past(tmp_path, caplog):
+    caplog.set_level('INFO')
+    for kind, task, why, how in (
+        ('bank', 'text', 'each sample keeps its identity', {}),
+        ('bank', 'language', 'each sample keeps its identity', {}),
+        ('snapshot', 'text', 'a Counted, whose samples have no index', dict(data=Counted())),
+        ('snapshot', 'language', 'Masks masks other tokens each time', dict(collator=Masks())),
+        ('snapshot', 'text', 'samples may be mixed', dict(trainer=Soft)),
+        ('snapshot', 'language', 'joined into one', dict(collator=join)),
+    ):
+        caplog.clear()
+        trainer = fit('pskd', task, tmp_path, **how)
+        assert trainer.pskd.kind == kind
+        assert f"teacher='auto' takes the {kind}" in caplog.text
+        assert why in caplog.text
+        assert trainer.pskd.alpha == (0.3 if task == 'language' else 0.8)
+        assert trainer.pskd.logs['pskd_alpha'] == pytest.approx(trainer.pskd.alpha)
+        assert trainer.pskd.logs['pskd_entropy'] > 0
+    fit('pskd', 'text', tmp_path, save_strategy='epoch')
+    with pytest.raises(ValueError, match="the state is of teacher='bank': resume with the same teacher"):
+        fit('pskd', 'text', tmp_path, resume=True, pskd_teacher='ema', num_train_epochs=4)
+
+
+def test_the_parts_of_the_loss_are_in_the_trainers_log(tmp_path):
+    how = dict(logging_strategy='steps', logging_steps=1, pskd_teacher='ema', pskd_alpha=0.5)
+    trainer = fit('pskd', 'text', tmp_path, **how)
+    entries = [entry for entry in trainer.state.log_history if 'loss' in entry]
+    assert len(entries) == EPOCHS * 4
+    assert [entry['pskd_alpha'] for entry in entries[::4]] == pytest.approx([0.5 / 3, 1 / 3, 0.5])
+    for entry, loss in zip(entries, trainer.losses):
+        assert entry['pskd_hard'] + entry['pskd_soft'] == pytest.approx(loss, rel=1e-5)
+        assert (entry['pskd_entropy'] > 0) == (entry is not entries[0] and entry not in entries[:4])
+    kept = fit('pskd', 'text', tmp_path, **how, pskd_keep_hard=True)
+    assert kept.losses[:4] == trainer.losses[:4]
+    assert kept.losses[4] > trainer.losses[4]
+
+
+@pytest.mark.parametrize('teacher', ['snapshot', 'ema'])
+def test_an_interval_is_in_steps_of_the_optimizer_and_one_epoch_is_enough(teacher, tmp_path):
+    how = dict(num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    plain = fit('plain', 'text', tmp_path, **how)
+    how.update(pskd_teacher=teacher, pskd_interval=2, save_strategy='steps', save_steps=3)
+    trainer = fit('pskd', 'text', tmp_path, **how)
+    assert trainer.losses[:4] == plain.losses[:4]
+    assert all(a != b for a, b in zip(trainer.losses[4:], plain.losses[4:]))
+    assert trainer.pskd.current_alpha == pytest.approx(0.8 * 4 / 6)
+    resumed = fit('pskd', 'text', tmp_path, resume=str(tmp_path / 'checkpoint-3'), **how)
+    assert resumed.losses == trainer.losses[6:]
+
+
+def test_a_checkpoint_without_a_past_within_an_epoch(tmp_path, caplog):
+    """Plain until the next epoch."""
+    plain = fit('plain', 'text', tmp_path, save_strategy='steps', save_steps=6)
+    resumed = fit('pskd', 'text', tmp_path, resume=str(tmp_path / 'checkpoint-6'), pskd_teacher='snapshot')
+    assert 'holds no past predictions: plain training until there are some' in caplog.text
+    assert resumed.losses[:2] == plain.losses[6:8]
+    assert resumed.losses[2] != plain.losses[8]
+
+
+def test_what_is_set_on_a_numbered_data_set_is_the_users(tmp_path):
+    data = Texts('class')
+    numbered = _Numbered(data)
+    numbered.noise = 7
+    assert data.noise == copy.deepcopy(numbered).noise == 7
 
 
 def test_a_stream_whose_length_is_known_has_a_snapshot(tmp_path):
