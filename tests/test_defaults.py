@@ -110,7 +110,7 @@ PLACES = {
         'CSKD',
         'translation',
     ),
-    'torch CSKD': Place('torch', constructor('selfkd_torch:CSKD'), 'CSKD', 'classification'),
+    'torch CSKD': Place('torch', constructor('selfkd_torch:CSKD', positional=2), 'CSKD', 'classification'),
     'mmpretrain FRSKD': Place(
         'mmpretrain', constructor('selfkd_mmpretrain.frskd:SelfTeacher', positional=20), 'FRSKD', 'classification'
     ),
