@@ -9,7 +9,7 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-__all__ = ['at_least_zero', 'one_of', 'positive', 'several_epochs', 'share']
+__all__ = ['at_least_zero', 'one_of', 'positive', 'share']
 
 REDUCTIONS = ('none', 'mean', 'sum')
 # Sums of distributions are off by 1e-3 or so for storage in float16 and top-k renormalisation, and by half of float16's
@@ -66,22 +66,6 @@ def one_of(user: str, allowed: Sequence[object], **settings: object) -> None:
     for name, value in settings.items():
         if value not in allowed:
             raise ValueError(f'{user}: {name} must be one of {list(allowed)}, got {value!r}')
-
-
-def several_epochs(user: str, epochs: int, **settings: object) -> None:
-    """Refuses a training of less than two epochs, in which nothing was predicted before.
-
-    Args:
-        user: what the message begins with.
-        epochs: how many the settings come to.
-        settings: their names and values, for the message.
-    """
-    if epochs < 2:
-        named = ', '.join(f'{name}={value}' for name, value in settings.items())
-        raise ValueError(
-            f'{user}: the training ends within its first epoch ({named}), in which there is no past, so it would be '
-            'plain: train for more'
-        )
 
 
 def tracing() -> bool:
