@@ -10,7 +10,18 @@ from .row_labels import RowLabels
 from .topk import TopK, draw_top_k
 from .transfer import to_host
 
-__all__ = ['PredictionBank', 'draw_top_k']
+__all__ = ['PredictionBank', 'bank_dtype', 'draw_top_k']
+
+
+DTYPES = {'float32': torch.float32, 'float16': torch.float16}
+
+
+def bank_dtype(name: str, dtype: Union[str, torch.dtype]) -> torch.dtype:
+    """A dtype that a bank can have, given by itself or by its name; others are refused."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f'{name}: must be one of {list(DTYPES)} (or that dtype of torch), got {dtype!r}')
+    return found
 
 
 class PredictionBank:
@@ -32,7 +43,7 @@ class PredictionBank:
         num_classes: C.
         top_k: keep only the k largest probabilities and their class ids of a row, and spread the rest of its mass
             evenly over the other classes. ImageNet takes 0.1 GB with ``top_k=16`` instead of 5.1 GB.
-        dtype: of the stored probabilities, ``torch.float32`` (exact) or ``torch.float16``.
+        dtype: of the stored probabilities, ``torch.float32`` (exact) or ``torch.float16``, or its name.
         device: where the table lives. With the table on the CPU and probabilities on an accelerator, rows written are
             copied over in the background.
 
@@ -57,7 +68,7 @@ class PredictionBank:
         num_classes: int,
         *,
         top_k: Optional[int] = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Union[str, torch.dtype] = torch.float32,
         device: Union[str, torch.device] = 'cpu',
     ):
         if num_samples < 1:
@@ -66,8 +77,7 @@ class PredictionBank:
             raise ValueError(f'num_classes: must be at least 2, got {num_classes}')
         if top_k is not None and not 1 <= top_k <= num_classes:
             raise ValueError(f'top_k: must lie in [1, num_classes={num_classes}] or be None, got {top_k}')
-        if dtype not in (torch.float32, torch.float16):
-            raise ValueError(f'dtype: must be torch.float32 or torch.float16, got {dtype}')
+        dtype = bank_dtype('dtype', dtype)
         self.num_samples, self.num_classes, self.top_k = num_samples, num_classes, top_k
         self.device = torch.device(device)
         columns = num_classes if top_k is None else top_k

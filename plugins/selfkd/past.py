@@ -13,23 +13,15 @@ from torch import Tensor, nn
 
 from .bank import PredictionBank
 from .bank_sync import exchange_rows
-from .defaults import PSKD
+from .options import check_momentum
 from .seeds import row_uniform
 from .teacher import SnapshotTeacher
 from .topk import TopK, draw_top_k
 
-__all__ = ['TEACHERS', 'AveragePast', 'BankPast', 'CopyPast', 'Past', 'Prediction', 'SnapshotPast', 'TokenBankPast']
-__all__ += ['check_kind', 'check_momentum', 'choose_teacher', 'copy_past', 'options_without_effect']
-__all__ += ['refuse_without_past']
+__all__ = ['AveragePast', 'BankPast', 'CopyPast', 'Past', 'Prediction', 'SnapshotPast', 'TokenBankPast']
+__all__ += ['check_kind', 'copy_past']
 
 logger = logging.getLogger(__name__)
-
-TEACHERS = ('auto', 'bank', 'snapshot', 'ema')
-OPTIONS = {  # that only some teachers have
-    'bank': ('top_k', 'bank_dtype', 'bank_device', 'bank_momentum'),
-    'snapshot': ('teacher_mode', 'interval'),
-    'ema': ('teacher_mode', 'interval', 'ema_decay'),
-}
 
 
 class Prediction(NamedTuple):
@@ -214,7 +206,7 @@ class TokenBankPast(BankPast):
         num_classes: int,
         *,
         top_k: int,
-        dtype: torch.dtype = torch.float16,
+        dtype: Union[str, torch.dtype] = torch.float16,
         device: Union[str, torch.device] = 'cpu',
         ignore_index: int = -100,
         way_out: str,
@@ -358,80 +350,11 @@ class AveragePast(CopyPast):
             self.updates, self.ready = state['updates'], state['ready']
 
 
-def check_momentum(momentum: float, top_k: Optional[int]) -> None:
-    """Refuses a bank's momentum that is out of range, or beside ``top_k``."""
-    if not 0 <= momentum < 1:
-        raise ValueError(f'bank_momentum: must lie in [0, 1), got {momentum}')
-    if momentum and top_k:
-        raise ValueError(
-            f'bank_momentum: rows of which a few classes are kept cannot be averaged, got {momentum} beside '
-            f'top_k={top_k}: remove one of the two'
-        )
-
-
 def copy_past(teacher: str, model: nn.Module, *, mode: str, ema_decay: float) -> CopyPast:
     """The copy that ``teacher='snapshot'`` or ``'ema'`` asks for."""
     if teacher == 'ema':
         return AveragePast(model, decay=ema_decay, mode=mode)
     return SnapshotPast(model, mode=mode)
-
-
-def choose_teacher(teacher: str, obstacle: Optional[str], *, log: Callable[[str], None] = logger.info) -> str:
-    """What ``teacher='auto'`` comes to, and says so in the log: the bank, or the snapshot if it cannot be.
-
-    Args:
-        teacher: the setting; anything but ``'auto'`` is taken as it is.
-        obstacle: why a prediction would belong to no single sample, as ``'Mixup mixes samples'``; None: it does belong.
-        log: writes into the toolkit's log.
-    """
-    if teacher != 'auto':
-        return teacher
-    if obstacle is None:
-        log("PS-KD: teacher='auto' takes the bank: each sample keeps its identity")
-        return 'bank'
-    log(f"PS-KD: teacher='auto' takes the snapshot: {obstacle}")
-    return 'snapshot'
-
-
-def options_without_effect(teacher: str, task: str, options: Dict[str, Any]) -> List[str]:
-    """Names of options that are not at the task's default, though this teacher does not have them.
-
-    Args:
-        teacher: ``'bank'``, ``'snapshot'`` or ``'ema'``.
-        task: one of :data:`selfkd.defaults.TASKS`.
-        options: names and values; of those that all teachers have, too.
-
-    Example:
-        >>> options_without_effect('snapshot', 'classification', dict(alpha=0.8, interval=50, top_k=16))
-        ['top_k']
-    """
-    foreign = {name for names in OPTIONS.values() for name in names}.difference(OPTIONS[teacher])
-    defaults = {name: default.get(task) if isinstance(default, dict) else default for name, default in PSKD.items()}
-    return [name for name, value in options.items() if name in foreign and value != defaults[name]]
-
-
-def refuse_without_past(
-    user: str, period: float, total: float, unit: str, *, period_is: str, way_out: str, alpha: str = 'alpha=0'
-) -> None:
-    """Refuses a training that ends before there is a past to learn from.
-
-    Args:
-        user: what the message begins with.
-        period: how long the first period is.
-        total: how long training is.
-        unit: of both, as ``'iterations'``.
-        period_is: what the period is, as ``'one pass over the training set'``.
-        way_out: what to change, as ``'raise max_iters'``.
-        alpha: the setting that switches the method off.
-
-    Raises:
-        ValueError: with all of these.
-    """
-    if period >= total:
-        raise ValueError(
-            f'{user}: the first {period} {unit} ({period_is}) have no past, and training ends after {total}, so it '
-            f'would be plain: {way_out}, or set {alpha} if plain is what you want'
-        )
 
 
 def _saved(model: nn.Module) -> Dict[str, Tensor]:

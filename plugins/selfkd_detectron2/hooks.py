@@ -9,14 +9,15 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from selfkd.checks import at_least_zero, one_of, positive, share
+from selfkd.checks import at_least_zero, positive
 from selfkd.defaults import CSKD, PSKD
 from selfkd.losses import distillation_kl, mix
+from selfkd.options import check_options, options_without_effect, refuse_without_past
 from selfkd.pairing import same_class_partners
-from selfkd.past import TEACHERS, CopyPast, copy_past, refuse_without_past
+from selfkd.past import CopyPast, copy_past
 from selfkd.schedule import linear_growth
 from selfkd.seeds import step_generator
-from selfkd.teacher import MODES, unwrap
+from selfkd.teacher import unwrap
 
 from .detectors import Classified, make_tap
 from .frskd import SelfTaught
@@ -160,23 +161,15 @@ class PSKDHook(SelfKDHook):
     ):
         super().__init__()
         user = 'PSKDHook (SELFKD.PSKD)'
-        share(user, alpha=alpha)
-        one_of(user, TEACHERS, teacher=teacher)
-        one_of(user, MODES, teacher_mode=teacher_mode)
         if teacher == 'bank':
             raise ValueError(
                 f"{user}: teacher='bank' keeps a prediction for each sample, and regions are others in each step: set "
                 "'snapshot' or 'ema'"
             )
-        if ema_decay != PSKD['ema_decay'] and teacher != 'ema':
-            says = f"{user}: ema_decay is for teacher='ema', not {teacher!r}"
-            if teacher != 'auto':
-                raise ValueError(f'{says}: remove it')
-            logger.warning('%s: it does nothing', says)
-        if interval is not None and (type(interval) is not int or interval < 1):
-            raise ValueError(
-                f'PSKDHook: interval (SELFKD.PSKD.INTERVAL) must be a positive number of iterations, got {interval}'
-            )
+        options = dict(alpha=alpha, teacher=teacher, teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
+        check_options(user, 'detection', options)
+        if teacher == 'auto' and options_without_effect('snapshot', 'detection', options):
+            logger.warning("%s: ema_decay is for teacher='ema': it does nothing", user)
         self.alpha, self.teacher, self.teacher_mode, self.interval = alpha, teacher, teacher_mode, interval
         self.ema_decay, self.keep_hard, self.background = ema_decay, keep_hard, background
         self.current_alpha = 0.0

@@ -22,7 +22,8 @@ from omegaconf import II
 from selfkd.defaults import PSKD
 from selfkd.losses import TopK, pskd_loss
 from selfkd.metrics import calibration_gaps, confidence_of
-from selfkd.past import TEACHERS, BankPast, choose_teacher
+from selfkd.options import TEACHERS, choose_teacher
+from selfkd.past import BankPast
 from selfkd.renamed import warn_renamed
 
 from .training import Training

@@ -13,7 +13,8 @@ import math
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models.nat import FairseqNATModel
 
-from selfkd.past import BankPast, refuse_without_past
+from selfkd.options import refuse_without_past
+from selfkd.past import BankPast
 from selfkd.schedule import linear_growth, may_end_early
 
 from .past import make_past, warn_of_slow_average

@@ -13,11 +13,10 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
 import selfkd_torch
-from selfkd.past import choose_teacher
+from selfkd.options import check_options, choose_teacher
 from selfkd.renamed import renamed
 from selfkd.schedule import may_end_early
 from selfkd_torch import Batches
-from selfkd_torch.settings import check_settings
 from selfkd_torch.words import in_words
 
 __all__ = ['PSKD']
@@ -98,7 +97,7 @@ class PSKD(pl.Callback):
         self._settings: Dict[str, Any] = dict(alpha=alpha, teacher=teacher, teacher_mode=teacher_mode)
         self._settings.update(interval=interval, ema_decay=ema_decay, top_k=top_k, bank_dtype=bank_dtype)
         self._settings.update(bank_device=bank_device, bank_momentum=bank_momentum)
-        check_settings('PSKD', model=model, **self._settings)
+        check_options('PSKD', 'classification', dict(self._settings, model=model))
         self._settings.update(keep_hard=keep_hard, num_classes=num_classes)
         self.teacher, self._loss, self._model = teacher, loss, model
         self.pskd: Optional[selfkd_torch.PSKD] = None

@@ -8,11 +8,11 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from selfkd.checks import one_of, share
 from selfkd.losses import mix
-from selfkd.past import TEACHERS, BankPast, Past, choose_teacher, copy_past, options_without_effect, refuse_without_past
+from selfkd.options import check_options, choose_teacher, options_without_effect, refuse_without_past
+from selfkd.past import BankPast, Past, copy_past
 from selfkd.schedule import linear_growth, may_end_early
-from selfkd.teacher import MODES, unwrap
+from selfkd.teacher import unwrap
 
 from .hook import SelfKDHook, epoch_length, is_iter_based, is_sharded, saves_after_this_iter, training_progress
 
@@ -59,17 +59,7 @@ class PSKDHookBase(SelfKDHook):
         super().__init__()
         self.alpha, self.options = alpha, options
         vars(self).update(options)
-        share('PSKDHook', alpha=alpha)
-        one_of('PSKDHook', TEACHERS, teacher=self.teacher)
-        one_of('PSKDHook', MODES, teacher_mode=self.teacher_mode)
-        if self.interval is not None and (type(self.interval) is not int or self.interval < 1):
-            raise ValueError(f'PSKDHook: interval must be a positive number of iterations, got {self.interval}')
-        foreign = [] if self.teacher == 'auto' else options_without_effect(self.teacher, self.task, options)
-        if foreign:
-            raise ValueError(
-                f'PSKDHook: teacher={self.teacher!r} has no {", ".join(foreign)}: remove what it does not have, or set '
-                'another teacher'
-            )
+        check_options('PSKDHook', self.task, dict(alpha=alpha, **options))
         self.current_alpha = 0.0
         self.source: Optional[str] = None
         self.past: Optional[Past] = None

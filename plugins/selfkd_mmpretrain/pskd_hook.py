@@ -11,16 +11,13 @@ from mmpretrain.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.bank import PredictionBank
-from selfkd.checks import one_of
 from selfkd.losses import TopK, soft_cross_entropy
-from selfkd.past import BankPast, check_momentum
+from selfkd.past import BankPast
 from selfkd_mmengine import PSKDHookBase, SampleIndex
 
 from .heads import ClassifierHook, logits_and_target, logits_of
 
 __all__ = ['PSKDHook']
-
-DTYPES = {'float32': torch.float32, 'float16': torch.float16}
 
 
 @HOOKS.register_module()
@@ -76,8 +73,6 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
         bank_device: Optional[str] = None,
         bank_momentum: float = 0.0,
     ):
-        one_of('PSKDHook', list(DTYPES), bank_dtype=bank_dtype)
-        check_momentum(bank_momentum, top_k)
         copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
         bank = dict(top_k=top_k, bank_dtype=bank_dtype, bank_device=bank_device, bank_momentum=bank_momentum)
         super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, **copy, **bank)
@@ -111,7 +106,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
             len(self.sample_index),
             self.num_classes,
             top_k=self.top_k,
-            dtype=DTYPES[self.bank_dtype],
+            dtype=self.bank_dtype,
             device=self.bank_device or next(model.parameters()).device,
         )
         return BankPast(bank, momentum=self.bank_momentum, way_out="set teacher='snapshot'")

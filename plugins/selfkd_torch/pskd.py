@@ -11,14 +11,15 @@ from torch.utils._pytree import tree_map
 
 from selfkd.bank import PredictionBank
 from selfkd.losses import pskd_cross_entropy
-from selfkd.past import BankPast, Past, Prediction, choose_teacher, copy_past
+from selfkd.options import check_options, choose_teacher
+from selfkd.past import BankPast, Past, Prediction, copy_past
 from selfkd.renamed import renamed
 from selfkd.schedule import linear_growth
 from selfkd.teacher import unwrap
 
 from .batches import Method
 from .calls import Calls
-from .settings import check_settings, dtype_of, steps_of, warn_without_effect
+from .settings import steps_of, warn_without_effect
 from .tap import tap
 
 __all__ = ['PSKD']
@@ -76,7 +77,7 @@ class PSKD(Method):
         0.8
     """
 
-    name, call = 'PSKD', 'pskd.loss(logits, target)'
+    name, task, call = 'PSKD', 'classification', 'pskd.loss(logits, target)'
     way_in = 'use it in place of the cross-entropy, or pskd.tap() around code that cannot be edited'
 
     @renamed(dtype='bank_dtype', device='bank_device')
@@ -102,7 +103,8 @@ class PSKD(Method):
     ):
         self._settings = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay, top_k=top_k)
         self._settings.update(bank_dtype=bank_dtype, bank_device=bank_device, bank_momentum=bank_momentum)
-        check_settings('PSKD', alpha=alpha, teacher=teacher, **self._settings, model=model, outputs=outputs)
+        given = dict(alpha=alpha or 0.0, teacher=teacher, **self._settings, model=model, outputs=outputs)
+        check_options('PSKD', self.task, given)
         super().__init__(loader)
         self.num_classes, self.max_epochs = num_classes, max_epochs
         self.alpha, self.interval, self.keep_hard, self.model = alpha, interval, keep_hard, model
@@ -132,7 +134,7 @@ class PSKD(Method):
                 raise ValueError(f'PSKD: teacher={teacher!r} copies the model: give it as model=')
             mode, decay = self._settings['teacher_mode'], self._settings['ema_decay']
             self.past = self._calls.past = copy_past(teacher, unwrap(self.model), mode=mode, ema_decay=decay)
-        warn_without_effect(teacher, self._settings)
+        warn_without_effect(teacher, self.task, self._settings)
 
     @property
     def bank(self) -> Optional[PredictionBank]:
@@ -140,7 +142,7 @@ class PSKD(Method):
 
     def _make_bank(self, num_classes: int, device: torch.device) -> BankPast:
         options, rows = self._settings, len(self.data.loader.dataset)
-        stored = dict(top_k=options['top_k'], dtype=dtype_of(options['bank_dtype'], 'float32'))
+        stored = dict(top_k=options['top_k'], dtype=options['bank_dtype'] or 'float32')
         bank = PredictionBank(rows, num_classes, device=options['bank_device'] or device, **stored)
         return BankPast(bank, momentum=options['bank_momentum'], way_out=WAY_OUT)
 

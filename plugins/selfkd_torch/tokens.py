@@ -13,7 +13,6 @@ from selfkd.renamed import renamed
 from selfkd.teacher import random_state
 
 from .pskd import PSKD
-from .settings import dtype_of
 
 __all__ = ['TokenPSKD']
 
@@ -35,6 +34,8 @@ class TokenPSKD(PSKD):
         bank_dtype: Defaults to float16 for tokens.
         bank_device: Defaults to the CPU for tokens.
     """
+
+    task = 'language models'
 
     @renamed(dtype='bank_dtype', device='bank_device')
     def __init__(
@@ -93,7 +94,7 @@ class TokenPSKD(PSKD):
             lengths,
             num_classes,
             top_k=options['top_k'] or min(DEFAULTS['top_k']['language models'], num_classes),
-            dtype=dtype_of(options['bank_dtype'], DEFAULTS['bank_dtype']['language models']),
+            dtype=options['bank_dtype'] or DEFAULTS['bank_dtype']['language models'],
             device=options['bank_device'] or 'cpu',
             ignore_index=self._ignore_index,
             way_out=LABELS_DIFFER,

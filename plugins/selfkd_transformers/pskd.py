@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from selfkd.files import save
-from selfkd.past import choose_teacher
+from selfkd.options import check_options, choose_teacher
 from selfkd.schedule import may_end_early
 from selfkd_torch import Batches, TokenPSKD
-from selfkd_torch.settings import check_settings
 from selfkd_torch.words import in_words
 
 __all__ = ['PSKDArguments', 'PSKDMixin', 'PSKDTrainingArguments']
@@ -125,7 +124,7 @@ class PSKDMixin:
                 f'PSKD: args must be PSKDTrainingArguments (or mix PSKDArguments in), got {type(settings).__name__}'
             )
         with in_words(WORDS):
-            check_settings('PSKD', **{k: v for k, v in settings._pskd_settings().items() if k != 'keep_hard'})
+            check_options('PSKD', 'language models', dict(settings._pskd_settings(), alpha=settings.pskd_alpha or 0.0))
         if settings.pskd_alpha == 0:
             return
         teacher, sharded = settings.pskd_teacher, self.is_deepspeed_enabled or self.is_fsdp_enabled

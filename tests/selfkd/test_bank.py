@@ -161,7 +161,7 @@ def test_free_memory_is_that_of_this_machine():
         (
             lambda b: PredictionBank(3, 3, dtype=torch.int8),
             ValueError,
-            r'dtype: must be torch.float32 or torch.float16',
+            r"dtype: must be one of \['float32', 'float16'\]",
         ),
     ],
 )

@@ -5,16 +5,8 @@ import torch
 from torch import nn
 
 from selfkd.bank import PredictionBank
-from selfkd.past import (
-    AveragePast,
-    BankPast,
-    Prediction,
-    SnapshotPast,
-    TokenBankPast,
-    choose_teacher,
-    copy_past,
-    refuse_without_past,
-)
+from selfkd.options import choose_teacher, refuse_without_past
+from selfkd.past import AveragePast, BankPast, Prediction, SnapshotPast, TokenBankPast, copy_past
 
 ROWS = torch.tensor([2, 0])
 LABELS = torch.tensor([1, 0])
