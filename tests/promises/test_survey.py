@@ -8,8 +8,8 @@ from helpers import ROOT
 FAMILIES = {  # family -> what is to come of each method, in the order of the survey
     'mmpretrain': {
         'resnet': 'tttt',
-        'swin_transformer': 'rtrt',
-        'deit': 'rtrr',
+        'swin_transformer': 'ttrt',
+        'deit': 'ttrr',
         'arcface': 'rrrr',
         'simclr': 'rrrr',
     },
@@ -17,10 +17,10 @@ FAMILIES = {  # family -> what is to come of each method, in the order of the su
         'faster_rcnn': 'ttt',
         'cascade_rcnn': 'ttt',
         'retinanet': 'trr',
-        'htc': 'rrr',
-        'tridentnet': 'rrr',
-        'detr': 'rrr',
-        'yolox': 'rrr',
+        'detr': 'trr',
+        'yolox': 'trr',
+        'rtmdet': 'trr',
+        'solo': 'rrr',
     },
     'mmseg': {'fcn': 'tt', 'segformer': 'tt', 'upernet': 'tt', 'segmenter': 'tr', 'knet': 'rr', 'mask2former': 'rr'},
 }
