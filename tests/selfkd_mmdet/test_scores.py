@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from det_runs import PSKD, config
-from mm_runs import train
+from helpers.mmdet import PSKD, config
+from helpers.mmengine import train
 from mmengine.hooks import Hook
 from torch import nn
 
