@@ -378,11 +378,11 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
     ('model', 'options', 'message'),
     [
         ('faster', PSKD + 'SELFKD.PSKD.ALPHA 1.5', r'\(SELFKD.PSKD\): alpha must lie in \[0, 1\], got 1.5'),
-        ('faster', PSKD + 'SELFKD.PSKD.INTERVAL 0', 'SELFKD.PSKD.INTERVAL.* positive number of iterations, got 0'),
+        ('faster', PSKD + 'SELFKD.PSKD.INTERVAL 0', 'SELFKD.PSKD.* interval must be a positive number of steps, got 0'),
         (
             'faster',
             'SELFKD.PSKD.ENABLED True SELFKD.PSKD.INTERVAL 2.5',
-            'SELFKD.PSKD.INTERVAL.* positive number of iterations, got 2.5',
+            'SELFKD.PSKD.* interval must be a positive number of steps, got 2.5',
         ),
         (
             'faster',
@@ -391,7 +391,7 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
         ),
         ('faster', PSKD + 'SELFKD.PSKD.TEACHER bank', "teacher='bank' keeps a prediction .* set 'snapshot' or 'ema'"),
         ('faster', PSKD + 'SELFKD.PSKD.TEACHER past', 'teacher must be one of'),
-        ('faster', PSKD + 'SELFKD.PSKD.TEACHER ema SELFKD.PSKD.EMA_DECAY 1.0', r'ema_decay: must lie in \[0, 1\)'),
+        ('faster', PSKD + 'SELFKD.PSKD.TEACHER ema SELFKD.PSKD.EMA_DECAY 1.0', r'ema_decay must lie in \[0, 1\)'),
         (
             'faster',
             PSKD + 'SELFKD.PSKD.TEACHER snapshot SELFKD.PSKD.EMA_DECAY 0.9',
