@@ -61,6 +61,16 @@ def test_every_page_is_in_the_sites_navigation():
         assert f': {page.name}\n' in navigation
 
 
+@pytest.mark.parametrize(
+    'page', ['README.md', 'docs/pskd.md', 'docs/mmpretrain.md', 'docs/detection.md']
+)
+def test_the_form_that_keeps_a_configs_own_hooks_comes_first(page):
+    """A list custom_hooks would take the place of the one that a config inherits."""
+    text = (ROOT / page).read_text()
+    assert 'default_hooks' in text
+    assert text.index('default_hooks') < (text + 'custom_hooks').index('custom_hooks')
+
+
 def test_no_relative_link_is_broken():
     for path in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]:
         for link in re.findall(r'\]\(([^)#]+)\)', path.read_text()):

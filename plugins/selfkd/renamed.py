@@ -1,19 +1,21 @@
 """Old names of options: for one release they work, and say the new one."""
 
 import functools
+import logging
 import warnings
 from typing import Callable
 
 __all__ = ['renamed', 'warn_renamed']
 
 
-def warn_renamed(user: str, old: str, new: str, stacklevel: int = 3) -> None:
-    """The warning for an option's old name.
+logger = logging.getLogger(__name__)
 
-    Raises:
-        DeprecationWarning: as a warning, which Python shows where it is the user's own code that has the old name.
-    """
-    warnings.warn(f'{user}: {old} is now called {new}', DeprecationWarning, stacklevel=stacklevel)
+
+def warn_renamed(user: str, old: str, new: str, stacklevel: int = 3) -> None:
+    """Warns of an option's old name: in the log, and as a DeprecationWarning, which Python hides by default."""
+    message = f'{user}: {old} is now called {new}'
+    logger.warning(message)
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
 def renamed(**names: str) -> Callable:

@@ -45,6 +45,7 @@ class Row(NamedTuple):
         acts_at_once: whether the first step's loss already differs from the plain one.
         knows_samples: whether it keeps or pairs predictions by sample, so that samples which are moved between the
             sampler and the loss must be noticed (``shuffle_within_batches``).
+        validates: whether the plain model computes a loss in evaluation mode.
     """
 
     method: str
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     pairs: bool = False
     acts_at_once: bool = True
     knows_samples: bool = False
+    validates: bool = True
 
     def __str__(self) -> str:
         return f'{self.toolkit.name}-{self.method}'
@@ -134,7 +136,14 @@ ROWS = [
         'PSKD-RetinaNet', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), model={'model': 'retinanet'}, **PAST
     ),
     *(
-        Row(f'PSKD-{model}', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), model={'model': model}, **PAST)
+        Row(
+            f'PSKD-{model}',
+            MMDET,
+            (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),),
+            model={'model': model},
+            validates=model != 'deformable detr',  # whose encoder's outputs are there in training only
+            **PAST,
+        )
         for model in ('rtmdet', 'deformable detr')
     ),
     Row('CSKD', MMDET, (dict(type='selfkd_mmdet.CSKDHook'),), zero=dict(weight=0.0)),

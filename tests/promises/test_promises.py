@@ -115,7 +115,7 @@ def test_a_tap_that_does_not_fire_is_an_error(row, runs):
         runs.train(runs.config(), hooks=[runs.bypass()])
 
 
-@rows(where=lambda row: row.toolkit.validates)
+@rows(where=lambda row: row.toolkit.validates and row.validates)
 def test_a_validation_loss_is_plain(row, runs):
     """With the method on and frozen weights, a validation loss computed in the toolkit's usual way is the plain one."""
     plain, on = (runs.validation_losses(runs.config(on=on)) for on in (False, True))
