@@ -186,7 +186,10 @@ def deformable_detr(cfg) -> None:
         part.num_layers = 2
         part.layer_cfg.self_attn_cfg.embed_dims = 32
         part.layer_cfg[('self' if part is full.encoder else 'cross') + '_attn_cfg'].num_levels = 3
-        part.layer_cfg.ffn_cfg.update(embed_dims=32, feedforward_channels=32)
+        part.layer_cfg.ffn_cfg.update(embed_dims=32, feedforward_channels=32, ffn_drop=0.0)
+        for attention in ('self_attn_cfg', 'cross_attn_cfg'):
+            if attention in part.layer_cfg:  # mmengine does not restore random states, so a resumed run draws others
+                part.layer_cfg[attention].dropout = 0.0
     full.decoder.layer_cfg.cross_attn_cfg.embed_dims = 32
     full.positional_encoding.num_feats, full.bbox_head.num_classes, full.bbox_head.embed_dims = 16, 10, 32
     full.num_queries, full.num_feature_levels = 12, 3
