@@ -167,6 +167,8 @@ def one_stage(kind: str, **options):
         for name in ('rpn_head', 'roi_head'):
             del cfg.model[name]
         cfg.model.neck.update(start_level=1, num_outs=3)
+        if full.type == 'RTMDet':
+            cfg.model.use_syncbn = False  # which torch has for GPUs alone
 
     return modify
 
