@@ -39,16 +39,20 @@ class Prediction(NamedTuple):
         """The share of the past for each sample: 0 for those that have none."""
         return alpha if self.known is True else alpha * self.known
 
-    def entropy(self, num_classes: int) -> Tensor:
-        """Mean entropy of those that are known, in nats, a scalar on the device of ``probs``: for logs."""
+    def entropy(self, num_classes: int, counted: Optional[Tensor] = None) -> Tensor:
+        """Mean entropy of those that are known, in nats, a scalar on the device of ``probs``: for logs.
+
+        ``counted``: bool ``[N, ...]``, False at positions that have no label.
+        """
         if isinstance(self.probs, TopK):
             kept, rest = torch.special.entr(self.probs.values).sum(1), torch.special.entr(self.probs.rest(num_classes))
             values = kept + (num_classes - self.probs.values.shape[1]) * rest
         else:  # a few samples at a time: a vocabulary is large
             values = torch.cat([torch.special.entr(part).sum(1) for part in self.probs.split(256)])
-        if isinstance(self.known, bool):
-            return values.mean()
-        known = self.known.to(values.device, non_blocking=True)
+        known = torch.ones_like(values) if counted is None else counted.to(values)
+        if not isinstance(self.known, bool):
+            of_samples = self.known.to(values.device, non_blocking=True)
+            known = known * of_samples.view(-1, *[1] * (values.dim() - 1))
         return (values * known).sum() / known.sum().clamp(min=1)
 
 
@@ -341,13 +345,20 @@ class AveragePast(CopyPast):
         self.ready = True
 
     def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:
-        return {'average': _saved(self.model), 'updates': self.updates, 'ready': self.ready}
+        wide = [
+            average.cpu().clone() for average, p in zip(self.teacher.wide, self.model.parameters()) if average is not p
+        ]
+        return {'average': _saved(self.model), 'wide': wide, 'updates': self.updates, 'ready': self.ready}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         check_kind(state, 'average')
         if 'average' in state:
             self.teacher.load_state_dict(state['average'])
             self.updates, self.ready = state['updates'], state['ready']
+            if state['wide']:
+                wide = iter(state['wide'])
+                half = (torch.float16, torch.bfloat16)
+                self.teacher.wide = [next(wide).to(p.device) if p.dtype in half else p for p in self.model.parameters()]
 
 
 def copy_past(teacher: str, model: nn.Module, *, mode: str, ema_decay: float) -> CopyPast:

@@ -57,6 +57,7 @@ class SnapshotTeacher:
     def __init__(self, model: nn.Module, *, mode: str = 'train', copy_model: bool = True):
         one_of('SnapshotTeacher', MODES, mode=mode)
         self.mode = mode
+        self.wide: List[Tensor] = []
         self.model = _frozen_copy(model) if copy_model else model
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
@@ -96,9 +97,15 @@ class SnapshotTeacher:
     @torch.no_grad()
     def average(self, model: nn.Module, decay: float) -> None:
         """Moves the copy's parameters towards the model's, ``decay * own + (1 - decay) * the model's``; takes over its
-        buffers."""
-        for mine, other in zip(self.model.parameters(), _parameters(model)):
-            mine.lerp_(other.detach().to(mine.dtype), 1 - decay)
+        buffers. Averages of half-precision parameters are kept in float32 as well (:attr:`wide`): a step would be lost
+        in their rounding."""
+        own_parameters = list(self.model.parameters())
+        if not self.wide:
+            self.wide = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in own_parameters]
+        for mine, average, other in zip(own_parameters, self.wide, _parameters(model)):
+            average.lerp_(other.detach().to(average.dtype), 1 - decay)
+            if average is not mine:
+                mine.copy_(average)
         for own, other in zip(self.model.buffers(), _buffers(model)):
             own.copy_(other)
 
@@ -143,7 +150,17 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     }
     for module in model.modules():
         memo.update({id(child): nn.Identity() for name, child in module.named_children() if name == SELF_TEACHER})
-    return copy.deepcopy(model, memo).requires_grad_(False)
+    copied = copy.deepcopy(model, memo).requires_grad_(False)
+    theirs = dict(model.named_modules())
+    for name, module in copied.named_modules():
+        forward = vars(module).get('forward')
+        if forward is not None and forward is vars(theirs.get(name, module)).get('forward') and name in theirs:
+            raise ValueError(
+                f'{name or type(model).__name__}.forward was set on the module itself (torch.compile(model.forward), a '
+                'decorator), and a copy of the module would call it too, which is the student: compile or wrap the '
+                "module, as torch.compile(model), or use teacher='bank'"
+            )
+    return copied
 
 
 def _tensors(model: nn.Module) -> List[Tensor]:

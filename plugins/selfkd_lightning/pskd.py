@@ -216,7 +216,7 @@ class PSKD(pl.Callback):
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
         if trainer.max_steps != -1 and trainer.num_training_batches != math.inf:
             steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            by_steps = math.ceil(trainer.max_steps / steps)
+            by_steps, self._steps = math.ceil(trainer.max_steps / steps), steps
             self._by_steps, epochs = by_steps < epochs, min(by_steps, epochs)
         if epochs == math.inf:
             how = 'set max_epochs or max_steps of the Trainer'
@@ -246,7 +246,7 @@ class PSKD(pl.Callback):
             if self.pskd.interval:
                 data.epoch = data.done() // self.pskd.interval
             elif self._by_steps:  # resumed with another batch size it is in another epoch
-                data.epoch = trainer.global_step * self.pskd.max_epochs // trainer.max_steps
+                data.epoch = trainer.global_step // self._steps
             if batch_idx and not self._saved:
                 self.pskd.resume_without_past(mid_period=True)
             data.begin_epoch()

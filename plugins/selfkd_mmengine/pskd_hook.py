@@ -85,7 +85,16 @@ class PSKDHookBase(SelfKDHook):
             )
         obstacle, other_way = self.obstacle(runner, model) if self.teacher in ('auto', 'bank') else (None, '')
         if self.source is None:
-            self.source = choose_teacher(self.teacher, obstacle, log=runner.logger.info)
+            saved = (self._resumed_state or {}).get('source')
+            if self.teacher == 'auto' and saved:
+                self.source = saved  # what it was, whatever the resumed run would choose
+            else:
+                self.source = choose_teacher(self.teacher, obstacle, log=runner.logger.info)
+            if saved not in (None, self.source):
+                raise ValueError(
+                    f'PSKDHook: the checkpoint is of teacher={saved!r}, and this run of {self.source!r}: resume '
+                    'with the same teacher, or load the weights without resuming'
+                )
             unused = options_without_effect(self.source, self.task, self.options)
             if unused:
                 runner.logger.warning(f'PSKDHook: the {self.source} has no {", ".join(unused)}: set without effect')
@@ -155,7 +164,8 @@ class PSKDHookBase(SelfKDHook):
             self.past.synchronize()
 
     def state_dict(self, runner: Runner, next_iter: int) -> dict:
-        return self.past.state_dict(mid_period=is_iter_based(runner) and next_iter % self.period != 0)
+        mid_period = is_iter_based(runner) and next_iter % self.period != 0
+        return {'source': self.source, **self.past.state_dict(mid_period=mid_period)}
 
     def load_state_dict(self, state: dict) -> None:
         self.past.load_state_dict(state)

@@ -250,10 +250,10 @@ class Batches:
         return getattr(self.loader, name)
 
     def state_dict(self) -> dict:
-        return {'epoch': self.epoch, 'step': self.step}
+        return {'epoch': self.epoch, 'step': self.step, 'trained': self.trained and not self._iterating}
 
     def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.step, self.trained = state['epoch'], state['step'], False
+        self.epoch, self.step, self.trained = state['epoch'], state['step'], state.get('trained', False)
 
 
 class Method:

@@ -172,7 +172,8 @@ class PSKD(Method):
                 return loss
             options.update(keep_hard=self.keep_hard, return_parts=True, alpha=past.alpha(self.current_alpha))
             loss, parts = pskd_cross_entropy(logits, target, past.probs, **options)
-            self.log(parts.hard, parts.soft, past.entropy(logits.shape[1]))
+            counted = None if target.is_floating_point() else target != options.get('ignore_index', -100)
+            self.log(parts.hard, parts.soft, past.entropy(logits.shape[1], counted))
             return loss
         finally:
             self._computing = False
@@ -198,7 +199,10 @@ class PSKD(Method):
     def _decide(self, logits: Tensor, target: Tensor) -> None:
         """``teacher='auto'``: before the first loss all that is known is that samples have an index."""
         if self.kind == 'auto':
-            self._take(choose_teacher('auto', self.misfit(logits, target) if self.model is not None else None))
+            obstacle = self.misfit(logits, target) if self.model is not None else None
+            if self.model is not None and _anywhere(obstacle is not None, logits.device):
+                obstacle = obstacle or 'in another process samples may be mixed'
+            self._take(choose_teacher('auto', obstacle))
             if self.kind == 'bank':
                 self._calls.leave()
 
@@ -329,3 +333,12 @@ class PSKD(Method):
         self._begun = self.data.epoch if mid_period else None
         if mid_period or self.kind in ('auto', 'bank'):
             logger.warning('PSKD: the checkpoint holds no past predictions: plain training until there are some')
+
+
+def _anywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so in any process: all reach their first loss together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return here
+    flag = torch.tensor(int(here), device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)

@@ -1,6 +1,7 @@
 """PS-KD as a mix-in of transformers' Trainer."""
 
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -207,11 +208,13 @@ class _Epochs(TrainerCallback):
     """Tells the method where training is."""
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self._step = trainer, 0
+        self.trainer, self._step, self._steps = trainer, 0, 1
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         trainer, checkpoint = self.trainer, self.trainer._resumed_from
         how, length = args._pskd_settings(), dict(max_epochs=state.num_train_epochs)
+        if state.num_train_epochs != sys.maxsize:  # as the Trainer counts them
+            self._steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         how['teacher'] = teacher = self._teacher(args, train_dataloader)
         banks = teacher in ('auto', 'bank')
         trainer._data = _Batches(DataLoader(_number(train_dataloader)) if banks else (), state)
@@ -232,7 +235,7 @@ class _Epochs(TrainerCallback):
                 trainer.pskd.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
             else:
                 self._place()
-                period = args.pskd_interval or state.max_steps // state.num_train_epochs
+                period = args.pskd_interval or self._steps
                 trainer.pskd.resume_without_past(mid_period=state.global_step % period > 0)
         if any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks):
             training = f'{state.num_train_epochs} epochs'
@@ -256,9 +259,7 @@ class _Epochs(TrainerCallback):
     def _place(self) -> None:
         # By steps, which is where the Trainer is: resumed with another batch size it is in another epoch.
         data, state = self.trainer._data, self.trainer.state
-        data.epoch = state.global_step * state.num_train_epochs // state.max_steps
-        if data.steps_per_epoch:
-            data.epoch = state.global_step // data.steps_per_epoch
+        data.epoch = state.global_step // (data.steps_per_epoch or self._steps)
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self._place()
