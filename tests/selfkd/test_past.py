@@ -152,6 +152,24 @@ def test_the_average_forgets_the_initial_weights():
     assert past.ready
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_small_steps_are_not_lost_in_half_precision(dtype):
+    model = network(0.0).to(dtype)
+    past = AveragePast(model, decay=0.999)
+    _fill(model[0], 1.0)
+    expected = 0.0
+    for update in range(1, 1001):
+        if update == 500:  # resumed
+            again = AveragePast(network(5.0).to(dtype), decay=0.999)
+            again.load_state_dict(past.state_dict())
+            past = again
+        past.after_update(model)
+        decay = min(0.999, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay)
+    assert past.model[0].weight.dtype == dtype
+    assert past.model[0].weight.float().flatten().tolist() == pytest.approx([expected] * 2, rel=1e-2)
+
+
 def test_buffers_of_the_average_are_the_models():
     model = network(0.0)
     past = AveragePast(model)

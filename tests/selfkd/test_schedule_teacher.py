@@ -174,3 +174,13 @@ def test_a_copy_that_somebody_else_keeps_is_not_copied():
     before = copy.deepcopy(average.state_dict())
     teacher(torch.randn(8, 2))
     assert all(torch.equal(before[name], value) for name, value in average.state_dict().items())
+
+
+def test_a_forward_of_the_models_own_would_be_the_students():
+    def wrapped(model):
+        forward = model.forward
+        model.forward = lambda x: forward(x)
+        return model
+
+    with pytest.raises(ValueError, match=r'^0.forward was set on the module itself .*torch.compile\(model\)'):
+        SnapshotTeacher(nn.Sequential(wrapped(nn.Linear(2, 2))))

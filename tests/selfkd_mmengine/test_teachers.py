@@ -79,14 +79,20 @@ def test_what_is_set_for_the_other_teacher_is_said(digits, tmp_path):
     assert 'PSKDHook: the bank has no teacher_mode: set without effect' in log_of(tmp_path / 'bank')
 
 
-@pytest.mark.parametrize(('saved', 'resumed'), [('bank', 'snapshot'), ('ema', 'bank')])
+@pytest.mark.parametrize(('saved', 'resumed'), [('bank', 'snapshot'), ('ema', 'bank'), ('snapshot', 'bank')])
 def test_another_teachers_past_is_refused(digits, tmp_path, saved, resumed):
     train(config(digits, tmp_path, dict(PSKD, teacher=saved)))
     cfg = config(digits, tmp_path, dict(PSKD, teacher=resumed), resume=True, **{'train_cfg.max_epochs': 3})
-    with pytest.raises(
-        ValueError, match=f"past is of teacher='{saved}', and this run's of teacher='{resumed}': resume"
-    ):
+    with pytest.raises(ValueError, match=f"is of teacher='{saved}', and this run of '{resumed}': resume"):
         train(cfg)
+
+
+def test_a_resumed_run_has_the_teacher_that_auto_took(digits, tmp_path):
+    train(config(digits, tmp_path, PSKD, **MIXUP))
+    cfg = config(
+        digits, tmp_path, PSKD, resume=True, **{'train_cfg.max_epochs': 3}
+    )  # without Mixup it would be the bank
+    assert find_hook(train(cfg), 'PSKDHook').source == 'snapshot'
 
 
 class Weights(Hook):

@@ -138,6 +138,51 @@ def test_the_number_of_classes_is_seen_at_the_first_loss_or_in_the_state(digits)
     assert torch.equal(again.state_dict()['bank']['values'], given.bank.read(torch.arange(60)))
 
 
+def test_an_epoch_left_by_break_is_over_in_a_resumed_run_too(digits):
+    def shares(pskd, model, epochs):
+        for _ in range(epochs):
+            for x, y in pskd.batches():
+                pskd.loss(model(x), y)
+                yield pskd.current_alpha
+                break
+
+    model = network()
+    pskd = PSKD(loader_of(digits), 10, alpha=0.8, max_epochs=4)
+    assert list(shares(pskd, model, 2)) == pytest.approx([0.2, 0.4])
+    resumed = PSKD(loader_of(digits), 10, alpha=0.8, max_epochs=4)
+    resumed.load_state_dict(pskd.state_dict())
+    assert list(shares(resumed, model, 2)) == pytest.approx([0.6, 0.8])
+
+
+def test_the_entropy_is_of_what_has_a_label(digits):
+    model = network()
+    pskd = PSKD(loader_of(digits, shuffle=False), max_epochs=2, teacher='ema', teacher_mode='eval', model=model)
+    for _ in range(2):
+        for x, y in pskd.batches():
+            y = y.clone()
+            y[1:] = -100
+            pskd.loss(model(x), y)
+    with torch.no_grad():
+        probs = pskd.past.model(x[:1]).softmax(1)
+    assert float(pskd.logs['pskd_entropy']) == pytest.approx(float(torch.special.entr(probs).sum()), rel=1e-5)
+
+
+def two_minds(rank):
+    """Mixed labels in one process only."""
+    torch.distributed.init_process_group('gloo')
+    model = network()
+    loader = DataLoader(TensorDataset(torch.randn(8, 64), torch.arange(8)), batch_size=4)
+    pskd = PSKD(loader, 10, max_epochs=2, model=model)
+    for _ in range(2):
+        for x, y in pskd.batches():
+            pskd.loss(model(x), F.one_hot(y, 10).float() if rank else y)
+    return pskd.kind
+
+
+def test_all_processes_take_one_teacher(tmp_path):
+    assert in_processes(tmp_path, two_minds, 2) == ['snapshot', 'snapshot']
+
+
 def test_the_average_moves_with_each_batch(digits):
     model, loader = network(), loader_of(digits, shuffle=False)
     pskd = PSKD(loader, max_epochs=2, teacher='ema', ema_decay=0.5, model=model)

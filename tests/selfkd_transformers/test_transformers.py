@@ -252,6 +252,16 @@ def test_resume_is_exact(task, teacher, when, tmp_path):
     assert same(resumed, straight)
 
 
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_resume_is_exact_where_max_steps_ends_within_an_epoch(teacher, tmp_path):
+    """A saved step late in the second of 2.5 epochs."""
+    how = dict(save_strategy='steps', save_steps=7, max_steps=10, pskd_teacher=teacher)
+    straight = fit('pskd', 'text', tmp_path, **how)
+    resumed = fit('pskd', 'text', tmp_path, resume=str(tmp_path / 'checkpoint-7'), **how)
+    assert resumed.losses == straight.losses[7:]
+    assert same(resumed, straight)
+
+
 def test_a_save_that_fails_leaves_the_past_that_was_saved_before(tmp_path, monkeypatch):
     trainer = fit('pskd', 'text', tmp_path, save_strategy='epoch')
     folder = max(tmp_path.glob('checkpoint-*'))
