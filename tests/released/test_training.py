@@ -61,7 +61,7 @@ class Follow(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         hooks = {type(hook).__name__: hook for hook in runner.hooks}
-        indices = hooks['PSKDHook']._indices if 'PSKDHook' in hooks else None
+        indices = hooks['PSKDHook'].past.rows if 'PSKDHook' in hooks else None
         parts = runner.model.data_preprocessor.noted  # CS-KD's partners are the second
         loss = outputs['loss'].item() + outputs.get('loss_cskd', torch.zeros(())).item()  # 'loss' is the head's own
         batch = [torch.cat([part[i] for part in parts]) for i in range(2)]
