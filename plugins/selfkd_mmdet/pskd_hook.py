@@ -176,7 +176,7 @@ class PSKDHook(PSKDHookBase):
     def _tap(self, module, args, kwargs, output):
         return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         if self.by_scores:  # what is tapped is the head, and what it gives are scores
             self._logits = scores(self.tapped, loss, self._places.queries)
             return loss
@@ -193,7 +193,7 @@ class PSKDHook(PSKDHookBase):
         past, self._past = self._past[: len(logits)], self._past[len(logits) :]
         return quality_focal_loss(logits, past.float().sigmoid(), reduction='none').sum(1)
 
-    def _region_losses(self, stage: int, arguments: Dict[str, object]) -> Tensor:
+    def _region_losses(self, stage: int, arguments: Dict[str, Any]) -> Tensor:
         logits, label = arguments['cls_score'], arguments['label']
         past, self._past[stage] = self._past[stage], None
         if past.shape != logits.shape:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import mix
 from selfkd.options import check_options, choose_teacher, options_without_effect, refuse_without_past
-from selfkd.past import BankPast, Past, copy_past
+from selfkd.past import BankPast, copy_past
 from selfkd.schedule import linear_growth, may_end_early
 from selfkd.teacher import unwrap
 
@@ -39,7 +39,7 @@ class PSKDHookBase(SelfKDHook):
 
     Attributes:
         source: the teacher taken, ``'bank'``, ``'snapshot'`` or ``'ema'``.
-        past: what gives past predictions.
+        past: what gives past predictions, a :class:`selfkd.past.Past`.
 
     Raises:
         ValueError: settings out of range or of another teacher; and at the start of a training that ends before there
@@ -58,11 +58,11 @@ class PSKDHookBase(SelfKDHook):
     def __init__(self, alpha: float, **options: Any):
         super().__init__()
         self.alpha, self.options = alpha, options
-        vars(self).update(options)
+        self.__dict__.update(options)
         check_options('PSKDHook', self.task, dict(alpha=alpha, **options))
         self.current_alpha = 0.0
         self.source: Optional[str] = None
-        self.past: Optional[Past] = None
+        self.past: Any = None  # a Past once training has begun; of which kind, the subclass knows
 
     def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
         """Why predictions belong to no single sample, so that they cannot be kept in a bank (None: they do), and what
@@ -113,6 +113,7 @@ class PSKDHookBase(SelfKDHook):
         if self.source == 'bank':
             self.past = self.make_bank(runner, model)
         else:
+            assert self.source is not None  # check has chosen it
             model.train()  # as the loop is about to do: norms that a model keeps frozen stay so in the copy
             self.past = copy_past(self.source, model, mode=self.teacher_mode, ema_decay=self.ema_decay)
         in_period = is_iter_based(runner) and runner.iter > self.period and runner.iter % self.period

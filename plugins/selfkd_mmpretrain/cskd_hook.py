@@ -1,6 +1,6 @@
 """CS-KD for MMPretrain classifiers."""
 
-from typing import Dict
+from typing import Any, Dict
 
 import torch
 from mmengine.runner import BaseLoop, Runner
@@ -134,7 +134,7 @@ class CSKDHook(PairedHook):
             labels, target, _ = self._to_compare.pop(0)
             self.refuse_moved(labels, target)
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         self._compare_targets(logits_and_target(arguments)[1])
         if self.weight == 0:
             return loss

@@ -1,6 +1,6 @@
 """PS-KD per pixel for MMSegmentation's encoder-decoders."""
 
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ class PSKDHook(PSKDHookBase):
         # Logits as small as the copy gives them: probs of the labels' size are made at the loss.
         self.past.begin_forward(lambda model: model(inputs, mode='tensor'))
 
-    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+    def check_batch(self, arguments: Dict[str, Any], loss: Tensor) -> None:
         super().check_batch(arguments, loss)
         logits, label = list(arguments.values())[:2]
         log_probs = logits.detach().float().log_softmax(1)
@@ -104,7 +104,7 @@ class PSKDHook(PSKDHookBase):
         )
         self.check_cross_entropy(loss, self._averaged(hard, arguments))
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         logits, label = list(arguments.values())[:2]
         past = self.past.predict(label)
         if past is None or self.current_alpha == 0:
@@ -120,7 +120,7 @@ class PSKDHook(PSKDHookBase):
         weight = self.tapped.class_weight
         return None if weight is None else logits.new_tensor(weight).float()
 
-    def _averaged(self, losses: Tensor, arguments: Dict[str, object]) -> Tensor:
+    def _averaged(self, losses: Tensor, arguments: Dict[str, Any]) -> Tensor:
         """Losses of pixels ``[B, H, W]``, 0 at ignored ones, weighted and reduced as the loss module's own."""
         logits, label = list(arguments.values())[:2]
         factor = _avg_factor(self.tapped, self._class_weight(logits), label, label != self.ignore_index)
