@@ -121,7 +121,7 @@ class PSKDHook(PSKDHookBase):
     def _before_model(self, model, args, kwargs) -> None:
         super()._before_model(model, args, kwargs)
         if self._computing_loss:
-            self._batch = (
+            self._batch: Any = (
                 args[0] if args else kwargs['inputs'],
                 kwargs.get('data_samples', args[-1] if args else None),
             )
@@ -129,7 +129,8 @@ class PSKDHook(PSKDHookBase):
     def _after_model(self, model, args, output):
         if self._computing_loss and self.by_scores and self._taps:
             output = self._with_score_loss(output)
-        self._batch = self._logits = None
+        self._batch = None
+        self._logits: Any = None
         return super()._after_model(model, args, output)
 
     def _with_score_loss(self, output: Dict[str, Any]) -> Dict[str, Any]:
@@ -144,7 +145,9 @@ class PSKDHook(PSKDHookBase):
         return {**output, 'loss_pskd': loss}
 
     def before_forward(self, inputs: Tensor) -> None:
-        self._feats, self._past = None, {}
+        self._feats: Any = None
+        # The past's: logits of all places, or probs of each stage's regions.
+        self._past: Any = {}
         if not self.teaches or self.by_scores:
             return
         run, teacher = self.past.run, self.past.model
