@@ -72,7 +72,7 @@ class PSKDHook(PSKDHookBase):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
-        head = getattr(model, 'decode_head', None)
+        head: Any = getattr(model, 'decode_head', None)
         if not isinstance(model, EncoderDecoder) or not plain_loss(type(head)):
             raise ValueError(
                 f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: it needs an '
