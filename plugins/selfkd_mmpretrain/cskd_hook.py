@@ -1,6 +1,6 @@
 """CS-KD for MMPretrain classifiers."""
 
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
 
 import torch
 from mmengine.runner import BaseLoop, Runner
@@ -115,7 +115,8 @@ class CSKDHook(PairedHook):
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
-        self._to_compare = []  # (labels of anchors, targets that the loss saw, event after which they are there)
+        # Labels of anchors, targets that the loss saw, the event after which they are there.
+        self._to_compare: List[Tuple[Tensor, Tensor, Any]] = []
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         super().before_train_iter(runner, batch_idx, data_batch)
