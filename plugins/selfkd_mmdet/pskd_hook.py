@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
+from selfkd.past import CopyPast
 from selfkd_mmengine import PSKDHookBase, only_looks
 
 from .heads import check_past_of_regions, feats_of_image, has_focal_loss, per_stage, region_heads, stage_of
@@ -69,6 +70,7 @@ class PSKDHook(PSKDHookBase):
 
     task = 'detection'
     no_bank = 'regions and anchors keep no identity from one epoch to the next'
+    past: CopyPast
     fires_every_step = False  # mmdet leaves out the loss of a batch without regions
 
     def __init__(

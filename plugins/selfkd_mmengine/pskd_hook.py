@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import mix
 from selfkd.options import check_options, choose_teacher, options_without_effect, refuse_without_past
-from selfkd.past import BankPast, copy_past
+from selfkd.past import BankPast, Past, copy_past
 from selfkd.schedule import linear_growth, may_end_early
 from selfkd.teacher import unwrap
 
@@ -39,7 +39,7 @@ class PSKDHookBase(SelfKDHook):
 
     Attributes:
         source: the teacher taken, ``'bank'``, ``'snapshot'`` or ``'ema'``.
-        past: what gives past predictions, a :class:`selfkd.past.Past`.
+        past: what gives past predictions; None before the training.
 
     Raises:
         ValueError: settings out of range or of another teacher; and at the start of a training that ends before there
@@ -54,15 +54,15 @@ class PSKDHookBase(SelfKDHook):
     interval: Optional[int]
     ema_decay: float
     keep_hard: bool
+    past: Past
 
     def __init__(self, alpha: float, **options: Any):
         super().__init__()
         self.alpha, self.options = alpha, options
-        self.__dict__.update(options)
+        self.__dict__.update(options, past=None)
         check_options('PSKDHook', self.task, dict(alpha=alpha, **options))
         self.current_alpha = 0.0
         self.source: Optional[str] = None
-        self.past: Any = None  # a Past once training has begun; of which kind, the subclass knows
 
     def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
         """Why predictions belong to no single sample, so that they cannot be kept in a bank (None: they do), and what

@@ -138,8 +138,9 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         logits, label = logits_and_target(arguments)
         past = self.past.predict(label)
-        if getattr(self.past, 'skipped', 0):
-            self.logs['pskd_skipped'] = torch.tensor(float(self.past.skipped))
+        skipped = getattr(self.past, 'skipped', 0)
+        if skipped:
+            self.logs['pskd_skipped'] = torch.tensor(float(skipped))
         self.past.observe(logits)
         if past is None or self.current_alpha == 0:
             self.logs['pskd_entropy'] = torch.zeros(())

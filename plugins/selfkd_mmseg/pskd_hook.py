@@ -110,6 +110,7 @@ class PSKDHook(PSKDHookBase):
         if past is None or self.current_alpha == 0:
             self.logs['pskd_entropy'] = torch.zeros(())
             return self.mix(loss)
+        assert isinstance(past.probs, Tensor)  # a copy's
         self.logs['pskd_entropy'] = torch.special.entr(past.probs.float().softmax(1)).sum(1).mean()
         past_logits = resize(past.probs, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
         class_weight = self._class_weight(logits)
