@@ -1,7 +1,7 @@
 """How a self-distillation weight grows over training. ``progress`` is the share of training done, in [0, 1]."""
 
 import math
-from typing import Sequence
+from typing import Sequence, Union
 
 __all__ = ['linear_growth', 'may_end_early', 'sigmoid_ramp_up']
 
@@ -18,12 +18,12 @@ def linear_growth(final: float, progress: float) -> float:
     return final * _check_progress(progress)
 
 
-def may_end_early(user: str, alpha: float, training: str, stops: Sequence[str]) -> str:
+def may_end_early(user: str, alpha: Union[float, str], training: str, stops: Sequence[str]) -> str:
     """The warning for a training that something may end before alpha has grown up.
 
     Args:
         user: what the message begins with: the hook or callback.
-        alpha: the final share.
+        alpha: the final share, or words for it.
         training: what it grows over, as ``'90 epochs'``.
         stops: what may end the training, by their names in the toolkit.
 

@@ -5,7 +5,7 @@ changes.
 """
 
 from functools import partial
-from typing import Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN
@@ -114,6 +114,7 @@ class RegionTap:
         for stage, (call, boxes) in enumerate(zip(calls, self.boxes)):
             past = copy.run(_classify, heads, stage, features, boxes).float().softmax(1)
             if not background:
+                assert call.match is not None  # these are regions
                 labels = call.match().labels
                 hard = torch.zeros_like(past).scatter_(1, labels[:, None], 1)
                 past = torch.where((labels == past.shape[1] - 1)[:, None], hard, past)
@@ -167,7 +168,7 @@ class DenseTap:
 
     def _finish(self, model, args, losses):
         if model.training:
-            self.targets = [sample['instances'].to(model.device) for sample in args[0]]
+            self.targets: Any = [sample['instances'].to(model.device) for sample in args[0]]
             call = Classified(self.name, '', self.logits, None, 1 / model.loss_normalizer)
             self._rewrite(self.images, [call], losses)
         self.images = self.features = self.logits = self.targets = None

@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import ExitStack
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -25,7 +25,7 @@ from selfkd.pyramid import BiFPN
 __all__ = ['FRSKDCascadeROIHeads', 'FRSKDROIHeads']
 
 
-def options(node: CfgNode) -> Dict[str, object]:
+def options(node: CfgNode) -> Dict[str, Any]:
     """The settings in a method's node of the config, as arguments of its hook or head."""
     return {key.lower(): value for key, value in node.items() if key != 'ENABLED' and value is not None}
 
@@ -34,7 +34,7 @@ class SelfTaught:
     """What ROI heads become with a self-teacher: one pyramid, and a classifier for each stage."""
 
     teaches = True  # False where a loss is no training loss: see FRSKDHook
-    _regions = None  # of each stage, while the self-teacher is to see them
+    _regions: Any = None  # of each stage, while the self-teacher is to see them
 
     @configurable
     def __init__(

@@ -210,23 +210,28 @@ class PSKDHook(SelfKDHook):
                 f'it is plain until iteration {(start // period + 1) * period}'
             )
 
+    @property
+    def _past(self) -> CopyPast:
+        assert self.past is not None  # the training has begun
+        return self.past
+
     def before_step(self) -> None:
         super().before_step()
-        trainer = self.trainer
+        trainer, past = self.trainer, self._past
         start = trainer.iter // self.period * self.period
         self.current_alpha = linear_growth(self.alpha, start / trainer.max_iter)
         trainer.storage.put_scalar('pskd_alpha', self.current_alpha, smoothing_hint=False)
         if trainer.iter == start and start > 0:
-            self.past.begin_period(unwrap(trainer.model))
-        self.past.begin_step(trainer.iter)
+            past.begin_period(unwrap(trainer.model))
+        past.begin_step(trainer.iter)
 
     def after_step(self) -> None:
         super().after_step()
-        self.past.after_update(unwrap(self.trainer.model))
+        self._past.after_update(unwrap(self.trainer.model))
 
     def rewrite(self, images: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
-        alpha = self.current_alpha if self.past.ready else 0.0
-        past = self.tap.past_losses(self.past, images, calls, self.background) if alpha > 0 else None
+        alpha = self.current_alpha if self._past.ready else 0.0
+        past = self.tap.past_losses(self._past, images, calls, self.background) if alpha > 0 else None
         storage = get_event_storage()
         for i, call in enumerate(calls):
             soft = 0.0
@@ -237,7 +242,7 @@ class PSKDHook(SelfKDHook):
             storage.put_scalar(f'{call.scope}pskd_soft', soft)
 
     def state_dict(self) -> dict:
-        return self.past.state_dict(mid_period=(self.trainer.iter + 1) % self.period != 0)
+        return self._past.state_dict(mid_period=(self.trainer.iter + 1) % self.period != 0)
 
     def load_state_dict(self, state: dict) -> None:
         self._resumed = state
@@ -270,6 +275,7 @@ class CSKDHook(SelfKDHook):
 
     def rewrite(self, _: Tensor, calls: List[Classified], losses: Dict[str, Tensor]) -> None:
         for stage, call in enumerate(calls):
+            assert call.match is not None  # these are regions
             labels, images, objects = call.match()
             anchors, partners = same_class_partners(
                 labels,
@@ -291,7 +297,7 @@ class FRSKDHook(StepHook):
         ValueError: at the start of training, for a model without a self-teacher.
     """
 
-    heads: List[nn.Module] = []
+    heads: List[SelfTaught] = []
 
     def before_train(self) -> None:
         super().before_train()

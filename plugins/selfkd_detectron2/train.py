@@ -197,7 +197,7 @@ def main(arguments: Sequence[str]) -> None:
     `custom_voc_trainval` and `custom_voc_test` are that folder's; Detectron2's own lie in the folder of the environment
     variable DETECTRON2_DATASETS. A LazyConfig lists its hooks as `train.selfkd`.
     """
-    parser = default_argument_parser(epilog=inspect.cleandoc(main.__doc__))
+    parser = default_argument_parser(epilog=inspect.cleandoc(main.__doc__ or ''))
     parser.prog = 'selfkd train-detectron2'
     args = parser.parse_args(arguments)
     launch(train, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))

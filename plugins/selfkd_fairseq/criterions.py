@@ -7,7 +7,7 @@ https://arxiv.org/abs/2006.12000
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
@@ -45,7 +45,7 @@ class PSKDConfig(FairseqDataclass):
             'the epochs of --max-epoch or the updates of --max-update, whichever ends first. 0: no PS-KD'
         },
     )
-    pskd_teacher: ChoiceEnum(list(TEACHERS)) = field(
+    pskd_teacher: ChoiceEnum(list(TEACHERS)) = field(  # type: ignore[valid-type]  # so fairseq writes it
         default=PSKD['teacher'],
         metadata={
             'help': 'where past predictions come from: the weights at the end of the previous epoch (snapshot, and '
@@ -53,7 +53,7 @@ class PSKDConfig(FairseqDataclass):
             'for the sentence in the previous epoch (bank: no second forward pass)'
         },
     )
-    pskd_teacher_mode: ChoiceEnum(['train', 'eval']) = field(
+    pskd_teacher_mode: ChoiceEnum(['train', 'eval']) = field(  # type: ignore[valid-type]
         default=PSKD['teacher_mode'],
         metadata={
             'help': 'how the snapshot or average predicts: as in training, with dropout drawn anew (train), or without '
@@ -134,7 +134,7 @@ class ProgressiveRefinement:
         self.training_run, self.skipped = Training(cfg, self.task), 0
 
     def forward(self, model, sample, reduce=True):
-        self.extra_log = {}
+        self.extra_log: Dict[str, Any] = {}
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         logging_output.update(self.extra_log)
         return loss, sample_size, logging_output
@@ -201,7 +201,7 @@ class ProgressiveRefinement:
     def reduce_metrics(cls, logging_outputs) -> None:
         mixed = any('pskd_alpha' in log for log in logging_outputs)
         # CrossEntropyCriterion would take `loss` for the label's: a mixed one is logged as a smoothed one is
-        fairseqs = LabelSmoothedCrossEntropyCriterion if mixed else super()
+        fairseqs: Any = LabelSmoothedCrossEntropyCriterion if mixed else super()
         fairseqs.reduce_metrics(logging_outputs)
 
         def total(key):

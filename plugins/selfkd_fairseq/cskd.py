@@ -6,6 +6,7 @@ https://arxiv.org/abs/2003.13964
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, Dict
 
 import torch
 from fairseq.criterions import register_criterion
@@ -46,7 +47,7 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
 
     def forward(self, model, sample, reduce=True):
         check_model(model)
-        self.extra_log = {}
+        self.extra_log: Dict[str, Any] = {}
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         logging_output.update(self.extra_log)
         return loss, sample_size, logging_output

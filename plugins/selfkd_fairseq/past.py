@@ -1,7 +1,7 @@
 """Where PS-KD's past predictions come from in fairseq: the core's sources, fed with fairseq's data sets and models."""
 
 import logging
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def make_past(cfg, task, model) -> Past:
     if obstacle:
         raise ValueError(f'--pskd-teacher bank: {obstacle}; {OTHERS}')
     pairs = isinstance(dataset, LanguagePairDataset)
-    lengths = dataset.tgt_sizes if pairs else dataset.sizes + int(dataset.add_bos_token)
+    lengths: Any = dataset.tgt_sizes if pairs else dataset.sizes + int(dataset.add_bos_token)
     lengths = np.asarray(lengths, np.int64)  # uint16 of some data sets, which torch does not take
     return TokenBank(lengths, len(words), top_k=cfg.pskd_top_k, ignore_index=words.pad(), way_out=OTHERS)
 

@@ -9,6 +9,7 @@ extension point, but checkpoints name their task, and fairseq-generate could the
 import functools
 import logging
 import math
+from typing import Any
 
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models.nat import FairseqNATModel
@@ -40,8 +41,10 @@ class Training:
         if not cfg.max_epoch and not cfg.max_update:
             raise ValueError('--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update')
         self.cfg, self.task = cfg, task
-        self.past = self.saved = self.epoch = self.updates = self.model = self.step_model = None
-        self.train_itr = self.started_itr = self.position = None
+        self.past: Any = None
+        self.saved = self.epoch = self.updates = self.model = self.step_model = None
+        self.train_itr: Any = None
+        self.started_itr = self.position = None
         self.is_dummy = self.exchanged = False
         for name in ('get_batch_iterator', 'begin_epoch', 'train_step', 'valid_step'):
             setattr(task, name, functools.partial(getattr(self, name), getattr(task, name)))

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import lightning.pytorch as pl
 import torch
@@ -115,10 +115,16 @@ class PSKD(pl.Callback):
             RuntimeError: in training, but outside ``training_step``; or without a Trainer that has this callback.
         """
         if self._in_step:
-            return self.pskd.loss(logits, target, **options)
+            return self._under_way()[0].loss(logits, target, **options)
         if self._state is None or self._state.stage in (None, RunningStage.TRAINING):
             raise RuntimeError('PSKD: the loss is for training_step, under a Trainer that has this callback')
         return F.cross_entropy(logits, target, **options)
+
+    def _under_way(self) -> Tuple[selfkd_torch.PSKD, Batches]:
+        """The method and its batches, which are there once training has begun."""
+        assert self.pskd is not None
+        assert self._data is not None
+        return self.pskd, self._data
 
     @property
     def current_alpha(self) -> float:
@@ -159,7 +165,7 @@ class PSKD(pl.Callback):
         module = pl_module.get_submodule(self._loss) if self._loss else None
         self._in_step = True
         try:
-            with in_words(WORDS), self.pskd.tap(module, check=False):
+            with in_words(WORDS), self._under_way()[0].tap(module, check=False):
                 return step(*args, **kwargs)
         finally:
             self._in_step = False
@@ -168,19 +174,20 @@ class PSKD(pl.Callback):
         """The loader of the training data, so that it notes which samples are in its batches."""
         if trainer.state.stage != RunningStage.TRAINING:
             return loader
-        if self.pskd is None:
-            self._data = _Batches(loader)
-            self._data.trainer = trainer
-        elif self.pskd.kind in ('auto', 'bank') and loader.dataset is not self._data.loader.dataset:
+        data = self._data
+        if self.pskd is None or data is None:  # neither is there without the other
+            self._data = data = _Batches(loader)
+            data.trainer = trainer
+        elif self.pskd.kind in ('auto', 'bank') and loader.dataset is not data.loader.dataset:
             raise ValueError(
                 'PSKD: reload_dataloaders_every_n_epochs brought another data set, to which the rows of the bank do '
                 "not belong: use teacher='snapshot', or give the loader the same data set each time"
             )
         else:
-            self._data.replace(loader)
-        if self.teacher == 'bank' or (self.teacher == 'auto' and not self._data.why_not_numbered()):
-            self._data.number('PSKD', WAY_OUT)
-        return self._data.lend()
+            data.replace(loader)
+        if self.teacher == 'bank' or (self.teacher == 'auto' and not data.why_not_numbered()):
+            data.number('PSKD', WAY_OUT)
+        return data.lend()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._data is None or trainer.train_dataloader is not self._data.lend():
@@ -240,15 +247,15 @@ class PSKD(pl.Callback):
         return found[0]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
-        data = self._data
-        if not self.pskd._inside:  # Lightning leaves on_train_epoch_start out when it resumes within an epoch
+        pskd, data = self._under_way()
+        if not pskd._inside:  # Lightning leaves on_train_epoch_start out when it resumes within an epoch
             data.epoch = trainer.current_epoch
-            if self.pskd.interval:
-                data.epoch = data.done() // self.pskd.interval
+            if pskd.interval:
+                data.epoch = data.done() // pskd.interval
             elif self._by_steps:  # resumed with another batch size it is in another epoch
                 data.epoch = trainer.global_step // self._steps
             if batch_idx and not self._saved:
-                self.pskd.resume_without_past(mid_period=True)
+                pskd.resume_without_past(mid_period=True)
             data.begin_epoch()
         if data.way_out and not data.noted:
             raise ValueError(
@@ -257,18 +264,20 @@ class PSKD(pl.Callback):
         data.begin_step()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        pskd, data = self._under_way()
         if batch is None:  # Lightning has skipped it
-            self._data.noted and self._data.noted.popleft()
+            data.noted and data.noted.popleft()
             return
-        self._data.end_step()
+        data.end_step()
         if trainer.global_step != self._updates:
             self._updates = trainer.global_step
-            self._data.after_update()
-        pl_module.log_dict(self.pskd.logs)
+            data.after_update()
+        pl_module.log_dict(pskd.logs)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.pskd._inside:
-            self._data.end_epoch(True)
+        pskd, data = self._under_way()
+        if pskd._inside:
+            data.end_epoch(True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, 'fit')

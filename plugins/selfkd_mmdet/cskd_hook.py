@@ -1,6 +1,6 @@
 """CS-KD for the regions of MMDetection's two-stage detectors."""
 
-from typing import Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 from mmdet.models.losses.utils import weight_reduce_loss
@@ -85,7 +85,7 @@ class CSKDHook(SelfKDHook):
     def before_forward(self, inputs: Tensor) -> None:
         self.logs = {}
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         if self.weight == 0:
             return loss
         stage, prefix = stage_of(self.student, self.tapped)

@@ -1,7 +1,7 @@
 """FRSKD for MMDetection's two-stage detectors with a feature pyramid."""
 
 from functools import lru_cache
-from typing import Tuple, Union
+from typing import Any, Tuple, Union
 
 import torch
 from mmcv import ops
@@ -72,7 +72,7 @@ class FRSKDRoIHead(BaseRoIHead):
     """
 
     plain_type: type  # what it is besides
-    _classified = None  # logits and sampling results of each stage, while the self-teacher is to see them
+    _classified: Any = None  # logits and sampling results of each stage, while the self-teacher is to see them
 
     def __new__(cls, *args, base_type: Union[str, type, None] = None, **kwargs):
         if cls is FRSKDRoIHead:
@@ -154,7 +154,8 @@ class FRSKDRoIHead(BaseRoIHead):
                 f'FRSKDRoIHead: {self.plain_type.__name__} computed its losses without a call of bbox_loss, so the '
                 'self-teacher cannot teach it: leave model.roi_head.type as it is, and train it without FRSKDRoIHead'
             )
-        feats, refined = x[: self.levels], None
+        feats = x[: self.levels]
+        refined: Any = None
         for stage, (logits, sampling_results) in enumerate(stages):
             rois = bbox2roi([result.priors for result in sampling_results])
             if len(rois) == 0:
@@ -190,7 +191,7 @@ class FRSKDRoIHead(BaseRoIHead):
 
 
 @lru_cache(maxsize=None)
-def _with_self_teacher(base: type) -> type:
+def _with_self_teacher(base: type) -> Any:
     return type(f'FRSKD{base.__name__}', (FRSKDRoIHead, base), {'plain_type': base, '__module__': __name__})
 
 

@@ -1,7 +1,7 @@
 """Which of MMDetection's heads the methods support, and where the hooks tap them."""
 
 import inspect
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, RetinaHead
 from mmdet.models.losses import CrossEntropyLoss, FocalLoss
@@ -43,7 +43,7 @@ OWN_FEATS = ('semantic', 'glbctx')  # a RoI head's heads for the whole image
 REGIONS = ('self', 'stage', 'x', 'rois')  # what the classification of regions is a function of
 
 # What a config with StandardRoIHead has; with CascadeRoIHead also the last two. In train_cfg.rcnn, and as parts' types:
-OPTIONS = ('bbox_roi_extractor', 'bbox_head', 'mask_roi_extractor', 'mask_head', 'shared_head')
+OPTIONS: Tuple[str, ...] = ('bbox_roi_extractor', 'bbox_head', 'mask_roi_extractor', 'mask_head', 'shared_head')
 OPTIONS += ('train_cfg', 'test_cfg', 'init_cfg', 'num_stages', 'stage_loss_weights')
 TRAIN_OPTIONS = ('assigner', 'sampler', 'pos_weight', 'debug', 'mask_size', 'mask_thr_binary')
 BOX_HEADS = (BBoxHead, ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead)
@@ -87,7 +87,7 @@ def stage_of(model: nn.Module, loss_cls: nn.Module) -> Tuple[int, str]:
 
 def check_region_heads(hook: str, model: nn.Module) -> None:
     """Refuses what is no two-stage detector with a softmax over the classes of its regions."""
-    roi_head = getattr(model, 'roi_head', None)
+    roi_head: Any = getattr(model, 'roi_head', None)
     kind = getattr(roi_head, 'plain_type', type(roi_head))  # FRSKD's is one of these with a self-teacher
     if kind not in ROI_HEADS or not roi_head.with_bbox:
         names = ', '.join(kind.__name__ for kind in ROI_HEADS)
@@ -194,5 +194,5 @@ def has_focal_loss(model: nn.Module) -> bool:
     """Whether a one-stage detector matches anchors and labels without looking at predictions, and trains them with the
     focal loss of logits."""
     head = getattr(model, 'bbox_head', None)
-    loss = getattr(head, 'loss_cls', None)
+    loss: Any = getattr(head, 'loss_cls', None)
     return type(head) in DENSE_HEADS and type(loss) is FocalLoss and not loss.activated

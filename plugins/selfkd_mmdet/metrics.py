@@ -1,6 +1,6 @@
 """Calibration of detections."""
 
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from mmdet.evaluation.functional.mean_ap import tpfp_default
@@ -59,7 +59,7 @@ class DetectionCalibration(BaseMetric):
                 }
                 for name in ('pred_instances', 'gt_instances', 'ignored_instances')
             )
-            pairs = []  # of score and true positive
+            pairs: List[Tuple[float, float]] = []  # of score and true positive
             for label in np.unique(found['labels']):
                 mine = (found['labels'] == label) & (found['scores'] >= self.score_thr)
                 detections = np.column_stack([found['bboxes'][mine], found['scores'][mine]])

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
+from selfkd.past import CopyPast
 from selfkd_mmengine import PSKDHookBase, only_looks
 
 from .heads import check_past_of_regions, feats_of_image, has_focal_loss, per_stage, region_heads, stage_of
@@ -69,6 +70,7 @@ class PSKDHook(PSKDHookBase):
 
     task = 'detection'
     no_bank = 'regions and anchors keep no identity from one epoch to the next'
+    past: CopyPast
     fires_every_step = False  # mmdet leaves out the loss of a batch without regions
 
     def __init__(
@@ -121,7 +123,7 @@ class PSKDHook(PSKDHookBase):
     def _before_model(self, model, args, kwargs) -> None:
         super()._before_model(model, args, kwargs)
         if self._computing_loss:
-            self._batch = (
+            self._batch: Any = (
                 args[0] if args else kwargs['inputs'],
                 kwargs.get('data_samples', args[-1] if args else None),
             )
@@ -129,7 +131,8 @@ class PSKDHook(PSKDHookBase):
     def _after_model(self, model, args, output):
         if self._computing_loss and self.by_scores and self._taps:
             output = self._with_score_loss(output)
-        self._batch = self._logits = None
+        self._batch = None
+        self._logits: Any = None
         return super()._after_model(model, args, output)
 
     def _with_score_loss(self, output: Dict[str, Any]) -> Dict[str, Any]:
@@ -144,7 +147,9 @@ class PSKDHook(PSKDHookBase):
         return {**output, 'loss_pskd': loss}
 
     def before_forward(self, inputs: Tensor) -> None:
-        self._feats, self._past = None, {}
+        self._feats: Any = None
+        # The past's: logits of all places, or probs of each stage's regions.
+        self._past: Any = {}
         if not self.teaches or self.by_scores:
             return
         run, teacher = self.past.run, self.past.model
@@ -176,7 +181,7 @@ class PSKDHook(PSKDHookBase):
     def _tap(self, module, args, kwargs, output):
         return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         if self.by_scores:  # what is tapped is the head, and what it gives are scores
             self._logits = scores(self.tapped, loss, self._places.queries)
             return loss
@@ -193,7 +198,7 @@ class PSKDHook(PSKDHookBase):
         past, self._past = self._past[: len(logits)], self._past[len(logits) :]
         return quality_focal_loss(logits, past.float().sigmoid(), reduction='none').sum(1)
 
-    def _region_losses(self, stage: int, arguments: Dict[str, object]) -> Tensor:
+    def _region_losses(self, stage: int, arguments: Dict[str, Any]) -> Tensor:
         logits, label = arguments['cls_score'], arguments['label']
         past, self._past[stage] = self._past[stage], None
         if past.shape != logits.shape:

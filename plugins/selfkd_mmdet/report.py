@@ -1,7 +1,7 @@
 """Finished MMDetection runs side by side: a table of their test metrics, and detections drawn on test images."""
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
@@ -23,7 +23,7 @@ COLUMNS = {  # column title: (metric, factor, decimals, which is better)
     'detections': Column('calibration/detections', 1, 0, None),
 }
 
-Label = Tuple[Tensor, Tensor, str, str]  # a box, its class, the score as it is shown, and its color
+Label = Tuple[Tensor, Any, str, str]  # a box, its class (an integer tensor), the score as it is shown, and its color
 
 
 class Detections(NamedTuple):
@@ -50,7 +50,7 @@ def detect(work_dir: str) -> Detections:
     cfg.load_from, cfg.resume = checkpoint, False
     cfg.work_dir, cfg.log_level = str(Path(work_dir, 'test')), 'ERROR'
     runner = Runner.from_cfg(cfg)
-    samples = []
+    samples: List[DetDataSample] = []
     runner.register_hook(_Keep(samples))
     metrics, seed = runner.test(), seed_of(cfg)
     if seed is not None:

@@ -71,6 +71,7 @@ def scores(head: nn.Module, output, queries: bool = False) -> Tensor:
     parts = output if isinstance(output, (tuple, list)) else [output]
     maps = list(parts[0]) if isinstance(parts[0], (tuple, list)) else [parts[0]]
     classes, attributes = _classes(head), getattr(head, 'num_attrib', None)
+    assert classes is not None  # check_places has refused other heads
     if attributes:  # YOLOv3's boxes, objectness and classes are one map
         whole = torch.cat([_of_places(level, attributes) for level in maps])
         return _logit_of_product(whole[:, 5:], whole[:, 4:5])

@@ -3,7 +3,7 @@
 import collections
 import pickle
 from _codecs import encode
-from typing import Callable
+from typing import Any, Callable, Tuple
 
 import numpy as np
 import torch
@@ -29,15 +29,15 @@ def allow_mmengine_checkpoints() -> None:
     """
     if not hasattr(torch.serialization, 'add_safe_globals'):  # torch below 2.4 loads everything
         return
-    kinds = (HistoryBuffer, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in NUMBERS})
+    kinds: Tuple[Any, ...] = (HistoryBuffer, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in NUMBERS})
     kinds += (encode, collections.Counter)  # bytes, and the milestones of a schedule
     allowed = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in kinds}
     for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):  # numpy 2's and numpy 1's
         for value in (np.zeros(0), np.float64(0)):  # what makes arrays, what makes scalars
-            function = value.__reduce__()[0]
+            function: Any = value.__reduce__()[0]
             allowed[f'{module}.{function.__name__}'] = function
     allowed['builtins.getattr'] = _statistic
-    if torch.__version__ >= (2, 7):
+    if torch.__version__ >= (2, 7):  # type: ignore[operator]  # a TorchVersion, declared a str
         # Each with its name: what others allow and then forbid again, as bare types, leaves these pairs alone.
         torch.serialization.add_safe_globals([(value, path) for path, value in allowed.items()])
     else:

@@ -1,10 +1,9 @@
 """The configs that come with our packages, by name: ``selfkd_mmpretrain::pskd/resnet18-w16_1xb50_digits.py``."""
 
 import ast
-import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 from mmengine.config import Config
 from mmengine.config.config import ConfigParsingError
@@ -76,8 +75,8 @@ def refuse_lost_hooks(name: str) -> None:
     file = config_path(name)
     hooks = _hooks(load_config(file))
     for base in _bases(file):
-        lost = {name: kind for name, kind in _hooks(load_config(base)).items() if name not in hooks}
-        lost = [name for name, kind in lost.items() if 'selfkd' not in kind]
+        theirs = _hooks(load_config(base))
+        lost = [name for name, kind in theirs.items() if name not in hooks and 'selfkd' not in kind]
         if lost and any('selfkd' in kind for kind in hooks.values()):
             raise ValueError(
                 f'{file}: custom_hooks takes the place of the list in {base}, so training would be without '
@@ -89,7 +88,7 @@ def refuse_lost_hooks(name: str) -> None:
 
 def _hooks(cfg: Config) -> Dict[str, str]:
     """The custom hooks: name of the class -> its name with its module or registry before it."""
-    kinds = [hook.get('type') for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict)]
+    kinds: List[Any] = [hook.get('type') for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict)]
     names = [kind if isinstance(kind, str) else f'{kind.__module__}.{kind.__name__}' for kind in kinds]
     return {name.split('.')[-1]: name for name in names}
 
@@ -100,16 +99,23 @@ def _bases(file: str) -> List[str]:
         return [Config._get_cfg_path(base, file)[0] for base in Config._get_base_files(file)]
     bases = []
     for module in Config._get_base_modules(ast.parse(Path(file).read_text(encoding='utf-8')).body):
-        dots = len(re.match(r'\.*', module)[0])
+        dots = len(module) - len(module.lstrip('.'))
         if dots:
             bases.append(str(Path(file).resolve().parents[dots - 1].joinpath(*module[dots:].split('.'))) + '.py')
         else:
-            bases.append(find_spec(module).origin)
+            bases.append(_origin(module))
     return bases
 
 
 def _folder(package: str) -> Path:
-    return Path(find_spec(package).origin).parent / '.mim/configs'
+    return Path(_origin(package)).parent / '.mim/configs'
+
+
+def _origin(module: str) -> str:
+    spec = find_spec(module)
+    assert spec is not None, module
+    assert spec.origin is not None, module
+    return spec.origin
 
 
 def _drop_scopes(value: object) -> None:

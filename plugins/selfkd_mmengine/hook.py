@@ -8,7 +8,7 @@ untouched.
 import inspect
 import math
 import re
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from mmengine.dataset import DefaultSampler
@@ -48,7 +48,7 @@ class SelfKDHook(Hook):
 
     def __init__(self):
         self.logs: Dict[str, Tensor] = {}
-        self.tapped: Optional[nn.Module] = None
+        self.tapped: Any = None  # a loss module of the toolkit, once training has begun
         self._handles, self._loss_handles = [], []
         self._watched: List[object] = []
         self._waiting = self._computing_loss = self._looking = False
@@ -71,7 +71,7 @@ class SelfKDHook(Hook):
         Before the first step, and again whenever something of :meth:`watched` has changed.
         """
 
-    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+    def check_batch(self, arguments: Dict[str, Any], loss: Tensor) -> None:
         """Refuses what a batch shows, given what :meth:`rewrite_loss` gets.
 
         Called with the first batch of a run, of each epoch, and after a change.
@@ -87,11 +87,11 @@ class SelfKDHook(Hook):
     def before_forward(self, inputs) -> None:
         """Called with the preprocessed (augmented, mixed) inputs of a training forward pass."""
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         """The loss to train on, given the bound arguments and own value of the loss module ``self.tapped``."""
         raise NotImplementedError
 
-    def reduced(self, weight_reduce_loss: Callable, losses: Tensor, arguments: Dict[str, object]) -> Tensor:
+    def reduced(self, weight_reduce_loss: Callable, losses: Tensor, arguments: Dict[str, Any]) -> Tensor:
         """Losses per sample, weighted and reduced as the tapped module's own; the function is the toolkit's."""
         return getattr(self.tapped, 'loss_weight', 1.0) * weight_reduce_loss(
             losses,

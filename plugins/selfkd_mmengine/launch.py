@@ -2,6 +2,7 @@
 
 import gc
 import os
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -47,6 +48,7 @@ def leave_group() -> None:
 
 def _gloo_backend():
     try:
-        return torch_dist.group.WORLD._get_backend(torch.device('cpu'))
+        world: Any = torch_dist.group.WORLD
+        return world._get_backend(torch.device('cpu'))
     except (AttributeError, RuntimeError):  # a group for accelerators only
         return None

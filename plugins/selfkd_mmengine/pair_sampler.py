@@ -1,6 +1,6 @@
 """Batches of pairs over any mmengine dataset and sampler: of one class for CS-KD, of one image for DDGSD."""
 
-from typing import Iterator, List, Optional
+from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.dist import get_rank, sync_random_seed
@@ -85,9 +85,9 @@ def class_of_each(dataset) -> List[int]:
 
 def with_batch_sampler(loader: DataLoader, kind: type) -> DataLoader:
     """The same data loader with a batch sampler of this kind in place of its own."""
-    plain = loader.batch_sampler
+    plain: Any = loader.batch_sampler  # a torch BatchSampler, or one like it
     pairs = kind(plain.sampler, plain.batch_size, plain.drop_last)
-    names = (
+    names: Tuple[str, ...] = (
         'num_workers',
         'collate_fn',
         'pin_memory',

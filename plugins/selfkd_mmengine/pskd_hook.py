@@ -39,7 +39,7 @@ class PSKDHookBase(SelfKDHook):
 
     Attributes:
         source: the teacher taken, ``'bank'``, ``'snapshot'`` or ``'ema'``.
-        past: what gives past predictions.
+        past: what gives past predictions; None before the training.
 
     Raises:
         ValueError: settings out of range or of another teacher; and at the start of a training that ends before there
@@ -54,15 +54,15 @@ class PSKDHookBase(SelfKDHook):
     interval: Optional[int]
     ema_decay: float
     keep_hard: bool
+    past: Past
 
     def __init__(self, alpha: float, **options: Any):
         super().__init__()
         self.alpha, self.options = alpha, options
-        vars(self).update(options)
+        self.__dict__.update(options, past=None)
         check_options('PSKDHook', self.task, dict(alpha=alpha, **options))
         self.current_alpha = 0.0
         self.source: Optional[str] = None
-        self.past: Optional[Past] = None
 
     def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
         """Why predictions belong to no single sample, so that they cannot be kept in a bank (None: they do), and what
@@ -122,6 +122,7 @@ class PSKDHookBase(SelfKDHook):
         if self.source == 'bank':
             self.past = self.make_bank(runner, model)
         else:
+            assert self.source is not None  # check has chosen it
             model.train()  # as the loop is about to do: norms that a model keeps frozen stay so in the copy
             self.past = copy_past(self.source, model, mode=self.teacher_mode, ema_decay=self.ema_decay)
         in_period = is_iter_based(runner) and runner.iter > self.period and runner.iter % self.period

@@ -1,7 +1,7 @@
 """What the reports on finished runs share: finding the runs, and what stands in their configs."""
 
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 
@@ -33,7 +33,7 @@ def finished_run(work_dir: str, checkpoint: Optional[str] = None) -> Tuple[Confi
     return load_config(str(configs[0])), checkpoint
 
 
-def check_runs(groups: Dict[str, Sequence[str]]) -> None:
+def check_runs(groups: Mapping[str, Sequence[str]]) -> None:
     """Looks at all runs of a report, by name, before the first is tested: what would end it in the middle.
 
     Raises:

@@ -4,11 +4,11 @@ import inspect
 import pickle
 import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
@@ -82,6 +82,7 @@ def convert_backbone(
             'ResNet-50 or deeper for a narrow backbone'
         )
     difference = None
+    other: Optional[nn.Module]
     with replacing(target) as beside:  # it takes its place once its features have been compared
         if to == 'mmdet':
             options = dict(depth=depth, style=backbone.style, **_width(backbone))
@@ -136,7 +137,7 @@ def _write_detectron2(weights: Dict[str, Tensor], path: Path) -> None:
         pickle.dump({'model': arrays, '__author__': 'selfkd', 'matching_heuristics': True}, file)
 
 
-def _source_backbone(options: dict, source: str) -> nn.Module:
+def _source_backbone(options: ConfigDict, source: str) -> nn.Module:
     from mmpretrain.models.backbones import ResNet
 
     usual = inspect.signature(ResNet).parameters
@@ -164,7 +165,7 @@ def _source_backbone(options: dict, source: str) -> nn.Module:
     return backbone
 
 
-def _same(value: object, other: object) -> bool:
+def _same(value: Any, other: Any) -> bool:
     return (list(value) == list(other)) if isinstance(value, (list, tuple)) and other else value == other
 
 
@@ -234,8 +235,8 @@ def _difference(backbone: nn.Module, other: nn.Module, inputs: Tensor) -> float:
     backbone.eval(), other.eval()
     with torch.no_grad():
         ours, theirs = backbone(inputs), other(inputs)
-    theirs: Dict[str, Tensor] = theirs if isinstance(theirs, dict) else dict(enumerate(theirs))
-    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(ours, theirs.values()))
+    theirs = theirs.values() if isinstance(theirs, dict) else theirs
+    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(ours, theirs))
 
 
 def main(arguments: Sequence[str]) -> None:

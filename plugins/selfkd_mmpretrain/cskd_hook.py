@@ -1,6 +1,6 @@
 """CS-KD for MMPretrain classifiers."""
 
-from typing import Dict
+from typing import Any, Dict, List, Tuple
 
 import torch
 from mmengine.runner import BaseLoop, Runner
@@ -115,7 +115,8 @@ class CSKDHook(PairedHook):
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
-        self._to_compare = []  # (labels of anchors, targets that the loss saw, event after which they are there)
+        # Labels of anchors, targets that the loss saw, the event after which they are there.
+        self._to_compare: List[Tuple[Tensor, Tensor, Any]] = []
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         super().before_train_iter(runner, batch_idx, data_batch)
@@ -134,7 +135,7 @@ class CSKDHook(PairedHook):
             labels, target, _ = self._to_compare.pop(0)
             self.refuse_moved(labels, target)
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         self._compare_targets(logits_and_target(arguments)[1])
         if self.weight == 0:
             return loss

@@ -1,6 +1,6 @@
 """DDGSD for MMPretrain classifiers, a comparator of the papers' tables."""
 
-from typing import Dict
+from typing import Any, Dict
 
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
@@ -66,7 +66,7 @@ class DDGSDHook(PairedHook):
         if self._computing_loss:
             self._features = args[0]
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         one, other = arguments['cls_score'].chunk(2)
         self.logs['loss_ddgsd'] = ddgsd_loss(
             one,

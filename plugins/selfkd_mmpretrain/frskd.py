@@ -2,7 +2,7 @@
 
 import inspect
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,8 @@ class FRSKDImageClassifier(ImageClassifier):
 
         What runs after ``until`` has something in it (CSKDHook's partners, at the loss) is not looked at.
         """
-        size, maps, passes = inputs.shape[2:], [None] * len(self._stages), []
+        size, passes = inputs.shape[2:], []
+        maps: List[Any] = [None] * len(self._stages)
 
         def count(*call) -> None:
             if not until:
@@ -264,7 +265,7 @@ class SelfTeacher(nn.Module):
             refined = [torch.cat(pair) for pair in zip(refined, refined_rotated)]
         if self.adapters is not None:
             feats = [adapter(f) for adapter, f in zip(self.adapters, feats)]
-        weights = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
+        weights: Dict[str, Any] = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
         terms = frskd_loss(cls_score, teacher_score, feats, refined, None, feature_loss=self.feature_loss, **weights)
         losses.update(terms)
         return losses

@@ -1,6 +1,6 @@
 """What the methods ask of a classifier's head: one prediction, a softmax over classes, that its loss module sees."""
 
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from mmengine.runner import Runner
@@ -94,7 +94,7 @@ def target_of(data_samples: List[DataSample]) -> Tensor:
     return torch.cat([sample.gt_label for sample in data_samples])
 
 
-def logits_and_target(arguments: Dict[str, object]) -> Tuple[Tensor, Tensor]:
+def logits_and_target(arguments: Dict[str, Any]) -> Tuple[Tensor, Tensor]:
     """What a loss module was called with first; own ones may name it otherwise than MMPretrain does."""
     logits, target = list(arguments.values())[:2]
     return logits, target
@@ -121,7 +121,7 @@ class ClassifierHook(SelfKDHook):
         if self._computing_loss and self._looking:
             self._replay = Replay(model, args[0] if args else kwargs['inputs'])
 
-    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+    def check_batch(self, arguments: Dict[str, Any], loss: Tensor) -> None:
         super().check_batch(arguments, loss)
         self._trained_on = logits_and_target(arguments)[0].detach().clone()
 

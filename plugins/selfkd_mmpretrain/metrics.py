@@ -4,7 +4,7 @@ Values have the units of the papers' tables: ECE in percent, AURC and E-AURC x 1
 them. Except for RecallAt1 they keep a few numbers a sample, not its probabilities.
 """
 
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from mmcv.transforms import BaseTransform
@@ -129,7 +129,7 @@ class KeepFeaturesHook(Hook):
     """Puts the input of the classifier, ``head.fc``, into each prediction as ``feature``, for :class:`RecallAt1`."""
 
     def before_val(self, runner: Runner) -> None:
-        head = getattr(unwrap(runner.model), 'head', None)
+        head: Any = getattr(unwrap(runner.model), 'head', None)
         if not hasattr(head, 'fc'):
             raise ValueError(f'KeepFeaturesHook: needs a head with a linear classifier `fc`, got {type(head).__name__}')
         self._handles = [

@@ -1,6 +1,6 @@
 """PS-KD for MMPretrain classifiers."""
 
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +124,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     def before_forward(self, inputs: Tensor) -> None:
         self.past.begin_forward(lambda model: logits_of(model, inputs).float().softmax(1))
 
-    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+    def check_batch(self, arguments: Dict[str, Any], loss: Tensor) -> None:
         super().check_batch(arguments, loss)
         logits, label = logits_and_target(arguments)
         hard = self._losses(logits.detach(), _hard_targets(self.tapped, label, logits.shape[1]))
@@ -135,11 +135,12 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
         class_weight = getattr(getattr(self.tapped, 'ce', self.tapped), 'class_weight', None)
         return soft_cross_entropy(logits, target, class_weight=class_weight, reduction='none')
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         logits, label = logits_and_target(arguments)
         past = self.past.predict(label)
-        if getattr(self.past, 'skipped', 0):
-            self.logs['pskd_skipped'] = torch.tensor(float(self.past.skipped))
+        skipped = getattr(self.past, 'skipped', 0)
+        if skipped:
+            self.logs['pskd_skipped'] = torch.tensor(float(skipped))
         self.past.observe(logits)
         if past is None or self.current_alpha == 0:
             self.logs['pskd_entropy'] = torch.zeros(())

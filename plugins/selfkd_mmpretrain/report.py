@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selfkd import metrics
 from selfkd.cli import command_parser, refusing
-from selfkd.comparison import comparison_table, note, write_runs
+from selfkd.comparison import Column, comparison_table, note, write_runs
 from selfkd.files import output_folder, replacing
 from selfkd.runs import parse_groups
 from selfkd_mmengine.report import check_runs, finished_run, seed_of
@@ -148,7 +148,7 @@ def table(groups: Dict[str, List[Dict[str, float]]], columns: Optional[Sequence[
     """
     everything = [run for runs in groups.values() for run in runs]
     columns = columns or [title for title, (key, *_) in MEASURES.items() if all(key in run for run in everything)]
-    return comparison_table(groups, {title: MEASURES[title] for title in columns})
+    return comparison_table(groups, {title: Column(*MEASURES[title]) for title in columns})
 
 
 def tables(panels: Dict[str, Dict[str, List[Dict[str, float]]]], columns: Optional[Sequence[str]] = None) -> str:

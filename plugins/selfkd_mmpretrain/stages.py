@@ -25,7 +25,7 @@ class Stage(NamedTuple):
     """
 
     module: str
-    index: Optional[int]
+    index: Optional[int]  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls
     channels: int
     relu: Optional[str]
 
@@ -110,7 +110,9 @@ def _watched(model: ImageClassifier, names: Optional[Sequence[str]]):
                 return size, outputs, relus, logits.shape[1]
             except Exception as error:
                 failed = error
-                outputs.clear(), relus.clear(), inside.clear()
+                outputs.clear()
+                relus.clear()
+                inside.clear()
         raise ValueError(
             f'FRSKDImageClassifier: {type(backbone).__name__} fails on an image of {size}: {failed}'
         ) from failed

@@ -1,6 +1,6 @@
 """TF-KD (regularisation variant) for MMPretrain classifiers, a comparator of the papers' tables."""
 
-from typing import Dict
+from typing import Any, Dict
 
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
@@ -55,7 +55,7 @@ class TFKDHook(ClassifierHook):
         if any(isinstance(hook, PSKDHookBase) for hook in runner.hooks):
             raise ValueError('TFKDHook: PS-KD and TF-KD both replace the same target: use one of the two hooks')
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         kl = tfkd_regularization(
             arguments['cls_score'],
             arguments['label'],

@@ -118,6 +118,8 @@ def _scale(width: int) -> nn.Sequential:
 class _ChannelScale(nn.Conv2d):
     """A depthwise 1x1 convolution as what it is, a weight and a bias a channel: on a CPU in half of the time."""
 
+    bias: Tensor  # there is one
+
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.view(-1, 1, 1), self.bias.view(-1, 1, 1)
         return x * weight.to(x.dtype) + bias.to(x.dtype)

@@ -2,7 +2,7 @@
 
 import inspect
 from functools import partial
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import MessageHub
@@ -292,7 +292,7 @@ class SelfTeacher(BaseModule):
         label, ramp, none = label.squeeze(1), self.ramp(), student_logits.new_zeros(())
         losses = {'loss_kd': none, 'loss_feature': none, 'ramp': torch.tensor(ramp)}
         if ramp and (self.alpha or self.beta):
-            weights = dict(alpha=self.alpha * ramp, beta=self.beta * ramp, temperature=self.temperature)
+            weights: Dict[str, Any] = dict(alpha=self.alpha * ramp, beta=self.beta * ramp, temperature=self.temperature)
             average = partial(self.average, label=label, avg_non_ignore=avg_non_ignore)
             chosen = self.select(feats)
             losses.update(frskd_loss(student_logits, logits, chosen, maps, None, **weights, average=average))

@@ -1,6 +1,6 @@
 """PS-KD per pixel for MMSegmentation's encoder-decoders."""
 
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ class PSKDHook(PSKDHookBase):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
-        head = getattr(model, 'decode_head', None)
+        head: Any = getattr(model, 'decode_head', None)
         if not isinstance(model, EncoderDecoder) or not plain_loss(type(head)):
             raise ValueError(
                 f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: it needs an '
@@ -95,7 +95,7 @@ class PSKDHook(PSKDHookBase):
         # Logits as small as the copy gives them: probs of the labels' size are made at the loss.
         self.past.begin_forward(lambda model: model(inputs, mode='tensor'))
 
-    def check_batch(self, arguments: Dict[str, object], loss: Tensor) -> None:
+    def check_batch(self, arguments: Dict[str, Any], loss: Tensor) -> None:
         super().check_batch(arguments, loss)
         logits, label = list(arguments.values())[:2]
         log_probs = logits.detach().float().log_softmax(1)
@@ -104,12 +104,13 @@ class PSKDHook(PSKDHookBase):
         )
         self.check_cross_entropy(loss, self._averaged(hard, arguments))
 
-    def rewrite_loss(self, arguments: Dict[str, object], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         logits, label = list(arguments.values())[:2]
         past = self.past.predict(label)
         if past is None or self.current_alpha == 0:
             self.logs['pskd_entropy'] = torch.zeros(())
             return self.mix(loss)
+        assert isinstance(past.probs, Tensor)  # a copy's
         self.logs['pskd_entropy'] = torch.special.entr(past.probs.float().softmax(1)).sum(1).mean()
         past_logits = resize(past.probs, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
         class_weight = self._class_weight(logits)
@@ -120,7 +121,7 @@ class PSKDHook(PSKDHookBase):
         weight = self.tapped.class_weight
         return None if weight is None else logits.new_tensor(weight).float()
 
-    def _averaged(self, losses: Tensor, arguments: Dict[str, object]) -> Tensor:
+    def _averaged(self, losses: Tensor, arguments: Dict[str, Any]) -> Tensor:
         """Losses of pixels ``[B, H, W]``, 0 at ignored ones, weighted and reduced as the loss module's own."""
         logits, label = list(arguments.values())[:2]
         factor = _avg_factor(self.tapped, self._class_weight(logits), label, label != self.ignore_index)

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections import deque
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Any, Deque, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ class Batches:
         self.epoch, self.step = 0, 0  # both count from 0; the epoch under way, or the next one
         self.steps_per_epoch: Optional[int] = None  # for a training that is counted in steps: how long an epoch is
         self.trained = False  # whether the epoch under way had a loss
-        self.noted = deque()  # rows and partners of the batches handed out and not yet trained on, oldest first
+        # Rows and partners of the batches handed out and not yet trained on, oldest first.
+        self.noted: Deque[Tuple[Any, Any]] = deque()
         self.pairing: Optional[SameClassPairing] = None
         self.seed, self._iterating = 0, False  # the partners'
         self._ending: Optional[str] = None  # the method that counts epochs
@@ -192,7 +193,7 @@ class Batches:
 
     def _check_prepared(self) -> None:
         """ValueError: under Accelerate each of several processes would train on all data."""
-        accelerate = sys.modules.get('accelerate')
+        accelerate: Any = sys.modules.get('accelerate')
         state = accelerate and accelerate.PartialState._shared_state
         if not state or accelerate.PartialState().num_processes < 2 or type(self.loader) is not DataLoader:
             return
@@ -239,6 +240,7 @@ class Batches:
         return self.step
 
     def _epoch_of_steps(self) -> int:
+        assert self.steps_per_epoch is not None  # it is asked of a training that is counted in steps only
         return self.done() // self.steps_per_epoch
 
     def __len__(self) -> int:

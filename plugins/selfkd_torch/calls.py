@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ RESHAPES = {
 }
 RESHAPES |= {'UnsqueezeBackward', 'ViewBackward'}
 
-Node = Tuple[object, int]  # of autograd's graph, and which of its outputs
+Node = Tuple[Any, int]  # of autograd's graph, and which of its outputs
 
 
 def origin(tensor: Tensor) -> Node:
     """Where autograd's graph has a tensor's values from."""
-    node, output = tensor.grad_fn, tensor.output_nr
+    node: Any = tensor.grad_fn
+    output = tensor.output_nr
     while type(node).__name__.rstrip('0123456789') in RESHAPES and len(node.next_functions) == 1:
         node, output = node.next_functions[0]
     return node, output

@@ -1,6 +1,6 @@
 """CS-KD in a training loop of your own."""
 
-from typing import Callable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ class CSKD(Method):
         self.model, self.weight, self.temperature = model, weight, temperature
         self._inputs, self._outputs = inputs or _first, outputs or (lambda output: output)
         super().__init__(loader)
-        dataset = getattr(self.data.loader, 'dataset', None)
+        dataset: Any = getattr(self.data.loader, 'dataset', None)
         labels = getattr(dataset, 'targets', None) if labels is None else labels
         if labels is None or (hasattr(dataset, '__len__') and len(labels) != len(dataset)):
             raise ValueError(
@@ -84,8 +84,10 @@ class CSKD(Method):
         self._labels = torch.as_tensor(labels)
         self.data.pair('CSKD', SameClassPairing(labels), seed)
         self.data.methods.append(self)
-        self._rows = self._partner_rows = self._partners = None
-        self._labels_at = None  # the entry of a batch that is the labels, once it is known
+        self._rows: Any = None
+        self._partner_rows: Any = None
+        self._partners: Any = None
+        self._labels_at: Any = None  # the entry of a batch that is the labels, once it is known
         self._check: Optional[_SameInputs] = None  # in the first batch
         self._checked = False
 
@@ -110,7 +112,7 @@ class CSKD(Method):
         if self.weight == 0:
             return logits.new_zeros(())
         if target is not None and not target.is_floating_point():
-            self.data.pairing.check_labels(self._rows, target, way_out=WAY_OUT)
+            self._pairing.check_labels(self._rows, target, way_out=WAY_OUT)
         if self._check is not None:
             self._check.refuse_if_other()
             self._end_check()
@@ -149,9 +151,14 @@ class CSKD(Method):
                 if entry.shape == drawn.shape and torch.equal(found, drawn.long().sort().values):
                     self._labels_at = name
         for rows, entries in ((self._rows, _entries(batch)), (self._partner_rows, _entries(self._partners))):
-            found = dict(entries).get(self._labels_at)
-            if found is not None:
-                self.data.pairing.check_labels(rows, found, way_out=WAY_OUT)
+            labels = dict(entries).get(self._labels_at)
+            if labels is not None:
+                self._pairing.check_labels(rows, labels, way_out=WAY_OUT)
+
+    @property
+    def _pairing(self) -> SameClassPairing:
+        assert self.data.pairing is not None  # the constructor has asked for partners
+        return self.data.pairing
 
     def _end_check(self) -> None:
         if self._check is not None:

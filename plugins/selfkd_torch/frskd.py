@@ -1,7 +1,7 @@
 """FRSKD in a training loop of your own."""
 
 from functools import partial
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +191,7 @@ class FRSKD:
         feats = self._take_maps(logits)
         self._pyramid.train()
         refined, teacher_logits = self._pyramid(feats)
-        options_of = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
+        options_of: Dict[str, Any] = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
         terms = frskd_loss(logits, teacher_logits, feats, refined, None, **options_of)
         return F.cross_entropy(teacher_logits, target, **options) + sum(terms.values())
 

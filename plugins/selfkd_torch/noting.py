@@ -2,7 +2,7 @@
 
 import operator
 from collections import deque
-from typing import Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ class Noting(DataLoader):
         batches: the :class:`~selfkd_torch.Batches` that want them.
         source: the user's loader. What is set on the one is set on the other.
     """
+
+    _batches: Any
+    _source: DataLoader
+    _drawn: deque
 
     def __init__(self, batches, source: DataLoader):  # not DataLoader's own: it has what the source has
         vars(self).update(_batches=batches, _source=source, _drawn=deque())
@@ -40,7 +44,7 @@ class Noting(DataLoader):
         if not name.startswith('_'):
             setattr(self._source, name, value)
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator:  # type: ignore[override]  # torch's names a private class of iterators
         self._follow()
         self._batches.noted.clear()
         self._drawn.clear()

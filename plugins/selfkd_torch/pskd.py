@@ -101,19 +101,23 @@ class PSKD(Method):
         model: Optional[nn.Module] = None,
         outputs: Optional[Callable] = None,
     ):
-        self._settings = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay, top_k=top_k)
+        self._settings: Dict[str, Any] = dict(teacher_mode=teacher_mode, interval=interval)
+        self._settings.update(ema_decay=ema_decay, top_k=top_k)
         self._settings.update(bank_dtype=bank_dtype, bank_device=bank_device, bank_momentum=bank_momentum)
         given = dict(alpha=alpha or 0.0, teacher=teacher, **self._settings, model=model, outputs=outputs)
         check_options('PSKD', self.task, given)
         super().__init__(loader)
         self.num_classes, self.max_epochs = num_classes, max_epochs
-        self.alpha, self.interval, self.keep_hard, self.model = alpha, interval, keep_hard, model
+        self.alpha, self.interval, self.keep_hard = alpha, interval, keep_hard
+        self.model: Any = model  # None: there is no copy
         self.max_steps = steps_of(self.data, alpha, interval, max_epochs, max_steps)
-        self._calls = Calls(outputs or (lambda output: output), type(unwrap(model)).__name__)
+        model_name = type(None if model is None else unwrap(model)).__name__
+        self._calls = Calls(outputs or (lambda output: output), model_name)
         self.kind = 'auto'  # of the past, until it is known
         self.past = Past()  # does nothing; a bank is made at the first loss
         self._saved: Dict[str, Any] = {}  # of a bank that is not made yet
-        self.cross_entropies = WeakSet()  # loss modules of tap() that have shown that they are
+        # Loss modules of tap() that have shown that they are.
+        self.cross_entropies: WeakSet[nn.Module] = WeakSet()
         obstacle = 'interval= refreshes a copy of the model' if interval else self.data.why_not_numbered()
         if obstacle and (interval or model is not None):
             teacher = choose_teacher(teacher, obstacle)
@@ -180,7 +184,8 @@ class PSKD(Method):
 
     def log(self, hard: Tensor, soft: Union[float, Tensor] = 0.0, entropy: Union[float, Tensor] = 0.0) -> None:
         """Keeps what a loss consisted of."""
-        parts = dict(pskd_alpha=self.current_alpha, pskd_hard=hard.detach(), pskd_soft=soft, pskd_entropy=entropy)
+        parts: Dict[str, Union[float, Tensor]] = dict(pskd_alpha=self.current_alpha, pskd_hard=hard.detach())
+        parts.update(pskd_soft=soft, pskd_entropy=entropy)
         self.logs = {name: part.mean() if isinstance(part, Tensor) else part for name, part in parts.items()}
         if self.bank is not None and self.bank.skipped:
             self.logs['pskd_skipped'] = float(self.bank.skipped)
@@ -208,6 +213,7 @@ class PSKD(Method):
 
     def misfit(self, logits: Tensor, target: Tensor) -> Optional[str]:
         """Why predictions would not belong to the samples of the batch, each to one; None: they do."""
+        assert self._rows is not None  # those of the batch under way
         expected = (len(self._rows), self.num_classes or (logits.shape[1] if logits.dim() > 1 else 1))
         if logits.shape != expected:
             return (
@@ -267,6 +273,8 @@ class PSKD(Method):
     def begin_epoch(self) -> bool:
         epoch = self.data.epoch
         each, length = (self.data.steps_per_epoch, self.max_steps) if self.max_steps else (1, self.max_epochs)
+        assert each is not None
+        assert length is not None  # of the two lengths one was given
         if epoch * each >= length and self.alpha != 0:
             what = f'step {epoch * each + 1} of max_steps' if self.max_steps else f'epoch {epoch + 1} of max_epochs'
             raise ValueError(f'PSKD: {what}={length}: alpha is for that many')

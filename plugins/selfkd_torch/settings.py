@@ -35,9 +35,12 @@ def steps_of(
         )
     first, unit, period_is, way_out = 1, 'epochs', 'a loop over batches()', 'raise max_epochs'
     if interval:
-        if max_steps is None and length_of(data.loader) is None:
-            raise ValueError('PSKD: interval= counts steps, and the loader has no length: give max_steps=')
-        max_steps = max_steps or max_epochs * length_of(data.loader)
+        if max_steps is None:
+            each = length_of(data.loader)
+            if each is None:
+                raise ValueError('PSKD: interval= counts steps, and the loader has no length: give max_steps=')
+            assert max_epochs is not None  # one of the two was given
+            max_steps = max_epochs * each
         first, unit, period_is, way_out = interval, 'steps', 'interval=', 'lower interval'
         data.steps_per_epoch = interval
     elif max_steps is not None:
@@ -46,5 +49,6 @@ def steps_of(
         data.check_epoch_ends('PSKD')
     if alpha != 0:
         total = max_epochs if max_steps is None else max_steps
+        assert total is not None
         refuse_without_past('PSKD', first, total, unit, period_is=period_is, way_out=way_out)
     return max_steps

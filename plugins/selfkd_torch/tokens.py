@@ -62,6 +62,7 @@ class TokenPSKD(PSKD):
     def misfit(self, logits: Tensor, target: Tensor) -> Optional[str]:
         if not self._has_tokens():
             return super().misfit(logits, target)
+        assert self._rows is not None  # those of the batch under way
         if self.joined or target.dim() != 1 or len(target) % len(self._rows) or len(logits) != len(target):
             return (
                 f'the loss is of {tuple(target.shape)} tokens for {len(self._rows)} samples: joined into one '
@@ -73,7 +74,7 @@ class TokenPSKD(PSKD):
         """Whether the samples' own labels are sequences. How many rows the loss has does not tell: a batch in which
         each sample has one label has as many as it has samples. What cannot be looked at is taken for tokens."""
         if self.of_tokens is None:
-            dataset = getattr(self.data.loader, 'dataset', None)
+            dataset: Any = getattr(self.data.loader, 'dataset', None)
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__getitem__'):
                 return True
             with random_state(0, torch.device('cpu')):  # a look must not change what the samples to come draw

@@ -74,7 +74,7 @@ class PSKDArguments:
         Raises:
             ValueError: it has something to train on, and not the mix-in.
         """
-        trainer = sys._getframe(1).f_locals.get('self')
+        trainer: Any = sys._getframe(1).f_locals.get('self')
         plain = isinstance(trainer, Trainer) and not isinstance(trainer, PSKDMixin)
         if plain and self.pskd_alpha and trainer.train_dataset is not None:
             raise ValueError(
@@ -106,7 +106,9 @@ class PSKDMixin:
     """
 
     pskd: Optional[TokenPSKD] = None
+    _data: '_Batches'  # there as soon as pskd is
     _resumed_from: Optional[str] = None
+    label_smoother: Any  # the Trainer's
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -169,6 +171,7 @@ class PSKDMixin:
                 f'PSKD: a batch came without {ROWS}, which says which samples are in it: what the loader gives must '
                 "reach training_step, or use pskd_teacher='snapshot'"
             )
+        assert self.pskd is not None  # training_step has seen to it
         rows, labels = torch.as_tensor(inputs.pop(ROWS)), inputs.get('labels')
         self.pskd.joined = isinstance(labels, Tensor) and len(labels) != len(rows)
         return rows
