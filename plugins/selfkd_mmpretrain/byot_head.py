@@ -2,6 +2,7 @@
 
 from typing import List, Sequence, Tuple
 
+import torch
 import torch.nn.functional as F
 from mmpretrain.models.heads import LinearClsHead
 from mmpretrain.registry import MODELS
@@ -72,6 +73,8 @@ class BYOTClsHead(LinearClsHead):
         return F.adaptive_avg_pool2d(feats[-1], 1).flatten(1)
 
     def loss(self, feats: Tuple[Tensor], data_samples: List[DataSample], **kwargs) -> dict:
+        if not (self.training and torch.is_grad_enabled()):  # a validation loss is the plain one
+            return super().loss(feats, data_samples, **kwargs)
         cls_score = self(feats)
         losses = self._get_loss(cls_score, data_samples, **kwargs)
         losses['loss_cls'] = (1 - self.alpha) * losses.pop('loss')  # mmengine logs the sum as 'loss'

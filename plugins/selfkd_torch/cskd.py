@@ -1,6 +1,6 @@
 """CS-KD in a training loop of your own."""
 
-from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ class CSKD(Method):
             batch shows whether it is: the model must be called with what this gives.
         outputs: gives the logits from what the model returns, where that is not they.
         seed: of the partners.
+
+    ``logs`` of the latest loss, a tensor ``[]``: ``loss_cskd``, the term with its weight.
 
     Raises:
         ValueError: for data whose classes are not known, settings out of range, samples in other places of the batch
@@ -90,6 +92,7 @@ class CSKD(Method):
         self._labels_at: Any = None  # the entry of a batch that is the labels, once it is known
         self._check: Optional[_SameInputs] = None  # in the first batch
         self._checked = False
+        self.logs: Dict[str, Tensor] = {}
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         """``F.cross_entropy(logits, target, **options)`` plus :meth:`term`."""
@@ -110,7 +113,7 @@ class CSKD(Method):
             raise RuntimeError('CSKD: the term is for training, in a loop over cskd.batches()')
         self.used += 1
         if self.weight == 0:
-            return logits.new_zeros(())
+            return self._logged(logits.new_zeros(()))
         if target is not None and not target.is_floating_point():
             self._pairing.check_labels(self._rows, target, way_out=WAY_OUT)
         if self._check is not None:
@@ -121,7 +124,11 @@ class CSKD(Method):
         inputs = _to(self._inputs(self._partners), next(model.parameters()).device)
         with torch.no_grad():
             partner_logits = self._outputs(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
-        return self.weight * distillation_kl(logits, partner_logits, self.temperature)
+        return self._logged(self.weight * distillation_kl(logits, partner_logits, self.temperature))
+
+    def _logged(self, term: Tensor) -> Tensor:
+        self.logs = {'loss_cskd': term.detach()}
+        return term
 
     def state_dict(self) -> dict:
         """What a checkpoint must hold beside the model."""

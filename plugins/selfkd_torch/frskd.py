@@ -50,6 +50,9 @@ class FRSKD:
             3 x 224 x 224.
         width, depth, repeats: of :class:`selfkd.pyramid.SelfTeacherPyramid`.
 
+    ``logs`` of the latest loss, tensors ``[]``: ``loss_teacher`` (the self-teacher on the labels), ``loss_kd`` and,
+    with beta, ``loss_feature``, with their weights: they sum to :meth:`term`.
+
     Raises:
         ValueError: for names that are not sub-modules, and outputs that are not maps from fine to coarse.
     """
@@ -71,6 +74,7 @@ class FRSKD:
         at_least_zero('FRSKD', alpha=alpha, beta=beta)
         positive('FRSKD', temperature=temperature)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.logs: Dict[str, Tensor] = {}
         inner, self.layers = unwrap(model), list(layers)
         self._compiled = inner is not model or getattr(model, '_compiled_call_impl', None) is not None
         modules = dict(inner.named_modules())
@@ -193,7 +197,9 @@ class FRSKD:
         refined, teacher_logits = self._pyramid(feats)
         options_of: Dict[str, Any] = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
         terms = frskd_loss(logits, teacher_logits, feats, refined, None, **options_of)
-        return F.cross_entropy(teacher_logits, target, **options) + sum(terms.values())
+        terms = {'loss_teacher': F.cross_entropy(teacher_logits, target, **options), **terms}
+        self.logs = {name: term.detach().mean() for name, term in terms.items()}
+        return sum(terms.values())
 
     def state_dict(self) -> dict:
         """The self-teacher's weights, for a checkpoint that training goes on from."""

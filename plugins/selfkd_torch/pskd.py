@@ -118,17 +118,21 @@ class PSKD(Method):
         self._saved: Dict[str, Any] = {}  # of a bank that is not made yet
         # Loss modules of tap() that have shown that they are.
         self.cross_entropies: WeakSet[nn.Module] = WeakSet()
-        obstacle = 'interval= refreshes a copy of the model' if interval else self.data.why_not_numbered()
-        if obstacle and (interval or model is not None):
-            teacher = choose_teacher(teacher, obstacle)
-        if teacher in ('auto', 'bank'):
-            self.data.number('PSKD', WAY_OUT)
-        self._take(teacher)
+        self._begin_with(teacher)
         self.data.methods.append(self)
         self.count, self._progress = 0, 0.0  # losses that a past belongs to; the share of training that alpha goes by
         self.logs: Dict[str, Union[float, Tensor]] = {}
         self._rows: Optional[Tensor] = None
         self._inside = self._computing = False
+
+    def _begin_with(self, teacher: str) -> None:
+        """What is known of the past before the first loss."""
+        obstacle = 'interval= refreshes a copy of the model' if self.interval else self.data.why_not_numbered()
+        if obstacle and (self.interval or self.model is not None):
+            teacher = choose_teacher(teacher, obstacle)
+        if teacher in ('auto', 'bank'):
+            self.data.number('PSKD', WAY_OUT)
+        self._take(teacher)
 
     def _take(self, teacher: str) -> None:
         """The past is of this kind, whatever ``teacher`` was."""

@@ -1,5 +1,6 @@
 """Small real runs of mmengine's Runner over the digits, for the OpenMMLab plugins' tests."""
 
+import collections
 import itertools
 import sys
 
@@ -7,6 +8,7 @@ import mmengine.config.config
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
+from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 
 from helpers import ROOT
@@ -96,6 +98,20 @@ def assert_same_state(a, b) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     else:
         assert a == b
+
+
+@TRANSFORMS.register_module()
+class FlipEverySecondTime:
+    """Two views of an image that is loaded twice; unlike a random augmentation's, a resumed run has the same ones."""
+
+    def __init__(self):
+        self.times = collections.Counter()
+
+    def __call__(self, results):
+        self.times[results['img_path']] += 1
+        if self.times[results['img_path']] % 2 == 0:
+            results['img'] = results['img'][:, ::-1].copy()
+        return results
 
 
 class Recorder(Hook):

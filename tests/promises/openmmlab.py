@@ -129,8 +129,8 @@ class Driver:
             cfg.train_cfg = ConfigDict(by_epoch=False, max_iters=self.epochs * steps, val_interval=1000)
             cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=True)
             checkpoint.interval = steps // 2 + 1  # in mid-pass
-            if self.row.pairs:
-                cfg.train_dataloader.batch_sampler = ConfigDict(type='selfkd_mmengine.PairBatchSampler')
+            if self.row.batch_sampler:
+                cfg.train_dataloader.batch_sampler = ConfigDict(type=self.row.batch_sampler)
         cfg.default_hooks.checkpoint = checkpoint
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         cfg.randomness = ConfigDict(seed=0)

@@ -39,9 +39,10 @@ class Row(NamedTuple):
         toolkit: where.
         hooks: hooks of the config that are the method.
         options: other settings that switch it on.
-        zero: settings with which it weighs nothing; None where training has more to learn than the plain model.
-        model: options of the toy model.
-        pairs: whether batches are pairs, which an iteration-based loop's config must ask for.
+        zero: settings with which it weighs nothing; None where training has more to learn than the plain model (more
+            weights, or more views of an image).
+        model: options of the toy model and its data, with the method and without.
+        batch_sampler: what an iteration-based loop's config must ask for, where batches are pairs.
         acts_at_once: whether the first step's loss already differs from the plain one.
         knows_samples: whether it keeps or pairs predictions by sample, so that samples which are moved between the
             sampler and the loss must be noticed (``shuffle_within_batches``).
@@ -54,7 +55,7 @@ class Row(NamedTuple):
     options: Dict[str, object] = {}
     zero: Optional[dict] = None
     model: Dict[str, object] = {}
-    pairs: bool = False
+    batch_sampler: Optional[str] = None
     acts_at_once: bool = True
     knows_samples: bool = False
     validates: bool = True
@@ -109,6 +110,7 @@ PAST = dict(zero=dict(alpha=0.0), acts_at_once=False)
 BANK = dict(knows_samples=True, **PAST)
 PSKD_IN_FAIRSEQ = '--criterion pskd_label_smoothed_cross_entropy --pskd-teacher'
 AVERAGE = '--store-ema --ema-decay 0.9'
+TWO_VIEWS = ('LoadImageFromFile', 'FlipEverySecondTime', 'PackInputs')  # helpers/mmengine.py
 
 ROWS = [
     Row('PSKD-bank', MMPRETRAIN, (dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8),), **BANK),
@@ -126,10 +128,29 @@ ROWS = [
         MMPRETRAIN,
         (dict(type='selfkd_mmpretrain.CSKDHook'),),
         zero=dict(weight=0.0),
-        pairs=True,
+        batch_sampler='selfkd_mmengine.PairBatchSampler',
         knows_samples=True,
     ),
     Row('FRSKD', MMPRETRAIN, options={'model.type': 'selfkd_mmpretrain.FRSKDImageClassifier'}),
+    Row('TFKD', MMPRETRAIN, (dict(type='selfkd_mmpretrain.TFKDHook'),), zero=dict(alpha=0.0)),
+    Row(
+        'BYOT',
+        MMPRETRAIN,
+        options={
+            'model.backbone.out_indices': (0, 1, 2, 3),
+            'model.neck': None,
+            'model.head.type': 'selfkd_mmpretrain.BYOTClsHead',
+            'model.head.in_channels': [4, 8, 16, 32],
+        },
+    ),
+    Row(
+        'DDGSD',
+        MMPRETRAIN,
+        (dict(type='selfkd_mmpretrain.DDGSDHook'),),
+        model={'train_dataloader.dataset.pipeline': [dict(type=name) for name in TWO_VIEWS]},
+        batch_sampler='selfkd_mmengine.ViewBatchSampler',
+        knows_samples=True,
+    ),
     Row('PSKD', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8),), **PAST),
     Row('PSKD-ema', MMDET, (dict(type='selfkd_mmdet.PSKDHook', alpha=0.8, teacher='ema'),), **PAST),
     Row(

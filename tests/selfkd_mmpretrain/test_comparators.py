@@ -1,17 +1,16 @@
-"""The comparators of the papers' tables in real MMPretrain training runs: TF-KD, BYOT, DDGSD."""
+"""The comparators of the papers' tables in real MMPretrain training runs: TF-KD, BYOT, DDGSD (beside the promises)."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.mmengine import Recorder, assert_same_state, by_iterations, digits_config, train, train_in_processes
+from helpers.mmengine import Recorder, by_iterations, digits_config, train, train_in_processes
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmpretrain.registry import MODELS
 
 from selfkd.losses import byot_loss, ddgsd_loss, tfkd_regularization
-from selfkd.publish import publish_checkpoint
 from selfkd_mmpretrain.heads import target_of
 
 TFKD = dict(type='selfkd_mmpretrain.TFKDHook', alpha=0.3, temperature=5.0, correct_prob=0.9)
@@ -36,13 +35,6 @@ def test_tfkd_recomputed(digits, tmp_path):
         expected = 0.7 * F.cross_entropy(step['logits'], step['label']) + 0.3 * kl
         assert step['loss'] == pytest.approx(expected.item(), rel=1e-5)
         assert step['tfkd_kl'] == pytest.approx(0.3 * kl.item(), rel=1e-4)
-
-
-def test_tfkd_alpha_0_trains_to_the_vanilla_weights(digits, tmp_path):
-    vanilla = train(digits_config(digits, tmp_path / 'vanilla')).model.state_dict()
-    assert_same_state(
-        train(digits_config(digits, tmp_path / 'ours', dict(TFKD, alpha=0.0))).model.state_dict(), vanilla
-    )
 
 
 @pytest.mark.parametrize(
@@ -134,16 +126,6 @@ def test_byot_teacher_is_a_constant():
     assert f.grad is None
     assert s.grad.abs().sum() > 0
     assert v.grad.abs().sum() > 0
-
-
-def test_byot_published_checkpoint_is_the_vanilla_model(digits, tmp_path):
-    model = train(byot_config(digits, tmp_path / 'run', **{'train_cfg.max_epochs': 1})).model
-    assert publish_checkpoint(str(tmp_path / 'run/epoch_1.pth'), str(tmp_path / 'out.pth')) > 0
-    vanilla = MODELS.build(digits_config(digits, tmp_path).model)
-    vanilla.load_state_dict(torch.load(tmp_path / 'out.pth', weights_only=True)['state_dict'], strict=True)
-    model.eval(), vanilla.eval()
-    x = torch.randn(3, 3, 8, 8)
-    assert torch.equal(model(x), vanilla(x))
 
 
 def test_byot_beside_pskd(digits, tmp_path):
@@ -247,16 +229,6 @@ COMPARATORS = {
     'BYOT': byot_config,
     'DDGSD': lambda digits, work_dir, **options: digits_config(digits, work_dir, DDGSD, **options),
 }
-
-
-@pytest.mark.parametrize('name', COMPARATORS)
-def test_resume_is_exact(digits, tmp_path, name):
-    kept = {'default_hooks.checkpoint.max_keep_ckpts': 5}
-    straight = train(COMPARATORS[name](digits, tmp_path / 'straight', **kept))
-    resume = dict(kept, resume=True, load_from=str(tmp_path / 'straight/epoch_2.pth'))
-    resumed = train(COMPARATORS[name](digits, tmp_path / 'resumed', **resume))
-    assert_same_state(resumed.model.state_dict(), straight.model.state_dict())
-    assert_same_state(resumed.optim_wrapper.state_dict(), straight.optim_wrapper.state_dict())
 
 
 @pytest.mark.parametrize('name', COMPARATORS)

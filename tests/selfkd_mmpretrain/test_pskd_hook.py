@@ -346,7 +346,10 @@ def refused(message, cfg, error=ValueError):
         (dict(PSKD, teacher='ema', ema_decay=1.0), r'ema_decay must lie in \[0, 1\), got 1.0'),
         (dict(PSKD, bank_momentum=0.5, top_k=3), 'bank_momentum: rows of which a few classes are kept cannot'),
         (dict(PSKD, top_k=11), r'top_k: must lie in \[1, num_classes=10\] or be None, got 11'),
-        (dict(PSKD, teacher='bank', teacher_mode='eval', interval=3), "with teacher='bank' teacher_mode and interval would do nothing"),
+        (
+            dict(PSKD, teacher='bank', teacher_mode='eval', interval=3),
+            "with teacher='bank' teacher_mode and interval would do nothing",
+        ),
         (dict(SNAPSHOT, teacher_mode='test'), r"teacher_mode must be one of \['train', 'eval'\], got 'test'"),
         (dict(SNAPSHOT, interval=0), r'interval must be a positive number of steps, got 0'),
         (dict(SNAPSHOT, interval=2.5), r'interval must be a positive number of steps, got 2.5'),

@@ -26,6 +26,7 @@ def test_cskd_is_the_papers_loss(digits):
             with torch.no_grad():
                 expected = 2 * distillation_kl(logits, model(other), 3.0)
             torch.testing.assert_close(term, expected)
+            torch.testing.assert_close(cskd.logs, {'loss_cskd': expected.detach()})
             assert pskd.loss(logits, y).requires_grad
             partners.append(other)
     assert not torch.equal(torch.cat(partners[:3]), torch.cat(partners[3:]))

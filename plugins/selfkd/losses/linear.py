@@ -64,12 +64,7 @@ def linear_pskd_loss(
         True
     """
     check_reduction(reduction, ('mean', 'sum'))
-    shapes = (hidden.dim(), weight.dim(), hidden.shape[-1:], bias is None or bias.shape == weight.shape[:1])
-    if shapes != (2, 2, weight.shape[-1:], True):
-        raise ValueError(
-            f'hidden, weight, bias: must be [N, D], [V, D] and [V], got {tuple(hidden.shape)}, {tuple(weight.shape)} '
-            f'and {bias if bias is None else tuple(bias.shape)}'
-        )
+    _check_layer(hidden, weight, bias)
     of_logits = hidden.new_empty(()).expand(len(hidden), len(weight))  # their shape, dtype and device, and no memory
     alpha = check_alpha(alpha, of_logits)
     ignored = labels == ignore_index
@@ -91,6 +86,15 @@ def linear_pskd_loss(
         hidden, weight, bias, labels, values, classes, alpha, ignored, reduction == 'mean', keep_hard, k, uniform
     )
     return (loss, TopK(*drawn)) if draw else loss
+
+
+def _check_layer(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
+    shapes = (hidden.dim(), weight.dim(), hidden.shape[-1:], bias is None or bias.shape == weight.shape[:1])
+    if shapes != (2, 2, weight.shape[-1:], True):
+        raise ValueError(
+            f'hidden, weight, bias: must be [N, D], [V, D] and [V], got {tuple(hidden.shape)}, {tuple(weight.shape)} '
+            f'and {bias if bias is None else tuple(bias.shape)}'
+        )
 
 
 class _LinearPSKD(torch.autograd.Function):

@@ -222,19 +222,23 @@ def pskd_cross_entropy(
     if valid is not None:
         soft = soft.masked_fill(~valid, 0)
     alpha = check_alpha(_per_sample(alpha, hard, True), logits)
-
-    def reduced(losses: Tensor) -> Tensor:
-        if reduction != 'mean' or valid is None:
-            return reduce(losses, reduction)
-        weights = valid if weight is None else weight[target.masked_fill(~valid, 0)] * valid
-        return losses.sum() / weights.sum()
-
-    loss = reduced(mix(hard, soft, alpha, keep_hard=keep_hard))
+    over = (reduction, target, weight, valid)
+    loss = _reduce_as_torch(mix(hard, soft, alpha, keep_hard=keep_hard), *over)
     if not return_parts:
         return loss
     nll = F.nll_loss(wide_logits.log_softmax(1), target, reduction='none', **options) if ids else torch.zeros_like(hard)
     parts = (hard if keep_hard else times(1 - alpha, hard), times(alpha, soft), nll)
-    return loss, PSKDParts(*(reduced(part.detach()) for part in parts))
+    return loss, PSKDParts(*(_reduce_as_torch(part.detach(), *over) for part in parts))
+
+
+def _reduce_as_torch(
+    losses: Tensor, reduction: str, target: Tensor, weight: Optional[Tensor], valid: Optional[Tensor]
+) -> Tensor:
+    """The mean over class ids divides by the weights of those that are valid."""
+    if reduction != 'mean' or valid is None:
+        return reduce(losses, reduction)
+    weights = valid if weight is None else weight[target.masked_fill(~valid, 0)] * valid
+    return losses.sum() / weights.sum()
 
 
 def _per_sample(alpha, like: Tensor, ids: bool):
