@@ -155,7 +155,7 @@ class ProgressiveRefinement:
         if not run.is_dummy:
             run.past.begin_forward(lambda copy: self.past_probs(copy, sample))
         lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
-        past = None if run.is_dummy else self._past_of(lprobs, target)
+        past = None if run.is_dummy else self._past_of(run.past, lprobs, target)
         alpha, probs = (run.alpha(), past.probs) if past else (0.0, None)
         loss, parts = pskd_loss(
             lprobs,
@@ -180,10 +180,10 @@ class ProgressiveRefinement:
             self.extra_log['pskd_skipped'] = self.skipped - before
         return loss, parts.nll
 
-    def _past_of(self, lprobs, target):
+    def _past_of(self, source, lprobs, target):
         """What was predicted for the batch; what is predicted now is kept."""
-        past = self.training_run.past.predict(target)
-        self.training_run.past.observe(lprobs)
+        past = source.predict(target)
+        source.observe(lprobs)
         if past and isinstance(past.probs, TopK):
             past = past._replace(probs=TopK(*(part.to(lprobs.device) for part in past.probs)))
         return past

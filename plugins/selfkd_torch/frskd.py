@@ -199,7 +199,7 @@ class FRSKD:
         terms = frskd_loss(logits, teacher_logits, feats, refined, None, **options_of)
         terms = {'loss_teacher': F.cross_entropy(teacher_logits, target, **options), **terms}
         self.logs = {name: term.detach().mean() for name, term in terms.items()}
-        return sum(terms.values())
+        return sum(terms.values(), logits.new_zeros(()))
 
     def state_dict(self) -> dict:
         """The self-teacher's weights, for a checkpoint that training goes on from."""
