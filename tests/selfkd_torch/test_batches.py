@@ -239,7 +239,7 @@ def test_an_epoch_that_was_broken_off_counts_when_training_goes_on():
     for _ in range(4):
         epoch_of(pskd, steps=2)
         alphas.append(round(pskd.current_alpha, 2))
-        assert pskd.state_dict()['batches'] == dict(epoch=len(alphas) - 1, step=2 * len(alphas))
+        assert pskd.state_dict()['batches'] == dict(epoch=len(alphas) - 1, step=2 * len(alphas), trained=True)
     assert alphas == [0.2, 0.4, 0.6, 0.8]
     again = bank_of(loader_of())
     again.load_state_dict(pskd.state_dict())  # a resumed run begins the epoch anew
