@@ -241,10 +241,18 @@ def test_an_epoch_that_was_broken_off_counts_when_training_goes_on():
         alphas.append(round(pskd.current_alpha, 2))
         assert pskd.state_dict()['batches'] == dict(epoch=len(alphas) - 1, step=2 * len(alphas), trained=True)
     assert alphas == [0.2, 0.4, 0.6, 0.8]
-    again = bank_of(loader_of())
-    again.load_state_dict(pskd.state_dict())  # a resumed run begins the epoch anew
-    epoch_of(again)
-    assert again.current_alpha == pskd.current_alpha
+    within, pskd = {}, bank_of(loader_of())
+    epoch_of(pskd, steps=2)
+    between = pskd.state_dict()
+    for x, y in pskd.batches():
+        pskd.loss(network()(x), y)
+        within = pskd.state_dict()
+        break
+    for state, alpha in ((between, 0.4), (within, 0.4)):  # the one goes on with the next, the other begins it anew
+        again = bank_of(loader_of())
+        again.load_state_dict(state)
+        epoch_of(again)
+        assert again.current_alpha == pytest.approx(alpha)
 
 
 def test_plain_batches_are_counted_and_reported(caplog):
