@@ -318,7 +318,7 @@ class PSKD(Method):
 
     def state_dict(self) -> Dict[str, Any]:
         """What a checkpoint must hold beside the model: plain tensors and numbers. Saved within an epoch, the resumed
-        run begins this epoch anew."""
+        run begins this epoch anew, and the batch under way is not counted yet."""
         past = self._saved if type(self.past) is Past else self.past.state_dict(self._begun == self.data.epoch)
         return {**past, 'batches': self.data.state_dict(), 'kind': self.kind}
 
