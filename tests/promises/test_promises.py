@@ -77,8 +77,10 @@ def test_two_processes_agree_and_count_as_one_with_their_whole_batch(row, runs, 
             assert torch.equal(ranks[0]['teacher'][name], ranks[1]['teacher'][name]), name
     for logged in SCHEDULE:
         values = in_logs(alone, logged)
+        # The mean over an epoch of what grows within it depends on how the epoch is batched, most so in the first one.
+        near = runs.batching * max(values) / 10 + 1e-9
         for rank in ranks:
-            assert in_logs(rank, logged) == pytest.approx(values, rel=runs.batching, abs=1e-9)
+            assert in_logs(rank, logged) == pytest.approx(values, rel=runs.batching, abs=near)
 
 
 @rows(where=lambda row: row.toolkit.accumulates)
