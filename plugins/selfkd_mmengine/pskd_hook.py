@@ -92,8 +92,8 @@ class PSKDHookBase(SelfKDHook):
                 self.source = choose_teacher(self.teacher, obstacle, log=runner.logger.info)
             if saved not in (None, self.source):
                 raise ValueError(
-                    f'PSKDHook: the checkpoint is of teacher={saved!r}, and this run of {self.source!r}: resume '
-                    'with the same teacher, or load the weights without resuming'
+                    f'PSKDHook: the checkpoint is of teacher={saved!r}, and this run of {self.source!r}: '
+                    'resume with the same teacher, or load the weights without resuming'
                 )
             unused = options_without_effect(self.source, self.task, self.options)
             if unused:
