@@ -1,7 +1,7 @@
 """Each method's options, in their order, with their default for each task; docs/evidence.md says why.
 
 A plugin has the options that make sense in it. A test compares every constructor, config node, flag and dataclass with
-this file, so that what is not an option of a plugin is a decision (``ABSENT`` in that test), not an oversight.
+this file, so that what is not an option of a plugin is a decision (``absent`` in that test), not an oversight.
 """
 
 from typing import Any, Dict

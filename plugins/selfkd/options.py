@@ -9,7 +9,7 @@ from .defaults import PSKD
 from .teacher import MODES
 
 __all__ = ['TEACHERS', 'check_momentum', 'check_options', 'choose_teacher', 'options_without_effect']
-__all__ += ['refuse_without_past']
+__all__ += ['refuse_without_past', 'warn_without_effect']
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,15 @@ def choose_teacher(teacher: str, obstacle: Optional[str], *, log: Callable[[str]
         return 'bank'
     log(f"PS-KD: teacher='auto' takes the snapshot: {obstacle}")
     return 'snapshot'
+
+
+def warn_without_effect(
+    user: str, teacher: str, task: str, options: Dict[str, Any], *, log: Callable[[str], None] = logger.warning
+) -> None:
+    """Says which options have no effect with the teacher that ``'auto'`` came to; arguments as above."""
+    idle = options_without_effect(teacher, task, options)
+    if idle:
+        log(f'{user}: {", ".join(idle)}: no effect with teacher={teacher!r}, which was taken')
 
 
 def refuse_without_past(

@@ -15,7 +15,7 @@ from .bank import PredictionBank
 from .bank_sync import exchange_rows
 from .options import check_momentum
 from .seeds import row_uniform
-from .teacher import SnapshotTeacher
+from .teacher import HALF, SnapshotTeacher
 from .topk import TopK, draw_top_k
 
 __all__ = ['AveragePast', 'BankPast', 'CopyPast', 'Past', 'Prediction', 'SnapshotPast', 'TokenBankPast']
@@ -34,6 +34,12 @@ class Prediction(NamedTuple):
 
     probs: Union[Tensor, TopK]
     known: Union[Tensor, bool]
+
+    def to(self, device: torch.device) -> 'Prediction':
+        """With ``probs`` on another device; ``known`` stays on the CPU."""
+        if isinstance(self.probs, TopK):
+            return self._replace(probs=TopK(*(part.to(device, non_blocking=True) for part in self.probs)))
+        return self._replace(probs=self.probs.to(device, non_blocking=True))
 
     def alpha(self, alpha: float) -> Union[Tensor, float]:
         """The share of the past for each sample: 0 for those that have none."""
@@ -105,7 +111,9 @@ class Past:
 
 
 class BankPast(Past):
-    """What the student predicted for each sample when it was last trained on it: the paper's way. No forward pass more.
+    """What the student predicted for each sample when it was last trained on it: the paper's way.
+
+    It needs no extra forward pass.
 
     Args:
         bank: with a row for each sample.
@@ -357,8 +365,7 @@ class AveragePast(CopyPast):
             self.updates, self.ready = state['updates'], state['ready']
             if state['wide']:
                 wide = iter(state['wide'])
-                half = (torch.float16, torch.bfloat16)
-                self.teacher.wide = [next(wide).to(p.device) if p.dtype in half else p for p in self.model.parameters()]
+                self.teacher.wide = [next(wide).to(p.device) if p.dtype in HALF else p for p in self.model.parameters()]
 
 
 def copy_past(teacher: str, model: nn.Module, *, mode: str, ema_decay: float) -> CopyPast:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .checks import one_of
 from .seeds import step_seed
 
-__all__ = ['MODES', 'SnapshotTeacher', 'random_state', 'unwrap']
+__all__ = ['HALF', 'MODES', 'SnapshotTeacher', 'random_state', 'unwrap']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
 MODES = ('train', 'eval')
+HALF = (torch.float16, torch.bfloat16)
 WRAPPERS = {'DistributedDataParallel', 'FullyShardedDataParallel', 'DataParallel'}
 
 
@@ -101,7 +102,7 @@ class SnapshotTeacher:
         in their rounding."""
         own_parameters = list(self.model.parameters())
         if not self.wide:
-            self.wide = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in own_parameters]
+            self.wide = [p.float() if p.dtype in HALF else p for p in own_parameters]
         for mine, average, other in zip(own_parameters, self.wide, _parameters(model)):
             average.lerp_(other.detach().to(average.dtype), 1 - decay)
             if average is not mine:
@@ -151,10 +152,10 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         memo.update({id(child): nn.Identity() for name, child in module.named_children() if name == SELF_TEACHER})
     copied = copy.deepcopy(model, memo).requires_grad_(False)
-    theirs = dict(model.named_modules())
-    for name, module in copied.named_modules():
+    copies = dict(copied.named_modules())
+    for name, module in model.named_modules():
         forward = vars(module).get('forward')
-        if forward is not None and forward is vars(theirs.get(name, module)).get('forward') and name in theirs:
+        if forward is not None and name in copies and vars(copies[name]).get('forward') is forward:
             raise ValueError(
                 f'{name or type(model).__name__}.forward was set on the module itself (torch.compile(model.forward), a '
                 'decorator), and a copy of the module would call it too, which is the student: compile or wrap the '

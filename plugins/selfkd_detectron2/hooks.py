@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from selfkd.checks import at_least_zero, positive
 from selfkd.defaults import CSKD, PSKD
 from selfkd.losses import distillation_kl, mix
-from selfkd.options import check_options, options_without_effect, refuse_without_past
+from selfkd.options import check_options, refuse_without_past, warn_without_effect
 from selfkd.pairing import same_class_partners
 from selfkd.past import CopyPast, copy_past
 from selfkd.schedule import linear_growth
@@ -168,8 +168,8 @@ class PSKDHook(SelfKDHook):
             )
         options = dict(alpha=alpha, teacher=teacher, teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
         check_options(user, 'detection', options)
-        if teacher == 'auto' and options_without_effect('snapshot', 'detection', options):
-            logger.warning("%s: ema_decay is for teacher='ema': it does nothing", user)
+        if teacher == 'auto':
+            warn_without_effect(user, 'snapshot', 'detection', options, log=logger.warning)
         self.alpha, self.teacher, self.teacher_mode, self.interval = alpha, teacher, teacher_mode, interval
         self.ema_decay, self.keep_hard, self.background = ema_decay, keep_hard, background
         self.current_alpha = 0.0

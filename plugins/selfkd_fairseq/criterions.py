@@ -20,7 +20,7 @@ from fairseq.logging import metrics
 from omegaconf import II
 
 from selfkd.defaults import PSKD
-from selfkd.losses import TopK, pskd_loss
+from selfkd.losses import pskd_loss
 from selfkd.metrics import calibration_gaps, confidence_of
 from selfkd.options import TEACHERS, choose_teacher
 from selfkd.past import BankPast
@@ -184,9 +184,7 @@ class ProgressiveRefinement:
         """What was predicted for the batch; what is predicted now is kept."""
         past = source.predict(target)
         source.observe(lprobs)
-        if past and isinstance(past.probs, TopK):
-            past = past._replace(probs=TopK(*(part.to(lprobs.device) for part in past.probs)))
-        return past
+        return past and past.to(lprobs.device)
 
     def past_probs(self, copy, sample):
         """What a past copy of the model predicts at the target positions, [N, V]."""

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
-from selfkd.past import CopyPast
+from selfkd.past import CopyPast, Prediction
 from selfkd_mmengine import PSKDHookBase, only_looks
 
 from .heads import check_past_of_regions, feats_of_image, has_focal_loss, per_stage, region_heads, stage_of
@@ -96,7 +96,7 @@ class PSKDHook(PSKDHookBase):
         two_stage = getattr(model, 'roi_head', None) is not None
         # Whose focal loss takes the past's term in, with its own weights and normalisation.
         self.many_calls = not two_stage and has_focal_loss(model)
-        self.by_scores = not two_stage and not self.many_calls
+        self.by_scores = self.fires_every_step = not two_stage and not self.many_calls
         if two_stage:
             check_past_of_regions('PSKDHook', model)
         elif self.by_scores:
@@ -111,7 +111,7 @@ class PSKDHook(PSKDHookBase):
         super().before_train(runner)
         if self.by_scores:
             self._places = Places(self.student, self.past)
-            self._handles += self._places.attach(self.student, lambda: self._computing_loss)
+            self._handles += self._places.attach(self.student, lambda: self._computing_loss and self.teaches)
         elif not self.many_calls:
             for stage, extractor in enumerate(per_stage(self.student.roi_head.bbox_roi_extractor)):
                 self._handles.append(extractor.register_forward_pre_hook(partial(self._classify, stage)))
@@ -150,6 +150,9 @@ class PSKDHook(PSKDHookBase):
         self._feats: Any = None
         # The past's: logits of all places, or probs of each stage's regions.
         self._past: Any = {}
+        # The regions that each stage has read last, and those that the past has classified.
+        self._read: Dict[int, Tensor] = {}
+        self._classified: Dict[int, Tensor] = {}
         if not self.teaches or self.by_scores:
             return
         run, teacher = self.past.run, self.past.model
@@ -167,10 +170,12 @@ class PSKDHook(PSKDHookBase):
         Here and not at the loss, which mmdet leaves out of a batch without regions, and always all of them: batch norms
         in the copy's box head see what the student's see, and wait for no rank that has none.
         """
-        if not self._computing_loss or self._feats is None or stage in self._past:
+        if not self._computing_loss or not torch.is_grad_enabled():  # a sampler looks for hard regions (PISA)
             return
-        if not torch.is_grad_enabled():  # a sampler looks for hard regions (PISA)
+        self._read[stage] = args[1]
+        if self._feats is None or stage in self._past:
             return
+        self._classified[stage] = args[1]
         roi_head = self.past.model.roi_head
         stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
         past = self.past.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1], **self._of_image)
@@ -190,7 +195,7 @@ class PSKDHook(PSKDHookBase):
             soft = self._dense_losses(arguments['pred']) if self.teaches else None
         else:
             past = self._past[stage] if self.teaches else torch.zeros(1, 1)
-            self.logs[f'{prefix}pskd_entropy'] = torch.special.entr(past).sum(1).mean()
+            self.logs[f'{prefix}pskd_entropy'] = Prediction(past, True).entropy(past.shape[1])
             soft = self._region_losses(stage, arguments) if self.teaches else None
         return self.mix(loss, soft if soft is None else self.reduced(weight_reduce_loss, soft, arguments), prefix)
 
@@ -201,10 +206,11 @@ class PSKDHook(PSKDHookBase):
     def _region_losses(self, stage: int, arguments: Dict[str, Any]) -> Tensor:
         logits, label = arguments['cls_score'], arguments['label']
         past, self._past[stage] = self._past[stage], None
-        if past.shape != logits.shape:
+        read, classified = self._read.pop(stage), self._classified.pop(stage)
+        if past.shape != logits.shape or not (read is classified or torch.equal(read, classified)):
             raise RuntimeError(
                 f'PSKDHook: {type(self.student.roi_head).__name__} is trained on scores {tuple(logits.shape)} of its '
-                f'regions, and gives {tuple(past.shape)} for the regions that it reads; train it without PSKDHook'
+                f'regions, and gives {tuple(past.shape)} for those that it reads first; train it without PSKDHook'
             )
         if not self.background:
             hard = label == region_heads(self.student)[stage].num_classes

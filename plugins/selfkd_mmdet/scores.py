@@ -159,6 +159,11 @@ class Places:
         feats = model.extract_feat(inputs)
         if not self.queries:
             return model.bbox_head(feats)
+        if 'query' not in self._asked:
+            raise RuntimeError(
+                f'PSKDHook: {type(model).__name__} does not call its decoder with query=, so the past copy cannot be '
+                "asked the student's queries; train it without PSKDHook"
+            )
         found = model.forward_transformer(feats, data_samples)
         self._asked = {}  # not to be held through the backward pass
         wanted = inspect.signature(model.bbox_head.forward).parameters

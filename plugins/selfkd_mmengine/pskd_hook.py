@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from selfkd.losses import mix
-from selfkd.options import check_options, choose_teacher, options_without_effect, refuse_without_past
+from selfkd.options import check_options, choose_teacher, refuse_without_past, warn_without_effect
 from selfkd.past import BankPast, Past, copy_past
 from selfkd.schedule import linear_growth, may_end_early
 from selfkd.teacher import unwrap
@@ -95,9 +95,7 @@ class PSKDHookBase(SelfKDHook):
                     f'PSKDHook: the checkpoint is of teacher={saved!r}, and this run of {self.source!r}: '
                     'resume with the same teacher, or load the weights without resuming'
                 )
-            unused = options_without_effect(self.source, self.task, self.options)
-            if unused:
-                runner.logger.warning(f'PSKDHook: the {self.source} has no {", ".join(unused)}: set without effect')
+            warn_without_effect('PSKDHook', self.source, self.task, self.options, log=runner.logger.warning)
         if self.source == 'bank' and obstacle:
             raise ValueError(
                 f"PSKDHook: {obstacle}, and teacher='bank' keeps a prediction per sample: set teacher='snapshot'"

@@ -145,8 +145,8 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
         if past is None or self.current_alpha == 0:
             self.logs['pskd_entropy'] = torch.zeros(())
             return self.mix(loss)
+        past = past.to(logits.device)
         probs = past.probs.dense(logits.shape[1]) if isinstance(past.probs, TopK) else past.probs
-        probs = probs.to(logits.device, non_blocking=True)
         soft, known = self._losses(logits, probs), torch.as_tensor(past.known)
         if not known.all():  # a sample without a past: its hard part counts whole
             hard = self._losses(logits, _hard_targets(self.tapped, label, logits.shape[1]))

@@ -13,6 +13,7 @@ from mmseg.registry import HOOKS
 from torch import Tensor, nn
 
 from selfkd.losses import soft_cross_entropy
+from selfkd.past import Prediction
 from selfkd_mmengine import PSKDHookBase, only_looks
 
 from .decode_head import losses_of, plain_loss
@@ -28,10 +29,10 @@ class PSKDHook(PSKDHookBase):
     https://arxiv.org/abs/2006.12000
 
     A frozen past copy of the model (of the end of the previous period, or a moving average of its weights) labels the
-    same crops as the student, and the target of the decode head's
-    cross-entropy becomes ``(1 - alpha_t) * label + alpha_t * past``. Ignored pixels, samplers (OHEM), class weights and
-    normalisation are the toolkit's own; auxiliary heads and further losses of the decode head keep their hard labels.
-    Nothing else of the config changes::
+    same crops as the student, and the target of the decode head's cross-entropy becomes
+    ``(1 - alpha_t) * label + alpha_t * past``. Ignored pixels, samplers (OHEM), class weights and normalisation are the
+    toolkit's own; auxiliary heads and further losses of the decode head keep their hard labels. Nothing else of the
+    config changes::
 
         default_hooks = dict(pskd=dict(type='selfkd_mmseg.PSKDHook', alpha=0.3))
 
@@ -98,10 +99,8 @@ class PSKDHook(PSKDHookBase):
     def check_batch(self, arguments: Dict[str, Any], loss: Tensor) -> None:
         super().check_batch(arguments, loss)
         logits, label = list(arguments.values())[:2]
-        log_probs = logits.detach().float().log_softmax(1)
-        hard = F.nll_loss(
-            log_probs, label, self._class_weight(logits), ignore_index=self.ignore_index, reduction='none'
-        )
+        options = dict(weight=self._class_weight(logits), ignore_index=self.ignore_index, reduction='none')
+        hard = F.cross_entropy(logits.detach().float(), label, **options)
         self.check_cross_entropy(loss, self._averaged(hard, arguments))
 
     def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ class PSKDHook(PSKDHookBase):
             self.logs['pskd_entropy'] = torch.zeros(())
             return self.mix(loss)
         assert isinstance(past.probs, Tensor)  # a copy's
-        self.logs['pskd_entropy'] = torch.special.entr(past.probs.float().softmax(1)).sum(1).mean()
+        self.logs['pskd_entropy'] = Prediction(past.probs.float().softmax(1), True).entropy(logits.shape[1])
         past_logits = resize(past.probs, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
         class_weight = self._class_weight(logits)
         soft = soft_cross_entropy(logits, past_logits.float().softmax(1), class_weight=class_weight, reduction='none')

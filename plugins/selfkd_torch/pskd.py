@@ -7,11 +7,10 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from selfkd.bank import PredictionBank
 from selfkd.losses import pskd_cross_entropy
-from selfkd.options import check_options, choose_teacher
+from selfkd.options import check_options, choose_teacher, warn_without_effect
 from selfkd.past import BankPast, Past, Prediction, copy_past
 from selfkd.renamed import renamed
 from selfkd.schedule import linear_growth
@@ -19,7 +18,7 @@ from selfkd.teacher import unwrap
 
 from .batches import Method
 from .calls import Calls
-from .settings import steps_of, warn_without_effect
+from .settings import steps_of
 from .tap import tap
 
 __all__ = ['PSKD']
@@ -142,7 +141,8 @@ class PSKD(Method):
                 raise ValueError(f'PSKD: teacher={teacher!r} copies the model: give it as model=')
             mode, decay = self._settings['teacher_mode'], self._settings['ema_decay']
             self.past = self._calls.past = copy_past(teacher, unwrap(self.model), mode=mode, ema_decay=decay)
-        warn_without_effect(teacher, self.task, self._settings)
+        if teacher != 'auto':
+            warn_without_effect('PSKD', teacher, self.task, self._settings)
 
     @property
     def bank(self) -> Optional[PredictionBank]:
@@ -258,8 +258,7 @@ class PSKD(Method):
         self.past.observe(logits)
         if prediction is None or self.current_alpha == 0:
             return None
-        probs = tree_map(lambda part: part.to(logits.device, non_blocking=True), prediction.probs)
-        return prediction._replace(probs=probs)
+        return prediction.to(logits.device)
 
     tap = tap
 

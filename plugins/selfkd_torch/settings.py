@@ -1,22 +1,12 @@
-"""PS-KD's settings in a loop of one's own, in Lightning and in the Trainer: what they may be, and which ones act."""
+"""How long a training is, in a loop of one's own, in Lightning and in the Trainer."""
 
-import logging
-from typing import Any, Dict, Optional
+from typing import Optional
 
-from selfkd.options import options_without_effect, refuse_without_past
+from selfkd.options import refuse_without_past
 
 from .batches import Batches, length_of
 
-__all__ = ['steps_of', 'warn_without_effect']
-
-logger = logging.getLogger(__name__)
-
-
-def warn_without_effect(teacher: str, task: str, settings: Dict[str, Any]) -> None:
-    """What ``teacher='auto'`` came to may have no use for a setting: that is said."""
-    idle = [] if teacher == 'auto' else options_without_effect(teacher, task, settings)
-    if idle:
-        logger.warning("PSKD: %s: no effect with teacher='%s', which was taken", ', '.join(idle), teacher)
+__all__ = ['steps_of']
 
 
 def steps_of(

@@ -76,7 +76,7 @@ class PSKDArguments:
         """
         trainer: Any = sys._getframe(1).f_locals.get('self')
         plain = isinstance(trainer, Trainer) and not isinstance(trainer, PSKDMixin)
-        if plain and self.pskd_alpha and trainer.train_dataset is not None:
+        if plain and self.pskd_alpha != 0 and trainer.train_dataset is not None:
             raise ValueError(
                 f'PSKD: args ask for PS-KD (pskd_alpha={self.pskd_alpha}), but {type(trainer).__name__} would train '
                 f'plainly: use class MyTrainer(PSKDMixin, {type(trainer).__name__}), or set pskd_alpha=0'

@@ -78,6 +78,9 @@ def _child(folder, function, rank):
         log = os.open(folder / f'rank{rank}.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         sys.stdout = sys.stderr = os.fdopen(log, 'w')
+        accelerate = sys.modules.get('accelerate')
+        if accelerate is not None:  # a Trainer in an earlier test has left the state of a single process
+            accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         torch.save(function(rank), folder / f'rank{rank}.pth')
         if torch.distributed.is_initialized():
             # gloo's threads may still hold this rank's last tensors: to free them they need the interpreter, which

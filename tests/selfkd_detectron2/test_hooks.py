@@ -329,7 +329,7 @@ def test_the_log_says_what_auto_takes_and_what_does_nothing(voc, tmp_path, caplo
     logging.getLogger('detectron2.selfkd').addHandler(caplog.handler)
     train(config(voc, tmp_path, options=PSKD + 'SELFKD.PSKD.EMA_DECAY 0.9'))
     assert "teacher='snapshot', a past copy of the detector, as regions and anchors are others" in caplog.text
-    assert "ema_decay is for teacher='ema': it does nothing" in caplog.text
+    assert "ema_decay: no effect with teacher='snapshot', which was taken" in caplog.text
 
 
 def test_resuming_with_another_teacher_is_refused(voc, tmp_path):

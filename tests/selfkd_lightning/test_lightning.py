@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.loops import EPOCHS, network
 from helpers.processes import in_processes
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
@@ -15,23 +15,13 @@ pl = pytest.importorskip('lightning.pytorch', reason='lightning is not installed
 import selfkd_torch  # noqa: E402
 from selfkd_lightning import PSKD  # noqa: E402
 
-EPOCHS = 3
-
-
-@pytest.fixture(scope='module')
-def digits():
-    scans = load_digits()
-    images = torch.tensor(scans.data[:60], dtype=torch.float32) / 16
-    return TensorDataset(images, torch.tensor(scans.target[:60]))
-
 
 class Classifier(pl.LightningModule):
     """A user's module: nothing in it knows of self-distillation."""
 
     def __init__(self, criterion=F.cross_entropy, seeded=False):
         super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 10))
+        self.net = network()
         self.criterion, self.seeded, self.losses = criterion, seeded, []
 
     def loss_of(self, batch):

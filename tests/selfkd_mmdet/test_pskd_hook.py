@@ -276,6 +276,26 @@ def test_a_roi_head_that_trains_on_other_scores_is_an_error(voc, tmp_path):
         train(cfg, Elsewhere())
 
 
+def test_a_roi_head_that_reads_other_regions_first_is_an_error(voc, tmp_path):
+    """As many of them, so that their number does not tell."""
+
+    class Looks(Hook):
+        priority = 'LOW'  # after the copy was made
+
+        def before_train(self, runner):
+            head = runner.model.roi_head
+            forward = head._bbox_forward
+
+            def looks(feats, rois):
+                head.bbox_roi_extractor(feats[: head.bbox_roi_extractor.num_inputs], rois.flip(0))
+                return forward(feats, rois)
+
+            head._bbox_forward = looks
+
+    with pytest.raises(RuntimeError, match='for those that it reads first'):
+        train(config(voc, tmp_path, PSKD), Looks())
+
+
 def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):
     with pytest.raises(ValueError, match="regions and anchors keep no identity .* set teacher='snapshot' or 'ema'"):
         train(config(voc, tmp_path, dict(PSKD, teacher='bank')))

@@ -86,6 +86,8 @@ def test_the_copys_decoder_is_asked_the_students_queries(voc, tmp_path):
     assert not torch.equal(hook.past.model.query_embedding.weight, moved)
     for handle in listening:
         handle.remove()
+    with pytest.raises(RuntimeError, match='does not call its decoder with query='):  # nothing was noted
+        hook._places.scores(inputs, samples)
 
 
 def test_a_score_of_class_times_objectness_is_the_products_logit():
@@ -159,3 +161,14 @@ def test_a_second_call_of_the_head_is_an_error(voc, tmp_path):
 
     with pytest.raises(RuntimeError, match='called more than once'):
         train(config(voc, tmp_path, PSKD, model='rtmdet'), Twice())
+
+
+def test_a_later_step_without_the_head_is_an_error(voc, tmp_path):
+    class Bypass(Hook):
+        def before_train_epoch(self, runner):
+            if runner.epoch == 1:
+                parameter = next(runner.model.parameters())
+                runner.model.loss = lambda *args, **kwargs: {'loss_own': parameter.square().sum()}
+
+    with pytest.raises(RuntimeError, match='was never called while the model computed its loss'):
+        train(config(voc, tmp_path, PSKD, model='rtmdet'), Bypass())

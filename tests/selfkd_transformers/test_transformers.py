@@ -322,9 +322,7 @@ def test_two_processes_hold_one_bank(task, tmp_path):
 
 def under_accelerate(rank):
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one was forked from
     data = [(torch.full((3,), float(i)), i % 2) for i in range(SAMPLES)]
     accelerator, model = Accelerator(cpu=True), torch.nn.Linear(3, 2)
     plain = torch.utils.data.DataLoader(data, 3, shuffle=True)
@@ -445,6 +443,8 @@ def test_the_arguments_are_for_a_trainer_with_the_mixin(tmp_path):
     """A Trainer without it would train plainly; one that only evaluates may have them."""
     with pytest.raises(ValueError, match=r'args ask for PS-KD \(pskd_alpha=0.3\), but Plain would train plainly'):
         make('pskd', 'text', tmp_path, trainer=Plain, pskd_alpha=0.3)
+    with pytest.raises(ValueError, match=r'args ask for PS-KD .* but Plain would train plainly'):
+        make('pskd', 'text', tmp_path, trainer=Plain)  # with its default
     plain = make('plain', 'text', tmp_path)
     off = make('pskd', 'text', tmp_path, trainer=Plain, pskd_alpha=0.0)
     on = PSKDTrainingArguments(output_dir=str(tmp_path), report_to='none', use_cpu=True)

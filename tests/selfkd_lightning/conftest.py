@@ -1,0 +1,3 @@
+"""What the tests of loops share."""
+
+from helpers.loops import digits  # noqa: F401  (a fixture)
