@@ -17,9 +17,8 @@ def mixed_nll(logits, labels, past, classes, alpha, smoothing=0.0, ignored=None,
     """
     if tracing():  # torch.func and torch.compile differentiate (and compile) the plain operations
         log_probs = logits if normalized else log_softmax(logits)
-        return terms_of(log_probs, _constant(labels), _constant(past), classes, alpha, smoothing, ignored, keep_hard)[
-            :4
-        ]
+        labels, past = _constant(labels), _constant(past)
+        return terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored, keep_hard)[:4]
     return _MixedNLL.apply(logits, labels, past, classes, alpha, smoothing, ignored, normalized, keep_hard)
 
 
