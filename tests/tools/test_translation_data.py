@@ -157,7 +157,7 @@ def test_the_config_for_catalogues(catalogues, tmp_path, fairseq):
         f'fairseq-hydra-train --config-dir {CONFIGS} --config-name messages {USER_DIR} task.data={text}/bin '
         f'checkpoint.save_dir={text}/run common.log_format=json optimization.max_epoch=2'
     )
-    assert '"train_alpha": "0.3"' in log
+    assert '"train_pskd_alpha": "0.3"' in log
     assert '"valid_ece"' in log
 
 
@@ -213,7 +213,7 @@ def run_config(fairseq, text, name, source, target):
         f'task.source_lang={source} task.target_lang={target} checkpoint.save_dir={text}/run {small} '
         'common.fp16=false common.cpu=true common.log_format=json optimization.max_epoch=2'
     )
-    assert '"train_alpha": "0.7"' in log
+    assert '"train_pskd_alpha": "0.7"' in log
     assert '"valid_bleu"' in log
     path = f'{text}/run/checkpoint_best.pt'
     assert 'BLEU4 = ' in fairseq.run(
