@@ -251,7 +251,7 @@ class PredictionBank:
         """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``."""
         self._land()
         tables = {name: table.cpu().clone() for name, table in zip(self.storage.tables, self._tables)}
-        state = {'num_classes': self.num_classes, 'dtype': self.storage.name, 'seen': self._seen.clone(), **tables}
+        state = {'num_classes': self.num_classes, 'seen': self._seen.clone(), **tables}
         labels = self.labels.state()
         return state if labels is None else {**state, 'labels': labels}
 

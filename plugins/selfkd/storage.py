@@ -188,7 +188,8 @@ class Storage:
     def settings_of(state: Mapping[str, Any]) -> Dict[str, Any]:
         """:meth:`settings` by which a bank's state was stored."""
         top_k = state['classes'].shape[1] if 'classes' in state else None
-        dtype = state.get('dtype', str(state['values'].dtype).replace('torch.', ''))  # older states do not say it
+        saved = state['values'].dtype
+        dtype = next((name for name, kind in KINDS.items() if kind.dtype == saved), str(saved))
         return {'num_classes': state['num_classes'], 'top_k': top_k, 'dtype': dtype}
 
     def is_damaged(self, tables: Rows) -> bool:
