@@ -24,7 +24,7 @@ __all__ = ['PSKD']
 logger = logging.getLogger(__name__)
 
 WAY_IN = (
-    'training_step must compute it by F.cross_entropy (not F.nll_loss); a loss module that is written another way is '
+    'training_step must compute it by F.cross_entropy or F.nll_loss; a loss module that is written another way is '
     "named, as PSKD(loss='criterion'), and the callback's loss(logits, target) says it outright"
 )
 WAY_OUT = "use teacher='snapshot', which needs no rows"
