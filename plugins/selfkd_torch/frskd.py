@@ -14,6 +14,7 @@ from selfkd.teacher import unwrap
 
 from .batches import Batches, Method
 from .calls import Hook, origins
+from .tap import add_terms
 
 __all__ = ['FRSKD', 'FRSKDOfBatches']
 
@@ -217,6 +218,7 @@ class FRSKDOfBatches(Method):
 
     name, call = 'FRSKD', 'a cross-entropy'
     way_in = 'training must compute torch.nn.functional.cross_entropy'
+    tap = add_terms
 
     def __init__(self, data: Batches, frskd: FRSKD):
         super().__init__(data)

@@ -51,9 +51,10 @@ def tap(pskd, loss_module: Optional[nn.Module] = None, *, check: bool = True):
 
     Args:
         loss_module: by default every training call of :func:`torch.nn.functional.cross_entropy` is softened
-            (``nn.CrossEntropyLoss`` calls it, too), and of ``nll_loss`` on log-probabilities. With several losses, or one that is written another way, the module
-            is given here. It is called with (logits, target). One that does not call torch's must be a cross-entropy in
-            what it computes, a mean or a value for each sample, with any smoothing.
+            (``nn.CrossEntropyLoss`` calls it, too), and of ``nll_loss`` on log-probabilities. With several losses, or
+            one that is written another way, the module is given here. It is called with (logits, target). One that does
+            not call torch's must be a cross-entropy in what it computes, a mean or a value for each sample, with any
+            smoothing.
         check: False where less than a batch runs inside.
 
     Raises:
