@@ -13,7 +13,7 @@ from helpers.processes import run_script
 
 BLOCKS = [
     (path.name, i, code)
-    for path in sorted(ROOT.glob('docs/*.md'))
+    for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
     for i, code in enumerate(re.findall(r'```python\n(.*?)```', path.read_text(), re.DOTALL))
     if 'import' in code
 ]
@@ -124,3 +124,9 @@ def test_the_method_that_contributing_adds_keeps_the_promises(tmp_path):
     )
     assert outcome.returncode == 0, outcome.stdout[-6000:]
     assert '5 passed' in outcome.stdout
+
+
+def test_readme_is_short_and_says_how_to_begin():
+    lines = (ROOT / 'README.md').read_text().split('\n')
+    assert len(lines) <= 91
+    assert lines.index('```python') < 25
