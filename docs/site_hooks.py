@@ -16,7 +16,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {  # file in the repository: page of the site
     'README.md': 'index.md',
-    **{f'{name}.md': f'{name}.md' for name in ('CONTRIBUTING', 'CHANGELOG', 'RELEASE', 'SECURITY')},
+    **{f'{name}.md': f'{name}.md' for name in ('CONTRIBUTING', 'CODE_OF_CONDUCT', 'CHANGELOG', 'RELEASE', 'SECURITY')},
 }
 # Not for users: the timings, which have a command line, and details of the two backends of a convolution.
 INTERNAL = ('benchmark', 'cli', 'depthwise', 'loss_benchmark')
