@@ -8,7 +8,7 @@ from torch import Tensor
 from .checks import DIVERGED, check_probs
 from .row_labels import RowLabels
 from .topk import TopK, draw_top_k
-from .transfer import to_host
+from .transfer import to_device, to_host
 
 __all__ = ['PredictionBank', 'bank_dtype', 'draw_top_k']
 
@@ -89,8 +89,8 @@ class PredictionBank:
         # The probabilities, and with top_k their class ids.
         self._tables = tuple(torch.zeros(num_samples, columns, dtype=d, device=self.device) for d in dtypes)
         self._seen = torch.zeros(num_samples, dtype=torch.bool)
-        # What is on its way from an accelerator, oldest first: (indices, rows, whether each is finite, event). With the
-        # table on the accelerator there are no rows.
+        # What is on its way from an accelerator, oldest first: (indices, rows, for each 1 if finite + 2 if given,
+        # event). With the table on the accelerator there are no rows.
         self._pending: List[Tuple[Tensor, Tuple[Tensor, ...], Tensor, Optional[torch.cuda.Event]]] = []
         self._skipped = 0
         self.labels = RowLabels(num_samples)
@@ -155,26 +155,24 @@ class PredictionBank:
         if not allow_unseen and not seen.all():
             first = indices[~seen][:5].tolist()
             raise KeyError(f'PredictionBank: rows {first} were never written; pass return_seen=True to allow for it')
-        where = indices.to(self.device, non_blocking=True)
+        where = to_device(indices, self.device)
         values, *classes = (table[where] for table in self._tables)
-        values = values.float()
-        unseen = (~seen).to(self.device, non_blocking=True)[:, None]
-        if self.top_k:
-            ids = classes[0].long()
-            if allow_unseen:  # distinct ids with the uniform probability
-                values = values.masked_fill(unseen, 1 / self.num_classes)
-                ids = torch.where(unseen, torch.arange(self.top_k, device=self.device), ids)
-            return TopK(values, ids)
-        return values.masked_fill(unseen, 1 / self.num_classes) if allow_unseen else values
+        values, ids = values.float(), [part.long() for part in classes]
+        if not seen.all():  # the uniform distribution, with top_k of distinct ids
+            unseen = to_device(~seen, self.device)[:, None]
+            values = values.masked_fill(unseen, 1 / self.num_classes)
+            ids = [torch.where(unseen, torch.arange(self.top_k, device=self.device), part) for part in ids]
+        return TopK(values, *ids) if self.top_k else values
 
     @torch.no_grad()
-    def write(self, indices: Tensor, probs: Union[Tensor, TopK]) -> None:
+    def write(self, indices: Tensor, probs: Union[Tensor, TopK], *, given: Optional[Tensor] = None) -> None:
         """Replaces the rows of samples; where an index comes twice, the last of its rows stays.
 
         Args:
             indices: ``[B]``.
             probs: ``[B, C]``, any floating dtype, on any device; or :class:`~selfkd.topk.TopK` with the bank's
                 ``top_k``.
+            given: which of the rows are to be replaced, bool ``[B]``, on the device of ``probs``. By default all.
 
         Raises:
             ValueError: shapes that do not match; on the CPU, where looking is free, rows that are not distributions or
@@ -189,26 +187,34 @@ class PredictionBank:
             return
         last = _last_of_each(indices)
         if len(last) < len(indices):
-            indices, rows = indices[last], tuple(row[last.to(row.device)] for row in rows)
+            here = to_device(last, rows[0].device)
+            indices, rows, given = (
+                indices[last],
+                tuple(row[here] for row in rows),
+                given if given is None else given[here],
+            )
         if rows[0].device.type == 'cpu':  # encode() has looked at them
+            if given is not None:
+                indices, rows = indices[given], tuple(row[given] for row in rows)
             self._land(indices)
             self._put(indices, rows)
             self._seen[indices] = True
         else:
-            self._write_later(indices, rows)
+            self._write_later(indices, rows, given)
 
-    def _write_later(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
+    def _write_later(self, indices: Tensor, rows: Tuple[Tensor, ...], given: Optional[Tensor] = None) -> None:
         """Takes rows of an accelerator without waiting for it: whether they are finite is known when they arrive."""
         self._land(indices[:0])
         finite = rows[0].isfinite().all(1)
+        given = torch.ones_like(finite) if given is None else given
         arriving = rows
         if self.device.type != 'cpu':
-            where, here = indices.to(self.device, non_blocking=True), finite.to(self.device)[:, None]
+            where, here = to_device(indices, self.device), (finite & given).to(self.device)[:, None]
             rows = tuple(row.to(self.device) for row in rows)
-            self._put(indices, tuple(torch.where(here, row, old[where]) for row, old in zip(rows, self._tables)))
+            self._put(where, tuple(torch.where(here, row, old[where]) for row, old in zip(rows, self._tables)))
             arriving = ()
-        (finite, *arrived), event = to_host(finite, *arriving)
-        self._pending.append((indices, tuple(arrived), finite, event))
+        (state, *arrived), event = to_host((finite + 2 * given).to(torch.uint8), *arriving)
+        self._pending.append((indices, tuple(arrived), state, event))
 
     def encode(self, probs: Union[Tensor, TopK]) -> Tuple[Tensor, ...]:
         """Rows in the form they are stored and exchanged in: ``(values,)``, or ``(values, class ids)`` with top_k."""
@@ -239,7 +245,7 @@ class PredictionBank:
         return tuple(table[where] for table in self._tables)
 
     def _put(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
-        where = indices.to(self.device, non_blocking=True)
+        where = to_device(indices, self.device)
         for table, row in zip(self._tables, rows):
             table[where] = row.to(self.device)
 
@@ -250,12 +256,13 @@ class PredictionBank:
             arrived = event is None or event.query()
             if arrived or wanted is None or bool(torch.isin(wanted, indices).any()):
                 last = i
-        for indices, rows, finite, event in self._pending[: last + 1]:  # in order: the newest row of a sample stays
+        for indices, rows, state, event in self._pending[: last + 1]:  # in order: the newest row of a sample stays
             if event is not None:
                 event.synchronize()
-            if not finite.all():
-                self._skipped += int((~finite).sum())
-                indices, rows = indices[finite], tuple(row[finite] for row in rows)
+            good = state == 3
+            if not good.all():
+                self._skipped += int((state == 2).sum())
+                indices, rows = indices[good], tuple(row[good] for row in rows)
             self._put(indices, rows)
             self._seen[indices] = True
         del self._pending[: last + 1]

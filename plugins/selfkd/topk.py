@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 __all__ = ['TopK', 'draw_top_k']
 
 
@@ -64,6 +66,6 @@ def draw_top_k(logits: Tensor, k: int, uniform: Tensor) -> TopK:
     steps = tail.cumsum_(1)
     first, total = kept.sum(1, keepdim=True), steps[:, -1:]
     share = total / (k - first).clamp(min=1)
-    drawn = torch.searchsorted(steps, (slots - first + uniform.to(tail.device)[:, None]) * share, right=True)
+    drawn = torch.searchsorted(steps, (slots - first + to_device(uniform, tail.device)[:, None]) * share, right=True)
     drawn.clamp_(max=tail.shape[1] - 1)  # where rounding takes the last point to the end
     return TopK(torch.where(kept, top.values, share), torch.where(kept, top.indices, drawn))
