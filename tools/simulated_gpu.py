@@ -9,7 +9,7 @@ asked for, so that what reads them earlier finds rubbish.
 import sys
 from collections import Counter
 from contextlib import ExitStack
-from typing import Dict, List, Tuple
+from typing import Dict, List, Set, Tuple
 from unittest.mock import patch
 
 import torch
@@ -23,6 +23,16 @@ GPU = torch.device('cuda', 0)
 READS = {'_local_scalar_dense', 'nonzero', 'equal', 'masked_select', 'bincount', 'repeat_interleave', 'isin'}
 READS |= {'_unique2', 'unique_dim', 'unique_consecutive'}
 INDEXING = {'index', 'index_put', 'index_put_', '_index_put_impl_'}
+# Of the list in the documentation of torch.use_deterministic_algorithms; a cumsum of floats as well.
+REFUSED = {'put_', 'histc', 'median', 'nll_loss2d_forward', '_adaptive_avg_pool2d_backward', 'bincount', 'kthvalue'}
+REFUSED |= {
+    'adaptive_max_pool2d_backward',
+    'fractional_max_pool2d_backward',
+    'max_unpool2d',
+    'grid_sampler_2d_backward',
+}
+REFUSED |= {f'upsample_{mode}_backward' for mode in ('linear1d', 'bilinear2d', 'bicubic2d', 'trilinear3d')}
+REFUSED |= {f'{kind}_pad2d_backward' for kind in ('reflection', 'replication')}
 NOTHING_TO_DO = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', 'lift_fresh', 'set_'}
 NOTHING_TO_DO |= {'_local_scalar_dense', 'is_same_size', 'record_stream'}
 
@@ -91,12 +101,14 @@ class SimulatedGPU(TorchDispatchMode):
     Attributes:
         waits: what the host would have waited for: ``'what, at file:line'`` -> how often.
         kernels: how many kernels would have been launched.
+        nondeterministic: operations that ``torch.use_deterministic_algorithms(True)`` refuses on CUDA.
     """
 
     def __init__(self):
         super().__init__()
         self.waits: Dict[str, int] = Counter()
         self.kernels = 0
+        self.nondeterministic: Set[str] = set()
         self._pinned: List[Tensor] = []
 
     def __enter__(self):
@@ -148,7 +160,7 @@ class SimulatedGPU(TorchDispatchMode):
             return self._copy(operation, args, kwargs)
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         here = any(isinstance(t, OnGPU) for t in tensors)
-        made_here = not tensors and torch.device(kwargs.get('device') or 'cpu').type == 'cuda'
+        made_here = not tensors and torch.device(kwargs.get('device') or 'cpu').type in ('cuda', 'meta')
         if here:
             self._look(name, operation, args, tensors)
         self.kernels += (here or made_here) and launches(operation)
@@ -165,6 +177,8 @@ class SimulatedGPU(TorchDispatchMode):
         return tree_map(lambda t: given[id(t)] if id(t) in given else OnGPU(t) if isinstance(t, Tensor) else t, out)
 
     def _look(self, name: str, operation, args, tensors: List[Tensor]) -> None:
+        if name in REFUSED or name == 'cumsum' and tensors[0].is_floating_point():
+            self.nondeterministic.add(name)
         if name in READS:
             self.wait(f'the result of {name}')
         if name in INDEXING:

@@ -47,7 +47,9 @@ class Prediction(NamedTuple):
     @property
     def all_known(self) -> bool:
         """Whether all are known to be known, without a look at an accelerator."""
-        return self.known is True or (self.known.device.type == 'cpu' and bool(self.known.all()))
+        if isinstance(self.known, bool):
+            return self.known
+        return self.known.device.type == 'cpu' and bool(self.known.all())
 
     def alpha(self, alpha: float) -> Union[Tensor, float]:
         """The share of the past for each sample: 0 for those that have none. A number, where all have one."""
@@ -65,7 +67,7 @@ class Prediction(NamedTuple):
             values = torch.cat([torch.special.entr(part).sum(1) for part in self.probs.split(256)])
         known = torch.ones_like(values) if counted is None else counted.to(values)
         if not self.all_known:
-            of_samples = to_device(self.known, values.device)
+            of_samples = to_device(torch.as_tensor(self.known), values.device)
             known = known * of_samples.view(-1, *[1] * (values.dim() - 1))
         return (values * known).sum() / known.sum().clamp(min=1)
 
