@@ -1,5 +1,7 @@
 """A training step never waits for a GPU, counted on a simulated one (tools/simulated_gpu.py)."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from simulated_gpu import SimulatedGPU
@@ -17,7 +19,7 @@ from selfkd.losses import (
     soft_cross_entropy,
 )
 from selfkd.pairing import same_class_partners
-from selfkd.past import BankPast
+from selfkd.past import BankPast, TokenBankPast
 from selfkd.seeds import step_generator
 from selfkd.transfer import to_host
 from selfkd_torch import CSKD, FRSKD, PSKD, TokenPSKD
@@ -54,6 +56,7 @@ METHODS = {
     'bank': lambda model: PSKD(loader(), max_epochs=3),
     'bank, top-2': lambda model: PSKD(loader(), max_epochs=3, top_k=2),
     'bank on the CPU': lambda model: PSKD(loader(), max_epochs=3, bank_device='cpu', bank_dtype='float16'),
+    'bank of bytes': lambda model: PSKD(loader(), max_epochs=3, bank_dtype='log8'),
     'momentum': lambda model: PSKD(loader(), max_epochs=3, bank_momentum=0.5),
     'snapshot': lambda model: PSKD(loader(), max_epochs=3, teacher='snapshot', model=model),
     'ema': lambda model: PSKD(loader(), max_epochs=3, teacher='ema', model=model),
@@ -113,6 +116,18 @@ def test_samples_that_are_new_are_not_waited_for():
         pskd_loss(gpu.put(torch.randn(2, 3)), labels, prediction.probs, prediction.alpha(0.5))
         prediction.entropy(3)
         assert not gpu.waits
+
+
+def test_tokens_that_are_not_those_of_their_rows_are_noticed_on_a_gpu():
+    past = TokenBankPast([3, 2], 5, top_k=2, way_out='go')
+    lines = torch.tensor([[1, 2, 3], [4, 1, -100]])
+    with SimulatedGPU() as gpu:
+        for step, labels in enumerate((lines, lines, lines.clamp(min=1), lines + (lines > 0).int())):
+            past.begin_step(step, torch.tensor([0, 1]))
+            refusal = {2: 'more labels than when the bank was made', 3: 'had the label 1 before'}.get(step)
+            with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
+                past.predict(gpu.put(labels))
+            past.observe(gpu.put(torch.randn(6, 5)))
 
 
 LOSSES = {
