@@ -8,7 +8,7 @@ from torch import Tensor
 from .row_labels import RowLabels
 from .storage import Storage
 from .topk import TopK, draw_top_k
-from .transfer import to_host
+from .transfer import to_device, to_host
 
 __all__ = ['PredictionBank', 'draw_top_k']
 
@@ -70,8 +70,8 @@ class PredictionBank:
         shapes = self.storage.tables.values()
         self._tables = tuple(torch.zeros(num_samples, columns, dtype=d, device=self.device) for d, columns in shapes)
         self._seen = torch.zeros(num_samples, dtype=torch.bool)
-        # What is on its way from an accelerator, oldest first: (indices, rows, whether each is finite, event). With the
-        # table on the accelerator there are no rows.
+        # What is on its way from an accelerator, oldest first: (indices, rows, for each 1 if finite + 2 if given,
+        # event). With the table on the accelerator there are no rows.
         self._pending: List[Tuple[Tensor, Tuple[Tensor, ...], Tensor, Optional[torch.cuda.Event]]] = []
         self._skipped = 0
         self.labels = RowLabels(num_samples)
@@ -135,22 +135,25 @@ class PredictionBank:
             first = indices[~seen][:5].tolist()
             raise KeyError(f'PredictionBank: rows {first} were never written; pass return_seen=True to allow for it')
         rows = self.storage.decode(self._stored(indices))
-        if not allow_unseen:
+        if seen.all():
             return rows, seen
-        unseen = (~seen).to(self.device, non_blocking=True)[:, None]
+        unseen = to_device(~seen, self.device)[:, None]
         if isinstance(rows, TopK):  # distinct ids with the uniform probability
             ids = torch.where(unseen, torch.arange(rows.classes.shape[1], device=self.device), rows.classes)
             return TopK(rows.values.masked_fill(unseen, 1 / self.num_classes), ids), seen
         return rows.masked_fill(unseen, 1 / self.num_classes), seen
 
     @torch.no_grad()
-    def write(self, indices: Tensor, probs: Union[Tensor, TopK], *, step: int = 0) -> None:
+    def write(
+        self, indices: Tensor, probs: Union[Tensor, TopK], *, given: Optional[Tensor] = None, step: int = 0
+    ) -> None:
         """Replaces the rows of samples; where an index comes twice, the last of its rows stays.
 
         Args:
             indices: ``[B]``.
             probs: ``[B, C]``, any floating dtype, on any device; or :class:`~selfkd.topk.TopK` with the bank's
                 ``top_k``.
+            given: which of the rows are to be replaced, bool ``[B]``, on the device of ``probs``. By default all.
             step: of the training, another one each time that a row is written: random rounding follows from it.
 
         Raises:
@@ -165,24 +168,30 @@ class PredictionBank:
             return
         last, rows = _last_of_each(indices), self.storage.encode(probs, indices, step)
         if len(last) < len(indices):
-            there = last.to(finite.device)
+            there = to_device(last, finite.device)
             indices, finite, rows = indices[last], finite[there], tuple(row[there] for row in rows)
-        if finite.device.type == 'cpu':  # the storage has looked at them
+            given = given if given is None else given[there]
+        if finite.device.type != 'cpu':
+            self._write_later(indices, rows, finite, given)
+        elif given is None:  # the storage has looked at them
             self.write_encoded(indices, rows)
         else:
-            self._write_later(indices, rows, finite)
+            self.write_encoded(indices[given], tuple(row[given] for row in rows))
 
-    def _write_later(self, indices: Tensor, rows: Tuple[Tensor, ...], finite: Tensor) -> None:
+    def _write_later(
+        self, indices: Tensor, rows: Tuple[Tensor, ...], finite: Tensor, given: Optional[Tensor] = None
+    ) -> None:
         """Takes rows of an accelerator without waiting for it: whether they are finite is known when they arrive."""
         self._land(indices[:0])
+        given = torch.ones_like(finite) if given is None else given
         arriving = rows
         if self.device.type != 'cpu':
-            here = finite.to(self.device)[:, None]
+            where, here = to_device(indices, self.device), (finite & given).to(self.device)[:, None]
             rows = tuple(row.to(self.device) for row in rows)
-            self._put(indices, tuple(torch.where(here, row, old) for row, old in zip(rows, self._stored(indices))))
+            self._put(where, tuple(torch.where(here, row, old) for row, old in zip(rows, self._stored(where))))
             arriving = ()
-        (finite, *arrived), event = to_host(finite, *arriving)
-        self._pending.append((indices, tuple(arrived), finite, event))
+        (state, *arrived), event = to_host((finite + 2 * given).to(torch.uint8), *arriving)
+        self._pending.append((indices, tuple(arrived), state, event))
 
     def write_encoded(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
         """Takes over rows as :meth:`read_encoded` gave them, each index once; of another process, say."""
@@ -198,11 +207,11 @@ class PredictionBank:
         return self._stored(indices)
 
     def _stored(self, indices: Tensor) -> Tuple[Tensor, ...]:
-        where = indices.to(self.device, non_blocking=True)
+        where = to_device(indices, self.device)
         return tuple(table[where] for table in self._tables)
 
     def _put(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
-        where = indices.to(self.device, non_blocking=True)
+        where = to_device(indices, self.device)
         for table, row in zip(self._tables, rows):
             table[where] = row.to(self.device)
 
@@ -213,12 +222,13 @@ class PredictionBank:
             arrived = event is None or event.query()
             if arrived or wanted is None or bool(torch.isin(wanted, indices).any()):
                 last = i
-        for indices, rows, finite, event in self._pending[: last + 1]:  # in order: the newest row of a sample stays
+        for indices, rows, state, event in self._pending[: last + 1]:  # in order: the newest row of a sample stays
             if event is not None:
                 event.synchronize()
-            if not finite.all():
-                self._skipped += int((~finite).sum())
-                indices, rows = indices[finite], tuple(row[finite] for row in rows)
+            good = state == 3
+            if not good.all():
+                self._skipped += int((state == 2).sum())
+                indices, rows = indices[good], tuple(row[good] for row in rows)
             self._put(indices, rows)
             self._seen[indices] = True
         del self._pending[: last + 1]

@@ -9,6 +9,8 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 __all__ = ['at_least_zero', 'one_of', 'positive', 'share']
 
 REDUCTIONS = ('none', 'mean', 'sum')
@@ -138,7 +140,7 @@ def check_alpha(alpha: Union[float, Tensor], logits: Tensor) -> Union[float, Ten
             raise ValueError(f'alpha: a tensor must have shape {tuple(samples)} or (), got {tuple(alpha.shape)}')
         if free_to_look(alpha) and not (alpha.min() >= 0 and alpha.max() <= 1):
             raise ValueError(f'alpha: must lie in [0, 1], got values from {alpha.min()} to {alpha.max()}')
-        return alpha.detach().to(logits.device, wide(logits.dtype), non_blocking=True)
+        return to_device(alpha.detach().to(wide(logits.dtype)), logits.device)
     if not 0 <= alpha <= 1:
         raise ValueError(f'alpha: must lie in [0, 1], got {alpha}')
     return alpha

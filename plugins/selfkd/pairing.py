@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .row_labels import RowLabels
+from .transfer import to_device
 
 __all__ = ['SameClassPairing', 'same_class_partners']
 
@@ -88,13 +89,14 @@ def same_class_partners(
     *,
     ignore: Optional[int] = None,
     generator: Optional[torch.Generator] = None,
-) -> Tuple[Tensor, Tensor]:
+) -> Tensor:
     """Draws pairs within a batch, for regions or tokens: for each sample another one of its class.
 
     The paper draws another sample of the class. In a batch of images, where several regions may show one object, what
     comes nearest to that is an object in another image: it is drawn uniformly from those of the class. Where no other
     image has the class, the object is drawn from the other ones in the image; where it is the only one, it is that
-    object itself. The partner is a region of the object, drawn uniformly, and never the sample itself.
+    object itself. The partner is a region of the object, drawn uniformly. A sample that has none is its own: it learns
+    nothing from itself.
 
     Args:
         labels: class ids ``[N]``.
@@ -106,49 +108,53 @@ def same_class_partners(
             one.
 
     Returns:
-        the samples that have a partner, and their partners, both ``[n]``, on the device of ``labels``.
+        the partner of each sample, ``[N]``, on the device of ``labels``, without waiting for it.
 
     Example:
         >>> labels = torch.tensor([5, 5, 5, 6, 1, 1])
         >>> images = torch.tensor([0, 0, 1, 0, 0, 1])
-        >>> samples, partners = same_class_partners(labels, images=images, ignore=1)
-        >>> samples.tolist(), partners[:2].tolist()  # those of the other image; class 6 has one sample only
-        ([0, 1, 2], [2, 2])
+        >>> partners = same_class_partners(labels, images=images, ignore=1)
+        >>> partners[[0, 1, 3, 4, 5]].tolist()  # those of the other image; class 6 has one sample only
+        [2, 2, 3, 4, 5]
     """
+    # No step may depend on how many samples are left, which only the device knows: all arrays are [N].
     places = torch.arange(len(labels), device=labels.device)
     objects = places if objects is None else objects
     images = torch.zeros_like(labels) if images is None else images
-    order = places if ignore is None else places[labels != ignore]
+    order = places
     for key in (objects, images, labels):  # stable sorts: by class, therein by image, therein by object
         order = order[key[order].sort(stable=True).indices]
     label, image = labels[order], images[order]
     mine, first, regions = _runs(label, image, objects[order])
 
     # Of each object: which ones are of its class, and which of these are not to be drawn (its image's, or it alone).
-    label, image = label[first], image[first]
-    of_class, start, count = _runs(label)
+    exists, first_or_last = regions > 0, first.clamp(max=len(labels) - 1)
+    keys = exists, label[first_or_last], image[first_or_last]
+    of_class, start, count = _runs(*keys[:2])
     start, count = start[of_class], count[of_class]
-    of_image, barred, number = _runs(label, image)
+    of_image, barred, number = _runs(*keys)
     barred, number = barred[of_image], number[of_image]
     one_image = number == count
-    barred, number = torch.where(one_image, places[: len(first)], barred), torch.where(one_image, 1, number)
+    barred, number = torch.where(one_image, places, barred), torch.where(one_image, 1, number)
     others = count - number
 
-    share = torch.rand(2, len(order), dtype=torch.float64, generator=generator).to(labels.device)
+    share = to_device(torch.rand(2, len(order), dtype=torch.float64, generator=generator), labels.device)
     drawn = start[mine] + (share[0] * others[mine]).long()
     drawn = drawn + number[mine] * (drawn >= barred[mine])
     alone = others[mine] == 0
     drawn = torch.where(alone, mine, drawn)
     choices = regions[drawn] - alone.long()  # the sample itself is not to be drawn
     partner = first[drawn] + (share[1] * choices).long()
-    partner = partner + (alone & (partner >= places[: len(order)])).long()
-    found = choices > 0
-    return order[found], order[partner[found]]
+    partner = partner + (alone & (partner >= places)).long()
+    found = choices > 0 if ignore is None else (choices > 0) & (label != ignore)
+    return torch.empty_like(order).index_put_((order,), order[torch.where(found, partner, places)])
 
 
 def _runs(*keys: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Runs of neighbours with equal keys: which of them each place is in; where each starts; how long each is."""
+    """Runs of neighbours with equal keys: which of them each place is in; where each starts, and how long it is: 0 for
+    runs that are not there, of which each place but the first could have begun one."""
     new = torch.stack([key[1:] != key[:-1] for key in keys]).any(0)
     run = torch.cat([new.new_zeros(len(keys[0][:1])), new]).cumsum(0)
-    count = run.bincount()
-    return run, count.cumsum(0) - count, count
+    numbers = torch.arange(len(run), device=run.device)
+    start = torch.searchsorted(run, numbers)
+    return run, start, torch.searchsorted(run, numbers, right=True) - start

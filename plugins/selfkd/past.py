@@ -9,14 +9,17 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bank import PredictionBank
 from .bank_sync import exchange_rows
 from .options import check_momentum
+from .row_labels import NO_LABEL
 from .seeds import row_uniform
 from .teacher import HALF, SnapshotTeacher
 from .topk import TopK, draw_top_k
+from .transfer import to_device, to_host
 
 __all__ = ['AveragePast', 'BankPast', 'CopyPast', 'Past', 'Prediction', 'SnapshotPast', 'TokenBankPast']
 __all__ += ['check_kind', 'copy_past']
@@ -29,21 +32,28 @@ class Prediction(NamedTuple):
 
     Attributes:
         probs: ``[N, C, ...]``, or :class:`~selfkd.topk.TopK`; a constant.
-        known: which samples have one, bool ``[N]`` on the CPU; True: all.
+        known: which have one, bool ``[N]``; True: all. Of samples on the CPU, of tokens on the device of their labels.
     """
 
     probs: Union[Tensor, TopK]
     known: Union[Tensor, bool]
 
     def to(self, device: torch.device) -> 'Prediction':
-        """With ``probs`` on another device; ``known`` stays on the CPU."""
+        """With ``probs`` on another device; ``known`` stays where it is."""
         if isinstance(self.probs, TopK):
-            return self._replace(probs=TopK(*(part.to(device, non_blocking=True) for part in self.probs)))
-        return self._replace(probs=self.probs.to(device, non_blocking=True))
+            return self._replace(probs=TopK(*(to_device(part, device) for part in self.probs)))
+        return self._replace(probs=to_device(self.probs, device))
+
+    @property
+    def all_known(self) -> bool:
+        """Whether all are known to be known, without a look at an accelerator."""
+        if isinstance(self.known, bool):
+            return self.known
+        return self.known.device.type == 'cpu' and bool(self.known.all())
 
     def alpha(self, alpha: float) -> Union[Tensor, float]:
-        """The share of the past for each sample: 0 for those that have none."""
-        return alpha if self.known is True else alpha * self.known
+        """The share of the past for each sample: 0 for those that have none. A number, where all have one."""
+        return alpha if self.all_known else alpha * self.known
 
     def entropy(self, num_classes: int, counted: Optional[Tensor] = None) -> Tensor:
         """Mean entropy of those that are known, in nats, a scalar on the device of ``probs``: for logs.
@@ -56,8 +66,8 @@ class Prediction(NamedTuple):
         else:  # a few samples at a time: a vocabulary is large
             values = torch.cat([torch.special.entr(part).sum(1) for part in self.probs.split(256)])
         known = torch.ones_like(values) if counted is None else counted.to(values)
-        if not isinstance(self.known, bool):
-            of_samples = self.known.to(values.device, non_blocking=True)
+        if not self.all_known:
+            of_samples = to_device(torch.as_tensor(self.known), values.device)
             known = known * of_samples.view(-1, *[1] * (values.dim() - 1))
         return (values * known).sum() / known.sum().clamp(min=1)
 
@@ -141,7 +151,8 @@ class BankPast(Past):
         self.bank, self.momentum, self.way_out = bank, momentum, way_out
         self.step, self.rows = 0, torch.zeros(0, dtype=torch.long)
         self._past: Optional[Prediction] = None
-        self._unsent: List[Tuple[Tensor, int]] = []  # rows written since the last exchange, and when
+        # Rows written since the last exchange, which of them, and when.
+        self._unsent: List[Tuple[Tensor, Optional[Tensor], int]] = []
 
     @property
     def skipped(self) -> int:
@@ -159,11 +170,7 @@ class BankPast(Past):
             ValueError: a label is not that of its row: the samples are not those of the rows.
         """
         self.bank.check_labels(self.rows, target, way_out=self.way_out)
-        return self._read(self.rows)
-
-    def _read(self, rows: Tensor, real: Union[Tensor, bool] = True) -> Optional[Prediction]:
-        probs, known = (self.bank.read_top_k if self.bank.top_k else self.bank.read)(rows, return_seen=True)
-        known = known & real
+        probs, known = (self.bank.read_top_k if self.bank.top_k else self.bank.read)(self.rows, return_seen=True)
         self._past = Prediction(probs, known) if known.any() else None
         self.ready = self.ready or self._past is not None
         return self._past
@@ -171,18 +178,19 @@ class BankPast(Past):
     def observe(self, logits: Tensor) -> None:
         probs = logits.detach().float().softmax(1)
         if self.momentum and self._past is not None:
-            past, known = (torch.as_tensor(part).to(probs.device) for part in self._past)
+            past, known = (to_device(torch.as_tensor(part), probs.device) for part in self._past)
             probs = torch.where(known[:, None], self.momentum * past + (1 - self.momentum) * probs, probs)
-        self._write(self.rows, probs)
+        self._write(probs)
 
-    def _write(self, rows: Tensor, probs: Union[Tensor, TopK]) -> None:
-        self.bank.write(rows, probs, step=self.step)
-        self._unsent.append((rows, self.step))
+    def _write(self, probs: Union[Tensor, TopK], given: Optional[Tensor] = None) -> None:
+        self.bank.write(self.rows, probs, given=given, step=self.step)
+        self._unsent.append((self.rows, given, self.step))
 
     def synchronize(self) -> None:
         none = torch.zeros(0, dtype=torch.long)  # a process may have written nothing
-        rows = torch.cat([none, *(rows for rows, _ in self._unsent)])
-        steps = torch.cat([none, *(torch.full_like(rows, step) for rows, step in self._unsent)])
+        written = [(rows if given is None else rows[given.cpu()], step) for rows, given, step in self._unsent]
+        rows = torch.cat([none, *(rows for rows, _ in written)])
+        steps = torch.cat([none, *(torch.full_like(rows, step) for rows, step in written)])
         exchange_rows(self.bank, rows, steps)
         self._unsent = []
 
@@ -201,6 +209,9 @@ class TokenBankPast(BankPast):
 
     A position's row is its place among the sample's labelled ones, counted from the last, so that padding on either
     side changes nothing (padded on the left, a causal model predicts a sample's first token, too).
+
+    Which positions have a label is known on the labels' device alone, and nobody waits for it: all rows of a sample,
+    which the host knows, are read and written, and the device finds each position's among them.
 
     Args:
         lengths: how many labelled positions each sample can have, ``[S]``.
@@ -228,7 +239,11 @@ class TokenBankPast(BankPast):
         bank = PredictionBank(int(self.ends[-1]), num_classes, top_k=top_k, dtype=dtype, device=device)
         super().__init__(bank, way_out=way_out)
         self.top_k, self.ignore_index = top_k, ignore_index
-        self.samples, self._real = self.rows, torch.zeros(0, dtype=torch.bool)
+        self.samples = self.rows
+        self._place = torch.zeros(
+            0, dtype=torch.long
+        )  # of each position among the rows; of those without a label the last
+        self._too_long: List[Tuple[Tensor, Optional[torch.cuda.Event]]] = []  # on its way from an accelerator
         logger.info('PS-KD: the token bank takes %.1f MB for %d samples', bank.nbytes / 1e6, len(self.ends))
 
     def begin_step(self, step: int, rows: Optional[Tensor] = None) -> None:
@@ -243,27 +258,53 @@ class TokenBankPast(BankPast):
             target: labels ``[B, T]``, or ``[B * T]``.
 
         Raises:
-            ValueError: a label is not that of its row, or a sample has more than when the bank was made.
+            ValueError: a label is not that of its row, or a sample has more than when the bank was made; of labels on
+                an accelerator a step or two later.
         """
-        labels = target.detach().cpu().view(len(self.samples), -1)
+        labels = target.detach().view(len(self.samples), -1)
+        lengths = self.lengths[self.samples]
+        ends = lengths.cumsum(0)
+        count = int(lengths.sum())
+        self.rows = torch.arange(count) + (self.ends[self.samples] - ends).repeat_interleave(lengths, output_size=count)
+        ends, lengths = to_device(torch.stack([ends, lengths])[:, :, None], labels.device)
+
         real = labels != self.ignore_index
-        place = real.flip(1).cumsum(1).flip(1)  # from 1, the last one's
-        if (place > self.lengths[self.samples][:, None]).any():
-            raise ValueError(
-                'PS-KD: a sample has more labels than when the bank was made. Do the data set or the collate function '
-                f'move or change samples? Leave them as they are, or {self.way_out}'
-            )
-        rows = self.ends[self.samples][:, None] - place
-        self.bank.check_labels(rows[real], labels[real], way_out=self.way_out)
-        self._real = real.flatten()
-        self.rows = rows.masked_fill(~real, 0).flatten()  # without a label: any row, its loss is ignored
-        return self._read(self.rows, self._real)
+        from_last = real.flip(1).cumsum(1).flip(1)  # from 1, the last one's
+        self._refuse_if_too_long((from_last > lengths).any())
+        real &= from_last <= lengths
+        self._place = (ends - from_last).masked_fill(~real, count).flatten()
+        of_rows = labels.new_full((count + 1,), NO_LABEL)
+        of_rows[self._place] = labels.flatten()
+        self.bank.check_labels(self.rows, of_rows[:count], way_out=self.way_out)
+
+        past, seen = self.bank.read_top_k(F.pad(self.rows, (0, 1)), return_seen=True)
+        if not seen[:count].any():
+            return None
+        self.ready = True
+        probs = TopK(*(to_device(part, labels.device)[self._place] for part in past))
+        return Prediction(probs, to_device(seen, labels.device)[self._place] & real.flatten())
+
+    def _refuse_if_too_long(self, too_long: Tensor) -> None:
+        (found,), event = to_host(too_long)
+        self._too_long.append((found, event))
+        while self._too_long and (self._too_long[0][1] is None or self._too_long[0][1].query()):
+            if self._too_long.pop(0)[0]:
+                raise ValueError(
+                    'PS-KD: a sample has more labels than when the bank was made. Do the data set or the collate '
+                    f'function move or change samples? Leave them as they are, or {self.way_out}'
+                )
 
     def observe(self, logits: Tensor) -> None:
         """``logits``: ``[B * T, V]``, or log-probabilities."""
-        drawn = draw_top_k(logits, self.top_k, row_uniform(self.rows, self.step))
-        here = self._real.to(logits.device)
-        self._write(self.rows[self._real], TopK(*(part[here] for part in drawn)))
+        count = len(self.rows)
+        uniform = to_device(row_uniform(F.pad(self.rows, (0, 1)), self.step), logits.device)[self._place]
+        drawn = draw_top_k(logits, self.top_k, uniform)
+        given = torch.zeros(count + 1, dtype=torch.bool, device=logits.device)
+        given[self._place] = True
+        rows = [part.new_zeros(count + 1, self.top_k) for part in drawn]
+        for part, row in zip(drawn, rows):
+            row[self._place] = part
+        self._write(TopK(*(row[:count] for row in rows)), given[:count])
 
 
 class CopyPast(Past):

@@ -244,7 +244,16 @@ def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
         return x
     if ((height + 1) // 2, (width + 1) // 2) == tuple(size):
         return F.max_pool2d(x, 3, 2, padding=(height % 2, width % 2), ceil_mode=True)
-    return F.adaptive_max_pool2d(x, list(size))
+    return _adaptive_max(_adaptive_max(x, 2, size[0]), 3, size[1])
+
+
+def _adaptive_max(x: Tensor, dim: int, size: int) -> Tensor:
+    """``F.adaptive_max_pool2d`` along one dimension: torch's has no deterministic gradient on CUDA."""
+    length, numbers = x.shape[dim], torch.arange(size, device=x.device)
+    start, end = numbers * length // size, ((numbers + 1) * length + size - 1) // size
+    places = start[:, None] + torch.arange(length // size + 2, device=x.device)
+    windows = x.index_select(dim, torch.minimum(places, end[:, None] - 1).flatten())
+    return windows.unflatten(dim, places.shape).max(dim + 1).values
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from .transfer import to_host
 
-__all__ = ['RowLabels']
+__all__ = ['NO_LABEL', 'RowLabels']
 
 UNKNOWN = -(2**31)
 STEPS = 256  # a soft label's mean class id is kept in steps of 1 / 256
+NO_LABEL = UNKNOWN // STEPS  # a class id that is compared with nothing
 
 
 class RowLabels:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import DIVERGED, check_probs
 from .seeds import row_uniform
 from .topk import TopK
+from .transfer import to_device
 
 __all__ = ['KINDS', 'Storage', 'storage_name']
 
@@ -61,7 +62,7 @@ class LogBytes:
         part = (part * 2**self.bits).round_().long()
         largest = values.argmax(1, keepdim=True)
         part.scatter_(1, largest, 0)
-        start = (row_uniform(rows, self.seed + step) * 2**self.bits).long().to(values.device)[:, None]
+        start = to_device((row_uniform(rows, self.seed + step) * 2**self.bits).long(), values.device)[:, None]
         ends = part.cumsum(1) + start
         codes = low + (ends >> self.bits) - (ends - part >> self.bits)
         return codes.scatter_(1, largest, self.largest).to(self.dtype)
@@ -73,7 +74,7 @@ class LogBytes:
 
     @staticmethod
     def _at(table: Tensor, codes: Tensor) -> Tensor:
-        return table.to(codes.device, non_blocking=True).index_select(0, codes.flatten()).view(codes.shape)
+        return to_device(table, codes.device).index_select(0, codes.flatten()).view(codes.shape)
 
 
 # By name, the largest first.

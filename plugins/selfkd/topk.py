@@ -5,7 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 __all__ = ['TopK', 'draw_top_k']
+
+NUMBERS_AT_ONCE = 2**25  # of logits, whose probabilities are made
+PIECES = 2**30
 
 
 class TopK(NamedTuple):
@@ -53,17 +58,25 @@ def draw_top_k(logits: Tensor, k: int, uniform: Tensor) -> TopK:
         >>> drawn.values[0], (drawn.dense(4).mean(0) - probs[0]).abs().max() < 0.02
         (tensor([0.7000, 0.3000]), tensor(True))
     """
+    rows = max(1, NUMBERS_AT_ONCE // logits.shape[1])
+    if len(logits) > rows:
+        parts = [draw_top_k(part, k, numbers) for part, numbers in zip(logits.split(rows), uniform.split(rows))]
+        return TopK(*map(torch.cat, zip(*parts)))
     tail = logits.detach().softmax(1, dtype=torch.float32)
     top = tail.topk(k, dim=1)
     tail.scatter_(1, top.indices, 0)
-    remaining = tail.sum(1, keepdim=True) + top.values.flip(1).cumsum(1).flip(1)  # mass of a class and all smaller ones
     slots = torch.arange(k, device=tail.device)
+    # Mass of a class and all smaller ones. (A cumsum of floats is not deterministic on CUDA.)
+    remaining = tail.sum(1, keepdim=True) + (top.values[:, :, None] * (slots[:, None] >= slots)).sum(1)
     # Kept: what is above the share that it would have. Nearly above as well, lest rounding draws a class twice.
     kept = top.values * (k - slots) >= remaining * (1 - 1e-4)
     tail.scatter_(1, top.indices, top.values.masked_fill(kept, 0))
-    steps = tail.cumsum_(1)
-    first, total = kept.sum(1, keepdim=True), steps[:, -1:]
-    share = total / (k - first).clamp(min=1)
-    drawn = torch.searchsorted(steps, (slots - first + uniform.to(tail.device)[:, None]) * share, right=True)
-    drawn.clamp_(max=tail.shape[1] - 1)  # where rounding takes the last point to the end
-    return TopK(torch.where(kept, top.values, share), torch.where(kept, top.indices, drawn))
+    first, total = kept.sum(1, keepdim=True), tail.sum(1, keepdim=True)
+    left = (k - first).clamp(min=1)
+    # Integers add up exactly: the mass is cut into 2^30 pieces, and the class of every so manieth piece is drawn.
+    steps = tail.div_(total.clamp(min=torch.finfo(tail.dtype).smallest_normal)).mul_(PIECES).round_().int()
+    steps = steps.cumsum(1, dtype=torch.int32)
+    points = (slots - first + to_device(uniform, tail.device)[:, None]) / left * steps[:, -1:]
+    drawn = torch.searchsorted(steps, torch.minimum(points.int(), steps[:, -1:] - 1), right=True)
+    drawn.clamp_(max=tail.shape[1] - 1)  # of what is not finite
+    return TopK(torch.where(kept, top.values, total / left), torch.where(kept, top.indices, drawn))

@@ -277,14 +277,14 @@ class CSKDHook(SelfKDHook):
         for stage, call in enumerate(calls):
             assert call.match is not None  # these are regions
             labels, images, objects = call.match()
-            anchors, partners = same_class_partners(
+            partners = same_class_partners(
                 labels,
                 objects,
                 images,
                 ignore=call.logits.shape[1] - 1,
                 generator=step_generator(self.trainer.iter, stage),
             )
-            kl = distillation_kl(call.logits[anchors], call.logits[partners], self.temperature, reduction='sum')
+            kl = distillation_kl(call.logits, call.logits[partners], self.temperature, reduction='sum')
             losses[call.name.replace('loss_cls', 'loss_cskd')] = self.weight * call.weight * kl
 
 

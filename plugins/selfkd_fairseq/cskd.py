@@ -61,9 +61,9 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
         lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
         sentences = torch.arange(len(target), device=target.device) // (len(target) // len(sample['target']))
         # fairseq seeds torch's generator with the number of the update, so a resumed run draws the same partners
-        anchors, partners = same_class_partners(target, images=sentences, ignore=self.padding_idx)
+        partners = same_class_partners(target, images=sentences, ignore=self.padding_idx)
         # log-probabilities serve as logits: they differ by a constant a row
-        kl = distillation_kl(lprobs[anchors], lprobs[partners], self.temperature, reduction='sum')
+        kl = distillation_kl(lprobs, lprobs[partners], self.temperature, reduction='sum')
         weighted = self.weight * kl
         self.extra_log = {'loss_cskd': weighted.detach()}
         return loss + weighted, nll_loss

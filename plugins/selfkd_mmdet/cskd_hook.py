@@ -92,15 +92,14 @@ class CSKDHook(SelfKDHook):
         logits, label = arguments['cls_score'], arguments['label']
         assigner = per_stage(self.student.roi_head.bbox_assigner)[stage]
         overlaps = getattr(assigner, 'iou_calculator', BboxOverlaps2D())
-        regions, partners = same_class_partners(
+        partners = same_class_partners(
             label,
             objects_shown(self._rois, label, self._samples, overlaps),
             self._rois[:, 0],
             ignore=region_heads(self.student)[stage].num_classes,
             generator=self.generator,
         )
-        arguments = {**arguments, 'weight': arguments['weight'][regions]}
-        kl = distillation_kl(logits[regions], logits[partners], self.temperature, reduction='none')
+        kl = distillation_kl(logits, logits[partners], self.temperature, reduction='none')
         stage_weight = self.student.roi_head.stage_loss_weights[stage] if prefix else 1
         # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
         value = self.reduced(weight_reduce_loss, kl, arguments)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from selfkd.bank import PredictionBank
 from selfkd.losses import TopK, soft_cross_entropy
 from selfkd.past import BankPast
+from selfkd.transfer import to_device
 from selfkd_mmengine import PSKDHookBase, SampleIndex
 
 from .heads import ClassifierHook, logits_and_target, logits_of
@@ -150,7 +151,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
         soft, known = self._losses(logits, probs), torch.as_tensor(past.known)
         if not known.all():  # a sample without a past: its hard part counts whole
             hard = self._losses(logits, _hard_targets(self.tapped, label, logits.shape[1]))
-            here = known.to(logits.device, non_blocking=True)
+            here = to_device(known, logits.device)
             soft = torch.where(here, soft, torch.zeros_like(hard) if self.keep_hard else hard)
         self.logs['pskd_entropy'] = past.entropy(logits.shape[1])
         return self.mix(loss, self.reduced(weight_reduce_loss, soft, arguments))

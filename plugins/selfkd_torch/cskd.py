@@ -11,6 +11,7 @@ from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
 from selfkd.pairing import SameClassPairing
 from selfkd.teacher import unwrap
+from selfkd.transfer import to_device
 
 from .batches import Method
 from .calls import Hook, copied
@@ -267,5 +268,5 @@ def _first(batch):
 
 def _to(inputs, device: torch.device):
     if isinstance(inputs, Mapping):
-        return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
-    return inputs.to(device, non_blocking=True)
+        return {name: to_device(value, device) for name, value in inputs.items()}
+    return to_device(inputs, device)

@@ -12,6 +12,7 @@ from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
 from selfkd.losses import TopK, mix, soft_cross_entropy
+from selfkd.transfer import to_device
 
 from .calls import Hook
 
@@ -182,10 +183,10 @@ class _Named:
         share = share.to(soft) if isinstance(share, Tensor) else share
         if output.dim():
             loss = mix(output, soft, alpha * share, keep_hard=pskd.keep_hard)
-        elif past.known is True or past.known.all():
+        elif past.all_known:
             loss = mix(output, soft.mean(), alpha, keep_hard=pskd.keep_hard)
         else:  # the others learn their labels alone
-            known = past.known.nonzero().flatten().to(logits.device, non_blocking=True)
+            known = to_device(past.known.nonzero().flatten(), logits.device)
             hard = module.forward(logits[known], target[known])
             change = mix(hard, soft[known].mean(), alpha, keep_hard=pskd.keep_hard) - hard
             loss = output + len(known) / len(logits) * change

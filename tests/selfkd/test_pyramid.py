@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.plain_pyramid import PlainPyramid
+from simulated_gpu import SimulatedGPU
 from torch import nn
 
-from selfkd.pyramid import BiFPN, SelfTeacherPyramid, dry_run
+from selfkd.pyramid import BiFPN, SelfTeacherPyramid, _pool, dry_run
 
 
 def pair(channels, sizes, batch=3, depth=2):
@@ -71,6 +73,20 @@ def test_second_pass_and_preact():
     torch.testing.assert_close(logits, same)
     for a, b in zip(maps, raw):
         torch.testing.assert_close(a, b.relu())
+
+
+@pytest.mark.parametrize(('size', 'smaller'), [((7, 9), (5, 3)), ((13, 8), (3, 1)), ((6, 6), (3, 2)), ((5, 5), (4, 4))])
+def test_pooling_to_a_size_is_torchs_adaptive_one_and_deterministic(size, smaller):
+    maps, grads = torch.randn(2, 3, *size), []
+    expected = F.adaptive_max_pool2d(x := maps.clone().requires_grad_(), smaller)
+    grads.append(torch.autograd.grad(expected.pow(2).sum(), x)[0])
+    with SimulatedGPU() as gpu:
+        y = _pool(x := gpu.put(maps).requires_grad_(), smaller)
+        grads.append(torch.autograd.grad(y.pow(2).sum(), x)[0].values)
+        assert not gpu.nondeterministic
+        assert not gpu.waits
+    assert torch.equal(y.values, expected)
+    torch.testing.assert_close(*grads)
 
 
 def test_any_sizes_that_do_not_grow():

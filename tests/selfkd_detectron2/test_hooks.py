@@ -184,7 +184,7 @@ def test_cskd_recomputed_pair_by_pair(voc, tmp_path, case):
         truth = [sample['instances'].gt_boxes.tensor for sample in batches(cfg)[step]]
         thing = torch.cat([(p.gt_boxes.tensor[:, None] == t).all(2).int().argmax(1) for p, t in zip(proposals, truth)])
         draw = step_generator(step, i % stages)
-        for anchor, partner in zip(*same_class_partners(label, thing, image, ignore=10, generator=draw)):
+        for anchor, partner in enumerate(same_class_partners(label, thing, image, ignore=10, generator=draw)):
             teacher, student = (logits[j].double().div(2).softmax(0) for j in (partner, anchor))
             expected += 0.5 * 2**2 * (teacher * (teacher / student).log()).sum().item() / len(label)
             kinds.add('other image' if image[anchor] != image[partner] else 'same image')

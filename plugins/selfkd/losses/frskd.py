@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_same_shape, check_weight, free_to_look, wide
+from ..transfer import to_device
 from .pskd import cross_entropy
 from .soft import distillation_kl
 
@@ -79,8 +80,11 @@ def overhaul_loss(student_map: Tensor, teacher_map: Tensor, *, margin=UNIT_NORMA
     """
     check_same_shape('student_map', student_map, 'teacher_map', teacher_map, ' (an adapter is missing?)')
     student = student_map.to(wide(student_map.dtype))
-    margin = torch.as_tensor(margin, dtype=student.dtype, device=student.device)
-    teacher = torch.maximum(teacher_map.detach().to(student.dtype), margin)
+    teacher = teacher_map.detach().to(student.dtype)
+    if isinstance(margin, Tensor):
+        teacher = torch.maximum(teacher, to_device(margin.to(student.dtype), student.device))
+    else:
+        teacher = teacher.clamp(min=margin)
     counted = (student > teacher) | (teacher > 0)
     return ((student - teacher).pow(2) * counted).sum() / max(len(student), 1)
 

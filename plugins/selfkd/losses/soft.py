@@ -15,6 +15,7 @@ from ..checks import (
     check_temperature,
     wide,
 )
+from ..transfer import to_device
 from ._common import reduce
 from ._mixed_nll import mixed_nll
 from ._tempered_kl import tempered_kl
@@ -46,7 +47,7 @@ def soft_cross_entropy(logits: Tensor, target_probs: Tensor, *, class_weight=Non
     check_logits(logits, reduction)
     check_probs('target_probs', target_probs, logits.shape)
     if class_weight is not None:
-        factors = torch.as_tensor(class_weight, dtype=target_probs.dtype, device=target_probs.device)
+        factors = to_device(torch.as_tensor(class_weight, dtype=target_probs.dtype), target_probs.device)
         target_probs = target_probs * factors.view(-1, *[1] * (logits.dim() - 2))
     losses, *_ = mixed_nll(logits, None, target_probs, None, 1.0)
     return reduce(losses, reduction)
