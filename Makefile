@@ -4,7 +4,7 @@ LATEST ?=
 VENV ?= $(if $(LATEST),.venv-latest,.venv)
 export PYTHON VENV
 
-.PHONY: demo test test-latest lint docs
+.PHONY: demo test test-latest test-newest lint docs
 demo:
 	@bash tools/setup.sh $(if $(LATEST),latest,demo)
 	@$(VENV)/bin/python tools/demo.py $(ARGS)
@@ -20,6 +20,12 @@ test-latest:
 	@VENV=.venv-latest bash tools/setup.sh latest
 	@.venv-latest/bin/python -m pytest -n 2 --dist loadfile $(wildcard $(LATEST_TESTS)) $(ARGS)
 	@.venv-latest/bin/python -m pytest -n 2 tests/promises/test_promises.py -k 'torch- or lightning- or transformers-'
+
+# The core and own loops with the newest releases that the index has, in .venv-newest, made anew each time.
+test-newest:
+	@$(or $(PYTHON),python3) -m venv --clear .venv-newest
+	@.venv-newest/bin/pip install -qq --disable-pip-version-check '.[test,metrics]' numpy torchvision packaging
+	@.venv-newest/bin/python -m pytest -p no:cacheprovider tests/selfkd tests/selfkd_torch $(ARGS)
 
 lint:
 	@bash tools/setup.sh test

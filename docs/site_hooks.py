@@ -1,4 +1,5 @@
-"""What the documentation site has from outside docs/: an API page per public module, CONTRIBUTING.md, CHANGELOG.md.
+"""What the documentation site has from outside docs/: the README as its front page, other pages of the root, and an API
+page per public module.
 
 mkdocs calls the functions (mkdocs.yml names this file); griffe, which reads the docstrings without importing anything,
 calls the class.
@@ -13,7 +14,10 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP_LEVEL = ('CONTRIBUTING.md', 'CHANGELOG.md')
+TOP_LEVEL = {  # file in the repository: page of the site
+    'README.md': 'index.md',
+    **{f'{name}.md': f'{name}.md' for name in ('CONTRIBUTING', 'CODE_OF_CONDUCT', 'CHANGELOG', 'RELEASE', 'SECURITY')},
+}
 # Not for users: the timings, which have a command line, and details of the two backends of a convolution.
 INTERNAL = ('benchmark', 'cli', 'depthwise', 'loss_benchmark')
 
@@ -53,9 +57,23 @@ def on_files(files, config):
             body += ''.join(f'\n::: {module}.{part}\n' for part in ('criterions', 'cskd'))
         files.append(File.generated(config, page, content=body))
     next(part for part in config['nav'] if 'API' in part)['API'] = pages
-    for name in TOP_LEVEL:
-        files.append(File.generated(config, name, content=(ROOT / name).read_text().replace('](docs/', '](')))
+    for name, page in TOP_LEVEL.items():
+        files.append(File.generated(config, page, content=from_the_root((ROOT / name).read_text())))
     return files
+
+
+def from_the_root(text):
+    """A page of the root with its links as they are in the site; those to other files are no links."""
+
+    def inside(link):
+        shown, target = link.groups()
+        if '://' in target or target.startswith('#'):
+            return link[0]
+        if target.startswith('docs/'):
+            return f'[{shown}]({target[5:]})'
+        return f'[{shown}]({TOP_LEVEL[target]})' if target in TOP_LEVEL else shown
+
+    return re.sub(r'\[([^\]]+)\]\(([^)]+)\)', inside, text)
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -65,7 +83,7 @@ def on_page_markdown(markdown, page, config, files):
         text, target = link.groups()
         name = target.lstrip('./')
         assert (ROOT / name).exists(), f'{page.file.src_uri}: {target}'
-        return f'[{text}]({name})' if name in TOP_LEVEL else text
+        return f'[{text}]({TOP_LEVEL[name]})' if name in TOP_LEVEL else text
 
     return re.sub(r'\[([^\]]+)\]\((\.\./[^)#]+)\)', inside, markdown)
 

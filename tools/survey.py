@@ -18,43 +18,21 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Dict, Optional, Sequence
+from typing import Callable, Dict, Sequence
 
-import numpy as np
 import torch
 from costs import write_section
 from mmengine.config import Config
 from survey_shrink import shrink
-from survey_trial import Outcome, train_two_steps
 
 from selfkd.files import replacing
+from selfkd_mmengine.trial import METHODS, classify, refusal, train
 
-METHODS: Dict[str, Dict[str, dict]] = {
-    'mmpretrain': {
-        'PS-KD': {'default_hooks.pskd.type': 'selfkd_mmpretrain.PSKDHook'},
-        'PS-KD, snapshot': {
-            'default_hooks.pskd.type': 'selfkd_mmpretrain.PSKDHook',
-            'default_hooks.pskd.teacher': 'snapshot',
-        },
-        'CS-KD': {'default_hooks.cskd.type': 'selfkd_mmpretrain.CSKDHook'},
-        'FRSKD': {'model.type': 'selfkd_mmpretrain.FRSKDImageClassifier'},
-    },
-    'mmdet': {
-        'PS-KD': {'default_hooks.pskd.type': 'selfkd_mmdet.PSKDHook'},
-        'CS-KD': {'default_hooks.cskd.type': 'selfkd_mmdet.CSKDHook'},
-        'FRSKD': {'model.roi_head.type': 'selfkd_mmdet.FRSKDRoIHead'},
-    },
-    'mmseg': {
-        'PS-KD': {'default_hooks.pskd.type': 'selfkd_mmseg.PSKDHook'},
-        'FRSKD': {'model.type': 'selfkd_mmseg.FRSKDEncoderDecoder', 'model.self_teacher.warmup': 0.0},
-    },
-}
 LEFT_OUT = ('benchmarks', 'deploy')
 SMALL = ('atto', 'nano', 'tiny', 'x0-', '_xs', 'xxs', 'b0', '-s0', '050', 'r18', 'small', '_s_', '-s_', 'resnet18')
 SMALL += ('r34', 'd20', '-t_', '_t_', 'a0', 'b1', '400mf', 'r50', 'resnet50', 'base', '-b_', 'p16', 'r101', 'large')
 # Taken only if a family has no other.
 UNUSUAL = ('headless', 'zeroshot', '_voc', '-g-', 'levir', '-XL_', 'dpool', '-rpn_r50', 'fast-rcnn', 'upernet_r18')
-OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refusal of ours begins with
 
 
 def families(toolkit: str, names: Sequence[str] = ()) -> Dict[str, str]:
@@ -84,44 +62,6 @@ def _size(config: Path) -> tuple:
     return unusual, next((i for i, mark in enumerate(SMALL) if mark in name), len(SMALL)), len(name), str(config)
 
 
-def refusal(method: str, trained: Outcome) -> Optional[str]:
-    """``refused: ...`` if the training was refused by name before its first step."""
-    message = (trained.error or '').strip().split('\n')[0]
-    ours = re.match(rf'\w+: (?:class `\w+` in \S+: )*({OURS}: .*)', message)
-    if ours and not trained.losses:
-        return f'refused: {ours[1]}'
-    if method == 'FRSKD' and "unexpected keyword argument 'roi_head'" in message:
-        return 'refused: by MMDetection, a detector without regions has no roi_head'
-    return None
-
-
-def classify(method: str, plain: Outcome, trained: Outcome) -> str:
-    """What became of a training that was not refused: ``trains``, ``toolkit: ...`` (it cannot run the config here) or
-    ``DEFECT: ...``."""
-    message = (trained.error or '').strip().split('\n')[0]
-    if plain.error:
-        return 'toolkit: ' + plain.error.strip().split('\n')[0]
-    if trained.error:
-        return f'DEFECT: after {len(trained.losses)} steps {message}'
-    if not all(np.isfinite(value) for step in plain.losses for name, value in step.items() if 'loss' in name):
-        return 'toolkit: its plain loss is not finite here'
-    first, last = (_total(trained.losses[i]) - _total(plain.losses[i]) for i in (0, -1))
-    if method.startswith('PS-KD') and abs(first) > 1e-4 * abs(_total(plain.losses[0])):
-        return f'DEFECT: the first step, without a past, differs from the plain one by {first:.2e}'
-    # The quality focal loss from a past that has hardly changed is there, but lost in a sum of float32.
-    acts = abs(last) > 1e-7 * abs(_total(plain.losses[-1])) or trained.losses[-1].get('pskd_soft', 0) > 0
-    if not (np.isfinite(last) and acts):
-        return f'DEFECT: the last loss differs from the plain one by {last:.2e}'
-    return 'trains'
-
-
-def _total(step: Dict[str, float]) -> float:
-    """What was trained on: mmengine logs it as ``loss``, unless an entry of that name stands for itself."""
-    parts = sum(value for name, value in step.items() if 'loss' in name and name != 'loss')
-    loss = step.get('loss', parts)
-    return loss if not parts or abs(loss - parts) < 1e-4 * abs(parts) else loss + parts
-
-
 def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print) -> Dict[str, Dict[str, str]]:
     """Family -> ``config``, and the outcome of each method.
 
@@ -146,10 +86,10 @@ def survey(toolkit: str, names: Sequence[str] = (), *, report: Callable = print)
             for method, options in METHODS[toolkit].items():
                 switched = copy.deepcopy(cfg)
                 switched.merge_from_dict(options)
-                trained = train_two_steps(switched)
+                trained = train(switched)
                 outcome = refusal(method, trained)
                 if outcome is None:
-                    plain = plain or train_two_steps(cfg)
+                    plain = plain or train(cfg)
                     outcome = classify(method, plain, trained)
                 rows[family][method] = re.sub(r'\s+', ' ', outcome)
         report(f'{family} ({time.time() - started:.0f} s): ' + json.dumps(rows[family]))

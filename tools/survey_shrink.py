@@ -8,13 +8,15 @@ import numpy as np
 from mmengine.config import Config
 from PIL import Image
 
+from selfkd_mmengine.trial import forget_weights
+
 SIZE = {'mmpretrain': 256, 'mmdet': 128, 'mmseg': 64}  # of the images, in pixels
 
 
 def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
     """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step."""
     cfg = copy.deepcopy(cfg)
-    _forget_weights(cfg._cfg_dict)
+    forget_weights(cfg._cfg_dict)
     # Its pooling windows are as large as the maps of this size.
     size = 512 if 'LRASPPHead' in str(cfg.model.get('decode_head')) else SIZE[toolkit]
     if toolkit != 'mmpretrain':  # whose pipelines crop to the size that the network is made for
@@ -45,22 +47,6 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
     cfg.launcher, cfg.resume, cfg.auto_scale_lr = 'none', False, None
     cfg.default_scope = cfg.get('default_scope') or toolkit
     return cfg
-
-
-def _forget_weights(node) -> None:
-    """Drops whatever names a file of weights."""
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            _forget_weights(child)
-    if not isinstance(node, dict):
-        return
-    if isinstance(node.get('init_cfg'), dict) and node['init_cfg'].get('type') == 'Pretrained':
-        node['init_cfg'] = None
-    if isinstance(node.get('pretrained'), str):
-        node['pretrained'] = None
-    for key, child in list(node.items()):
-        if key not in ('init_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
-            _forget_weights(child)
 
 
 def _pad_less(preprocessor: dict, size: int) -> None:

@@ -1,6 +1,6 @@
 """Self-knowledge distillation: the shared math. Needs torch, and no toolkit.
 
-PS-KD in an ordinary training loop (docs/pytorch.md has it with a real data set):
+PS-KD in an ordinary training loop (docs/torch.md has it with a real data set):
 
 >>> import torch
 >>> from selfkd.bank import PredictionBank

@@ -10,6 +10,8 @@ from typing import Iterator, Optional, Sequence, Tuple, Type
 __all__ = ['command_parser', 'main', 'refusing']
 
 COMMANDS = {  # name: the function, what it does
+    'env': ('selfkd.environment:main', 'print versions, devices and the toolkits found, for a bug report'),
+    'doctor': ('selfkd_mmengine.doctor:main', 'say which methods work with a config of OpenMMLab, and why not'),
     'train': ('selfkd_mmengine.train:main', 'train a config of MMPretrain, MMDetection or MMSegmentation'),
     'train-detectron2': ('selfkd_detectron2.train:main', 'train a config of Detectron2'),
     'config': ('selfkd_mmengine.configs:main', 'list the configs that come with the packages, or find one'),
@@ -20,6 +22,11 @@ COMMANDS = {  # name: the function, what it does
     'publish': ('selfkd.publish:main', 'keep what inference needs of a checkpoint'),
     'convert-backbone': ('selfkd_mmpretrain.backbone:main', "turn MMPretrain's ResNet into the start of a detector"),
 }
+EXAMPLES = """
+examples:
+  selfkd doctor my_config.py --batch-size 2
+  selfkd train my_config.py --cfg-options default_hooks.pskd.type=selfkd_mmpretrain.PSKDHook
+  selfkd compare work_dirs/table plain=work_dirs/plain_0,work_dirs/plain_1 PS-KD=work_dirs/pskd_0,work_dirs/pskd_1"""
 
 
 def command_parser(name: str, documentation: Optional[str]) -> argparse.ArgumentParser:
@@ -46,10 +53,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Calls the command that the first argument names with the others (by default those of the process)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     width = max(map(len, COMMANDS))
+    listed = [f'  {name:{width}}  {does}' for name, (_, does) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         'selfkd',
-        description='Self-knowledge distillation. Each command has a --help of its own.',
-        epilog='\n'.join(['commands:', *(f'  {name:{width}}  {does}' for name, (_, does) in COMMANDS.items())]),
+        description='Self-knowledge distillation. `selfkd COMMAND --help` explains a command and shows an example.',
+        epilog='\n'.join(['commands:', *listed, EXAMPLES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help='one of those below')

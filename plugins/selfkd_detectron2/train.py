@@ -192,6 +192,8 @@ def main(arguments: Sequence[str]) -> None:
         selfkd train-detectron2 --config-file CONFIG.yaml [--num-gpus N] [--resume] [--eval-only] [KEY VALUE ...]
         selfkd train-detectron2 --config-file CONFIG.py ... [key=value ...]     (LazyConfig)
 
+        selfkd train-detectron2 --config-file faster_rcnn_R_50_FPN_1x.yaml SELFKD.PSKD.ENABLED True
+
     The first form takes the settings under SELFKD (docs/detectron2.md); on a machine without a GPU set MODEL.DEVICE
     cpu. With VOC.ROOT (a folder with JPEGImages, Annotations, ImageSets) and VOC.CLASSES the data sets
     `custom_voc_trainval` and `custom_voc_test` are that folder's; Detectron2's own lie in the folder of the environment

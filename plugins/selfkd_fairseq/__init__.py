@@ -4,7 +4,7 @@ r"""Self-knowledge distillation as fairseq criteria; an importable package and a
         --pskd-alpha 0.3 ...
 
 Checkpoints made with it are ordinary ones: fairseq-generate needs no --user-dir. (With torch 2.6 and later fairseq
-alone does not load its own checkpoints: docs/translation.md.)
+alone does not load its own checkpoints: docs/fairseq.md.)
 """
 
 import argparse

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 ECE_BINS = 10
 RENAMED = {'pskd_past': 'pskd_teacher', 'pskd_snapshot_interval': 'pskd_interval'}
-# docs/translation.md has the numbers
+# docs/fairseq.md has the numbers
 NO_BANK = 'on larger corpora the translations were better than with the bank, which saves a forward pass'
 
 

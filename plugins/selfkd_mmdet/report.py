@@ -131,6 +131,8 @@ def main(arguments: Sequence[str]) -> None:
 
         selfkd report-detection OUT NAME=WORK_DIR[,WORK_DIR...] [NAME=...]
 
+        selfkd report-detection work_dirs/report plain=work_dirs/baseline_0 PS-KD=work_dirs/pskd_0
+
     Runs given under one name are averaged (seeds), and compared with those of the first name, seed by seed; the
     pictures show the first of each. Each work dir's own config says which test set and metrics are used. The table has
     those of VOCMetric and selfkd_mmdet.DetectionCalibration, or where there are none of these, all that every run has.

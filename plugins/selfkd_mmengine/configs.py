@@ -129,9 +129,12 @@ def _drop_scopes(value: object) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints where a config lies, for tools that take a file; without a name, lists ours.
+    """Prints where one of our configs lies, for tools that take a file.
 
-    mim train mmpretrain $(selfkd config selfkd_mmpretrain::pskd/resnet18-w16_1xb50_digits.py)
+        selfkd config
+        mim train mmpretrain $(selfkd config selfkd_mmpretrain::pskd/resnet18-w16_1xb50_digits.py)
+
+    Without a name it lists the configs that come with the packages.
     """
     parser = command_parser('config', main.__doc__)
     parser.add_argument('name', nargs='?', metavar='PACKAGE::PATH')

@@ -25,6 +25,8 @@ def main(arguments: Sequence[str]) -> None:
         selfkd train CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--cfg-options KEY=VALUE ...]
         torchrun --nproc_per_node 2 -m selfkd train CONFIG --launcher pytorch
 
+        selfkd train my_config.py --cfg-options default_hooks.pskd.type=selfkd_mmpretrain.PSKDHook
+
     CONFIG is a file, PACKAGE::PATH of a toolkit, or one of ours (`selfkd config` lists them); a file may name ours
     among its _base_. The second form also works on machines without a GPU.
     """

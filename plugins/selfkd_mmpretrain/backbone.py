@@ -181,7 +181,7 @@ def _mmdet_backbone(options: Dict[str, object], target: str) -> nn.Module:
     except ModuleNotFoundError as error:
         raise ValueError(
             f'to: mmdet needs {error.name} to compare the features, which is not installed here: '
-            'install MMDetection (docs/detection.md)'
+            'install MMDetection (docs/mmdet.md)'
         ) from error
 
     backbone = ResNet(**options, init_cfg=dict(type='Pretrained', checkpoint=target))

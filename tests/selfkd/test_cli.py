@@ -1,9 +1,12 @@
 """The command ``selfkd``, where no toolkit is installed."""
 
+import ast
 import subprocess
 import sys
 
 import pytest
+import torch
+from helpers import ROOT
 
 from selfkd.cli import COMMANDS, main
 
@@ -28,3 +31,25 @@ def test_a_missing_toolkit_is_named_and_what_needs_none_works():
     assert [outcome.returncode for outcome in outcomes] == [1, 0]
     assert outcomes[0].stderr.strip() == 'selfkd train needs mmengine, which is not installed here'
     assert 'selfkd publish work_dirs/' in outcomes[1].stdout
+
+
+def test_every_command_shows_an_example():
+    """A line of the function's docstring, which --help shows; files that need a toolkit are only read."""
+    for name, (where, _) in COMMANDS.items():
+        module, function = where.split(':')
+        tree = ast.parse((ROOT / 'plugins' / f'{module.replace(".", "/")}.py').read_text())
+        (node,) = (part for part in tree.body if isinstance(part, ast.FunctionDef) and part.name == function)
+        assert f'selfkd {name}' in ast.get_docstring(node)
+
+
+def test_env_names_versions_devices_and_toolkits(capsys):
+    main(['env'])
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown['torch'] == torch.__version__
+    assert {'selfkd', 'Python', 'CPU', 'mmengine', 'detectron2', 'transformers'} <= set(shown)
+
+
+def test_env_imports_no_toolkit():
+    code = "import sys, selfkd.environment as e; e.environment(); print({'mmengine', 'fairseq'} & set(sys.modules))"
+    outcome = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert outcome.stdout.strip() == 'set()'

@@ -213,13 +213,12 @@ def test_cifar100_configs_have_the_papers_network(method):
     )
 
 
-def test_readmes_first_command(digits, tmp_path):
+def test_the_command_of_the_page_of_mmpretrain(digits, tmp_path):
     """``mim train``, over a config that has no line of selfkd's in it."""
     cfg = digits_config(digits, tmp_path / 'run', **{'train_cfg.max_epochs': 2})
     cfg.dump(tmp_path / 'config.py')
-    command = re.search(r'^mim train mmpretrain CONFIG (.*)$', (ROOT / 'README.md').read_text(), re.MULTILINE)[
-        1
-    ].split()
+    page = (ROOT / 'docs/mmpretrain.md').read_text()
+    command = re.search(r'^mim train mmpretrain CONFIG (.*)$', page, re.MULTILINE)[1].split()
     assert command[0] == '--cfg-options'
     mim = Path(sys.executable).with_name('mim')
     path = os.pathsep.join([str(ROOT / 'plugins'), os.environ.get('PYTHONPATH', '')])

@@ -148,7 +148,7 @@ def test_fewer_pairs_and_wrong_targets(catalogues, tmp_path):
 
 
 def test_the_config_for_catalogues(catalogues, tmp_path, fairseq):
-    """The commands of docs/translation.md."""
+    """The commands of docs/fairseq.md."""
     text = tmp_path / 'out'
     tool('prepare_translation.py', 'catalogues', catalogues, text, '--bpe-tokens', 30, '--held-out', 30)
     prefixes = ' '.join(f'--{split}pref {text}/{split}' for split in ('train', 'valid', 'test'))
@@ -204,7 +204,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def run_config(fairseq, text, name, source, target):
-    """The commands of docs/translation.md with configs/fairseq/iwslt.yaml, on a smaller model and the CPU."""
+    """The commands of docs/fairseq.md with configs/fairseq/iwslt.yaml, on a smaller model and the CPU."""
     prefixes = ' '.join(f'--{split}pref {text}/{split}' for split in ('train', 'valid', 'test'))
     fairseq.run(f'fairseq-preprocess -s {source} -t {target} {prefixes} --destdir {text}/bin')
     small = 'model.encoder.layers=1 model.decoder.layers=1 model.encoder.embed_dim=32 model.decoder.embed_dim=32'
