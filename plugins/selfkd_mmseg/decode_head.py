@@ -1,13 +1,31 @@
 """What both methods ask of a decode head, and the one of FRSKD's segmentation model."""
 
-from typing import List, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 from mmcv.cnn import build_norm_layer
+from mmseg.models.decode_heads import DAHead, DDRHead, EncHead, PIDHead, PointHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-__all__ = ['ConvHead', 'losses_of', 'plain_loss']
+__all__ = ['ConvHead', 'losses_of', 'place_of_prediction', 'plain_loss', 'predicting_head']
+
+# Where the prediction is among the outputs of a head in training, by what computes its loss.
+PLACES = {
+    head.loss_by_feat: place
+    for head, place in ((BaseDecodeHead, 0), (DAHead, 0), (DDRHead, 0), (EncHead, 0), (PIDHead, 1), (PointHead, 0))
+}
+
+
+def predicting_head(model: nn.Module) -> Any:
+    """The decode head whose output is the prediction: of a cascade (OCRNet, PointRend) the last."""
+    head = getattr(model, 'decode_head', None)
+    return head[-1] if isinstance(head, nn.ModuleList) else head
+
+
+def place_of_prediction(head: type) -> Optional[int]:
+    """Where the prediction is among the outputs of heads of this type in training; None: it is not known."""
+    return PLACES.get(getattr(head, 'loss_by_feat', None))
 
 
 def plain_loss(head: type) -> bool:
