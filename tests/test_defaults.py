@@ -111,6 +111,8 @@ PLACES = {
         'translation',
     ),
     'torch CSKD': Place('torch', constructor('selfkd_torch:CSKD', positional=2), 'CSKD', 'classification'),
+    'lightning CSKD': Place('lightning', constructor('selfkd_lightning:CSKD'), 'CSKD', 'classification'),
+    'lightning FRSKD': Place('lightning', constructor('selfkd_lightning:FRSKD'), 'FRSKD', 'classification'),
     'mmpretrain FRSKD': Place(
         'mmpretrain', constructor('selfkd_mmpretrain.frskd:SelfTeacher', positional=20), 'FRSKD', 'classification'
     ),

@@ -5,23 +5,12 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 from torch import Tensor
 
-from .checks import DIVERGED, check_probs
 from .row_labels import RowLabels
+from .storage import Storage
 from .topk import TopK, draw_top_k
 from .transfer import to_host
 
-__all__ = ['PredictionBank', 'bank_dtype', 'draw_top_k']
-
-
-DTYPES = {'float32': torch.float32, 'float16': torch.float16}
-
-
-def bank_dtype(name: str, dtype: Union[str, torch.dtype]) -> torch.dtype:
-    """A dtype that a bank can have, given by itself or by its name; others are refused."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise ValueError(f'{name}: must be one of {list(DTYPES)} (or that dtype of torch), got {dtype!r}')
-    return found
+__all__ = ['PredictionBank', 'draw_top_k']
 
 
 class PredictionBank:
@@ -43,7 +32,8 @@ class PredictionBank:
         num_classes: C.
         top_k: keep only the k largest probabilities and their class ids of a row, and spread the rest of its mass
             evenly over the other classes. ImageNet takes 0.1 GB with ``top_k=16`` instead of 5.1 GB.
-        dtype: of the stored probabilities, ``torch.float32`` (exact) or ``torch.float16``, or its name.
+        dtype: how probabilities are stored: ``'float32'`` (exact), ``'float16'``, or ``'log8'``, a byte each, in steps
+            of 4 %, rounded at random such that they are right on average (:mod:`selfkd.storage`).
         device: where the table lives. With the table on the CPU and probabilities on an accelerator, rows written are
             copied over in the background.
 
@@ -68,26 +58,17 @@ class PredictionBank:
         num_classes: int,
         *,
         top_k: Optional[int] = None,
-        dtype: Union[str, torch.dtype] = torch.float32,
+        dtype: Union[str, torch.dtype] = 'float32',
         device: Union[str, torch.device] = 'cpu',
     ):
         if num_samples < 1:
             raise ValueError(f'num_samples: must be at least 1, got {num_samples}')
-        if num_classes < 2:
-            raise ValueError(f'num_classes: must be at least 2, got {num_classes}')
-        if top_k is not None and not 1 <= top_k <= num_classes:
-            raise ValueError(f'top_k: must lie in [1, num_classes={num_classes}] or be None, got {top_k}')
-        dtype = bank_dtype('dtype', dtype)
+        self.storage = Storage(num_classes, top_k=top_k, dtype=dtype)
         self.num_samples, self.num_classes, self.top_k = num_samples, num_classes, top_k
         self.device = torch.device(device)
-        columns = num_classes if top_k is None else top_k
-        id_dtype = torch.int16 if num_classes <= 2**15 else torch.int32
-        row_bytes = columns * (dtype.itemsize if hasattr(dtype, 'itemsize') else torch.finfo(dtype).bits // 8)
-        row_bytes += 0 if top_k is None else columns * torch.iinfo(id_dtype).bits // 8
-        self._refuse_if_too_large(num_samples * row_bytes, dtype)
-        dtypes = (dtype,) if top_k is None else (dtype, id_dtype)
-        # The probabilities, and with top_k their class ids.
-        self._tables = tuple(torch.zeros(num_samples, columns, dtype=d, device=self.device) for d in dtypes)
+        self._refuse_if_too_large(num_samples * self.storage.row_bytes)
+        shapes = self.storage.tables.values()
+        self._tables = tuple(torch.zeros(num_samples, columns, dtype=d, device=self.device) for d, columns in shapes)
         self._seen = torch.zeros(num_samples, dtype=torch.bool)
         # What is on its way from an accelerator, oldest first: (indices, rows, whether each is finite, event). With the
         # table on the accelerator there are no rows.
@@ -95,16 +76,13 @@ class PredictionBank:
         self._skipped = 0
         self.labels = RowLabels(num_samples)
 
-    def _refuse_if_too_large(self, nbytes: int, dtype: torch.dtype) -> None:
+    def _refuse_if_too_large(self, nbytes: int) -> None:
         free = _free_memory(self.device)
         if free is None or nbytes <= free / 2:
             return
-        way_out = 'set top_k (16 is plenty)' if self.top_k is None else f'lower top_k (now {self.top_k})'
-        if dtype == torch.float32:
-            way_out += ' or dtype=torch.float16'
         raise MemoryError(
             f'PredictionBank: {self.num_samples} x {self.num_classes} probabilities take {nbytes / 2**30:.1f} GiB, '
-            f'more than half of the {free / 2**30:.1f} GiB free on {self.device}: {way_out}'
+            f'more than half of the {free / 2**30:.1f} GiB free on {self.device}: {" or ".join(self.storage.smaller())}'
         )
 
     def check_labels(self, indices: Tensor, target: Tensor, *, way_out: str = "use teacher='snapshot'") -> None:
@@ -138,104 +116,89 @@ class PredictionBank:
             KeyError: a row was never written and ``return_seen`` is false.
             IndexError: an index outside the table.
         """
-        rows = self._read_rows(indices, return_seen)
-        probs = rows.dense(self.num_classes) if self.top_k else rows
-        return (probs, self.seen(indices)) if return_seen else probs
+        rows, seen = self._read_rows(indices, return_seen)
+        probs = rows.dense(self.num_classes) if isinstance(rows, TopK) else rows
+        return (probs, seen) if return_seen else probs
 
     def read_top_k(self, indices: Tensor, *, return_seen: bool = False):
         """As :meth:`read`, as :class:`~selfkd.topk.TopK` without widening the rows. For banks with ``top_k``."""
         if not self.top_k:
             raise ValueError('top_k: this bank keeps whole rows (top_k=None), use read()')
-        rows = self._read_rows(indices, return_seen)
-        return (rows, self.seen(indices)) if return_seen else rows
+        rows, seen = self._read_rows(indices, return_seen)
+        return (rows, seen) if return_seen else rows
 
-    def _read_rows(self, indices: Tensor, allow_unseen: bool):
+    def _read_rows(self, indices: Tensor, allow_unseen: bool) -> Tuple[Union[Tensor, TopK], Tensor]:
         indices = self._check_indices(indices)
-        seen = self.seen(indices)
+        self._land(indices)
+        seen = self._seen[indices]
         if not allow_unseen and not seen.all():
             first = indices[~seen][:5].tolist()
             raise KeyError(f'PredictionBank: rows {first} were never written; pass return_seen=True to allow for it')
-        where = indices.to(self.device, non_blocking=True)
-        values, *classes = (table[where] for table in self._tables)
-        values = values.float()
+        rows = self.storage.decode(self._stored(indices))
+        if not allow_unseen:
+            return rows, seen
         unseen = (~seen).to(self.device, non_blocking=True)[:, None]
-        if self.top_k:
-            ids = classes[0].long()
-            if allow_unseen:  # distinct ids with the uniform probability
-                values = values.masked_fill(unseen, 1 / self.num_classes)
-                ids = torch.where(unseen, torch.arange(self.top_k, device=self.device), ids)
-            return TopK(values, ids)
-        return values.masked_fill(unseen, 1 / self.num_classes) if allow_unseen else values
+        if isinstance(rows, TopK):  # distinct ids with the uniform probability
+            ids = torch.where(unseen, torch.arange(rows.classes.shape[1], device=self.device), rows.classes)
+            return TopK(rows.values.masked_fill(unseen, 1 / self.num_classes), ids), seen
+        return rows.masked_fill(unseen, 1 / self.num_classes), seen
 
     @torch.no_grad()
-    def write(self, indices: Tensor, probs: Union[Tensor, TopK]) -> None:
+    def write(self, indices: Tensor, probs: Union[Tensor, TopK], *, step: int = 0) -> None:
         """Replaces the rows of samples; where an index comes twice, the last of its rows stays.
 
         Args:
             indices: ``[B]``.
             probs: ``[B, C]``, any floating dtype, on any device; or :class:`~selfkd.topk.TopK` with the bank's
                 ``top_k``.
+            step: of the training, another one each time that a row is written: random rounding follows from it.
 
         Raises:
             ValueError: shapes that do not match; on the CPU, where looking is free, rows that are not distributions or
                 not finite.
             IndexError: an index outside the table.
         """
-        indices = self._check_indices(indices)
-        rows = self.encode(probs)
-        if len(rows[0]) != len(indices):
-            raise ValueError(f'probs: must have a row for each of {len(indices)} indices, got {len(rows[0])}')
+        indices, finite = self._check_indices(indices), self.storage.check(probs)
+        if len(finite) != len(indices):
+            raise ValueError(f'probs: must have a row for each of {len(indices)} indices, got {len(finite)}')
         if len(indices) == 0:
             return
-        last = _last_of_each(indices)
+        last, rows = _last_of_each(indices), self.storage.encode(probs, indices, step)
         if len(last) < len(indices):
-            indices, rows = indices[last], tuple(row[last.to(row.device)] for row in rows)
-        if rows[0].device.type == 'cpu':  # encode() has looked at them
-            self._land(indices)
-            self._put(indices, rows)
-            self._seen[indices] = True
+            there = last.to(finite.device)
+            indices, finite, rows = indices[last], finite[there], tuple(row[there] for row in rows)
+        if finite.device.type == 'cpu':  # the storage has looked at them
+            self.write_encoded(indices, rows)
         else:
-            self._write_later(indices, rows)
+            self._write_later(indices, rows, finite)
 
-    def _write_later(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
+    def _write_later(self, indices: Tensor, rows: Tuple[Tensor, ...], finite: Tensor) -> None:
         """Takes rows of an accelerator without waiting for it: whether they are finite is known when they arrive."""
         self._land(indices[:0])
-        finite = rows[0].isfinite().all(1)
         arriving = rows
         if self.device.type != 'cpu':
-            where, here = indices.to(self.device, non_blocking=True), finite.to(self.device)[:, None]
+            here = finite.to(self.device)[:, None]
             rows = tuple(row.to(self.device) for row in rows)
-            self._put(indices, tuple(torch.where(here, row, old[where]) for row, old in zip(rows, self._tables)))
+            self._put(indices, tuple(torch.where(here, row, old) for row, old in zip(rows, self._stored(indices))))
             arriving = ()
         (finite, *arrived), event = to_host(finite, *arriving)
         self._pending.append((indices, tuple(arrived), finite, event))
 
-    def encode(self, probs: Union[Tensor, TopK]) -> Tuple[Tensor, ...]:
-        """Rows in the form they are stored and exchanged in: ``(values,)``, or ``(values, class ids)`` with top_k."""
-        if isinstance(probs, TopK):
-            if self.top_k is None or probs.values.shape[1] != self.top_k:
-                raise ValueError(f'probs: TopK must keep top_k={self.top_k} classes, got {probs.values.shape[1]}')
-            if probs.values.device.type == 'cpu' and not probs.values.isfinite().all():
-                raise ValueError(f'probs: holds values that are not finite: {DIVERGED}')
-            return tuple(part.to(table.dtype) for part, table in zip(probs, self._tables))
-        if probs.dim() != 2 or probs.shape[1] != self.num_classes or not probs.is_floating_point():
-            raise ValueError(
-                f'probs: must be floating, [B, {self.num_classes}], got {probs.dtype}, {tuple(probs.shape)}'
-            )
-        check_probs('probs', probs, probs.shape)
-        if self.top_k:
-            return tuple(part.to(table.dtype) for part, table in zip(probs.topk(self.top_k, dim=1), self._tables))
-        return (probs.to(self._tables[0].dtype),)
-
     def write_encoded(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
-        """As :meth:`write`, with rows that :meth:`encode` or :meth:`read_encoded` gave (of another process, say)."""
-        self.write(indices, TopK(*rows) if self.top_k else rows[0])
+        """Takes over rows as :meth:`read_encoded` gave them, each index once; of another process, say."""
+        indices = self._check_indices(indices)
+        self._land(indices)
+        self._put(indices, rows)
+        self._seen[indices] = True
 
     def read_encoded(self, indices: Tensor) -> Tuple[Tensor, ...]:
         """Known rows as they are stored, for :meth:`write_encoded` of another process's bank."""
         indices = self._check_indices(indices)
         self._land(indices)
-        where = indices.to(self.device)
+        return self._stored(indices)
+
+    def _stored(self, indices: Tensor) -> Tuple[Tensor, ...]:
+        where = indices.to(self.device, non_blocking=True)
         return tuple(table[where] for table in self._tables)
 
     def _put(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
@@ -287,7 +250,7 @@ class PredictionBank:
     def state_dict(self) -> Dict[str, Any]:
         """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``."""
         self._land()
-        tables = {name: table.cpu().clone() for name, table in zip(('values', 'classes'), self._tables)}
+        tables = {name: table.cpu().clone() for name, table in zip(self.storage.tables, self._tables)}
         state = {'num_classes': self.num_classes, 'seen': self._seen.clone(), **tables}
         labels = self.labels.state()
         return state if labels is None else {**state, 'labels': labels}
@@ -298,34 +261,32 @@ class PredictionBank:
         Raises:
             ValueError: the saved bank has other rows, classes, ``top_k`` or dtype, or is damaged.
         """
-        values, classes = state['values'], state.get('classes')
-        saved = (len(values), state['num_classes'], None if classes is None else classes.shape[1], values.dtype)
-        ours = (self.num_samples, self.num_classes, self.top_k, self._tables[0].dtype)
-        for name, theirs, own in zip(('num_samples', 'num_classes', 'top_k', 'dtype'), saved, ours):
-            if theirs != own:
+        saved = {'num_samples': len(state['values']), **self.storage.settings_of(state)}
+        for name, own in {'num_samples': self.num_samples, **self.storage.settings()}.items():
+            if saved[name] != own:
                 raise ValueError(
-                    f'PredictionBank: the saved bank has {name}={theirs}, this one {name}={own}: resume with the '
+                    f'PredictionBank: the saved bank has {name}={saved[name]}, this one {name}={own}: resume with the '
                     'settings and the training set of the saved run, or start without it'
                 )
         self._refuse_if_damaged(state)
         self._pending.clear()
-        for table, rows in zip(self._tables, (values, classes)):
-            table.copy_(rows)
+        for name, table in zip(self.storage.tables, self._tables):
+            table.copy_(state[name])
         self._seen.copy_(state['seen'])
         self.labels.load(state.get('labels'))  # banks that were saved before labels were kept have none
 
     def _refuse_if_damaged(self, state: Dict[str, Any]) -> None:
         """copy_() would spread a column over the table, and what is not finite would be taught."""
-        saved = [state['values'], *([state['classes']] if self.top_k else []), state['seen']]
+        saved = tuple(state[name] for name in self.storage.tables)
+        flags = [state['seen'], state.get('labels', self._seen)]
         own_shapes = [table.shape for table in (*self._tables, self._seen, self._seen)]
-        for rows, shape in zip([*saved, state.get('labels', self._seen)], own_shapes):
+        for rows, shape in zip([*saved, *flags], own_shapes):
             if rows.shape != shape:
                 raise ValueError(
                     f'PredictionBank: the saved bank is damaged: it has a table {tuple(rows.shape)}, and needs '
                     f'{tuple(shape)}: resume from another checkpoint'
                 )
-        ids = state['classes'] if self.top_k else torch.zeros(1)
-        if not state['values'].isfinite().all() or ids.min() < 0 or ids.max() >= self.num_classes:
+        if self.storage.is_damaged(saved):
             raise ValueError(
                 'PredictionBank: the saved bank is damaged: it holds probabilities that are not finite, or class ids '
                 'out of range: resume from another checkpoint'

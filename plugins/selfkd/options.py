@@ -3,9 +3,9 @@
 import logging
 from typing import Any, Callable, Dict, List, Optional
 
-from .bank import bank_dtype
 from .checks import one_of, share
 from .defaults import PSKD
+from .storage import storage_name
 from .teacher import MODES
 
 __all__ = ['TEACHERS', 'check_momentum', 'check_options', 'choose_teacher', 'options_without_effect']
@@ -43,7 +43,7 @@ def check_options(user: str, task: str, options: Dict[str, Any]) -> None:
         raise ValueError(f'{user}: ema_decay must lie in [0, 1), got {decay}')
     check_momentum(options.get('bank_momentum', 0.0), options.get('top_k'))
     if options.get('bank_dtype') is not None:
-        bank_dtype(f'{user}: bank_dtype', options['bank_dtype'])
+        storage_name(f'{user}: bank_dtype', options['bank_dtype'])
     idle = [] if teacher == 'auto' else options_without_effect(teacher, task, options)
     if idle:
         raise ValueError(

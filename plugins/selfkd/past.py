@@ -176,7 +176,7 @@ class BankPast(Past):
         self._write(self.rows, probs)
 
     def _write(self, rows: Tensor, probs: Union[Tensor, TopK]) -> None:
-        self.bank.write(rows, probs)
+        self.bank.write(rows, probs, step=self.step)
         self._unsent.append((rows, self.step))
 
     def synchronize(self) -> None:
@@ -206,7 +206,7 @@ class TokenBankPast(BankPast):
         lengths: how many labelled positions each sample can have, ``[S]``.
         num_classes: V, the vocabulary.
         top_k: tokens kept of a position.
-        dtype: of the stored probabilities.
+        dtype: how probabilities are stored.
         device: where the bank lives.
         ignore_index: the label of positions that have none (padding).
         way_out: the end of messages.
@@ -218,7 +218,7 @@ class TokenBankPast(BankPast):
         num_classes: int,
         *,
         top_k: int,
-        dtype: Union[str, torch.dtype] = torch.float16,
+        dtype: Union[str, torch.dtype] = 'float16',
         device: Union[str, torch.device] = 'cpu',
         ignore_index: int = -100,
         way_out: str,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import FCOS, RetinaNet
@@ -15,13 +16,11 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, RotatedBoxes, pairwise_iou, pairwise_iou_rotated
 from torch import Tensor, nn
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd.past import CopyPast
-
-from .frskd import FRSKDCascadeROIHeads, FRSKDROIHeads
 
 __all__ = ['Classified', 'DenseTap', 'RegionTap', 'Regions', 'make_tap']
 
@@ -63,9 +62,10 @@ Rewrite = Callable[[Tensor, List[Classified], Dict[str, Tensor]], None]
 
 
 class RegionTap:
-    """The sampled regions of Faster, Mask and Cascade R-CNN."""
+    """The sampled regions of Faster, Mask and Cascade R-CNN, and of detectors derived from them."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, method: str):
+        self.model, self.method = model, method
         self.heads = heads = model.roi_heads
         self.predictors = list(heads.box_predictor) if isinstance(heads, CascadeROIHeads) else [heads.box_predictor]
         self.boxes: List[List[Boxes]] = []  # of each stage, for each image
@@ -75,11 +75,65 @@ class RegionTap:
         self._rewrite = rewrite
         pooler = self.heads.pooler if isinstance(self.heads, Res5ROIHeads) else self.heads.box_pooler
         return [
+            *self._check_first_step(pooler),
             self.heads.register_forward_pre_hook(self._start),
             pooler.register_forward_pre_hook(self._see_boxes),
             *(predictor.register_forward_hook(self._see_logits) for predictor in self.predictors),
             self.heads.register_forward_hook(self._finish),
         ]
+
+    def _check_first_step(self, pooler: nn.Module) -> list:
+        """Watches the first loss: is it made as :meth:`past_losses` makes that of the past? Subclasses may differ."""
+        heads = self.heads
+        res5 = isinstance(heads, Res5ROIHeads)
+        box_heads = [heads.res5] if res5 else list(heads.box_head) if len(self.predictors) > 1 else [heads.box_head]
+        seen: Dict[nn.Module, List[Any]] = {}  # module: its input and output
+
+        def note(module, args, output):
+            if module.training:
+                seen.setdefault(module, [args[0], output])
+
+        def check(module, args, output):
+            if not module.training or pooler not in seen:
+                return
+            names = heads.in_features if res5 else heads.box_in_features
+            given, features = seen[self.model.backbone]
+            same = [(given, args[0].tensor), *((features[name], args[1][name]) for name in names)]
+            same += zip(seen[pooler][0], (args[1][name] for name in names))
+            same.append((seen[pooler][1], seen[box_heads[0]][0]))  # the later stages' regions are others
+            for box_head, predictor in zip(box_heads, self.predictors):
+                found = seen[box_head][1]
+                same.append((found.mean(dim=[2, 3]) if res5 else found, seen[predictor][0]))
+            if not all(_equal(*pair) for pair in same):
+                raise ValueError(
+                    f'{self.method}: {type(heads).__name__} in {type(self.model).__name__} does not classify regions '
+                    'by its box pooler, head and predictor from the features of the backbone alone, so that a past '
+                    'copy cannot be asked about the same regions: remove this method to train without it'
+                )
+            for call in self._calls(args[3]):
+                self._check_loss(call, output[1])
+            for handle in handles:
+                handle.remove()
+            seen.clear()
+
+        modules = [self.model.backbone, pooler, *box_heads, *self.predictors]
+        handles = [module.register_forward_hook(note) for module in modules]
+        # Before another method of ours changes the loss.
+        handles.append(heads.register_forward_hook(check, prepend=True))
+        return handles
+
+    def _check_loss(self, call: Classified, losses: Dict[str, Tensor]) -> None:
+        assert call.match is not None  # these are regions
+        expected = call.weight * F.cross_entropy(call.logits.detach().float(), call.match().labels, reduction='sum')
+        found = losses.get(call.name)
+        precision = max(1e-3, 16 * torch.finfo(call.logits.dtype).eps)
+        if found is None or not torch.allclose(found.detach().float(), expected, rtol=precision, atol=1e-6):
+            says = 'gives no such loss' if found is None else f'gives {float(found):.6g}'
+            raise ValueError(
+                f'{self.method}: the cross-entropy of the logits and labels of the regions is {float(expected):.6g}, '
+                f'but {type(self.heads).__name__} with {type(self.predictors[0]).__name__} {says} as {call.name}: '
+                'what it computes is another loss; remove this method to train without it'
+            )
 
     def _start(self, heads, args) -> None:
         self.boxes, self.logits = [], []
@@ -95,22 +149,30 @@ class RegionTap:
     def _finish(self, heads, args, output):
         if not heads.training:
             return
-        images, _, _, targets = args
+        self._rewrite(args[0].tensor, self._calls(args[3]), output[1])
+        self.boxes, self.logits = [], []  # lets go of the graph
+
+    def _calls(self, targets: List[Instances]) -> List[Classified]:
+        heads, calls = self.heads, []
         cascade = isinstance(heads, CascadeROIHeads)
         matchers = heads.proposal_matchers if cascade else [heads.proposal_matcher]
-        calls = []
         for stage, (predictor, logits, boxes) in enumerate(zip(self.predictors, self.logits, self.boxes)):
-            match = partial(_match, boxes, targets, matchers[stage], heads.num_classes)
+            branches = len(boxes) // len(targets)  # of TridentNet, each with all images; else 1
+            match = partial(_match, boxes, targets * branches, matchers[stage], heads.num_classes)
             weight = predictor.loss_weight.get('loss_cls', 1.0) / max(len(logits), 1)
             name, scope = (f'loss_cls_stage{stage}', f'stage{stage}/') if cascade else ('loss_cls', '')
             calls.append(Classified(name, scope, logits, match, weight))
-        self._rewrite(images.tensor, calls, output[1])
-        self.boxes, self.logits = [], []  # lets go of the graph
+        return calls
 
     def past_losses(self, copy: CopyPast, images: Tensor, calls: List[Classified], background: bool) -> List[Tensor]:
         """The cross-entropy with what the past copy says of the same regions, for each stage."""
         heads, losses = copy.model.roi_heads, []
         features = copy.run(copy.model.backbone, images)
+        if len(next(iter(features.values()))) != len(self.boxes[0]):
+            raise ValueError(
+                f'PSKDHook: in evaluation mode {type(copy.model.backbone).__name__} gives other features than in '
+                "training (of one branch only, perhaps): set teacher_mode='train' (SELFKD.PSKD.TEACHER_MODE)"
+            )
         for stage, (call, boxes) in enumerate(zip(calls, self.boxes)):
             past = copy.run(_classify, heads, stage, features, boxes).float().softmax(1)
             if not background:
@@ -120,6 +182,10 @@ class RegionTap:
                 past = torch.where((labels == past.shape[1] - 1)[:, None], hard, past)
             losses.append(call.weight * soft_cross_entropy(call.logits, past, reduction='sum'))
         return losses
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
 
 
 def _classify(heads: nn.Module, stage: int, features: Dict[str, Tensor], boxes: List[Boxes]) -> Tensor:
@@ -139,7 +205,8 @@ def _match(boxes: List[Boxes], targets: List[Instances], matcher: Matcher, backg
     for image, (regions, target) in enumerate(zip(boxes, targets)):
         labels = objects = torch.full((len(regions),), background, device=regions.device)
         if len(target):
-            objects, kinds = matcher(pairwise_iou(target.gt_boxes, regions))
+            overlaps = pairwise_iou_rotated if isinstance(regions, RotatedBoxes) else pairwise_iou
+            objects, kinds = matcher(overlaps(target.gt_boxes, regions))
             labels = torch.where(kinds == 1, target.gt_classes[objects], background)
         rows.append(Regions(labels, torch.full_like(labels, image), objects))
     return Regions(*(torch.cat(column) for column in zip(*rows)))
@@ -190,16 +257,18 @@ class DenseTap:
 
 
 MODELS = (GeneralizedRCNN, PanopticFPN)
-ROI_HEADS = (Res5ROIHeads, StandardROIHeads, CascadeROIHeads, FRSKDROIHeads, FRSKDCascadeROIHeads)
+ROI_HEADS = (Res5ROIHeads, StandardROIHeads, CascadeROIHeads)
 DENSE_HEADS = {RetinaNet: RetinaNetHead, FCOS: FCOSHead}
 
 
 def make_tap(model: nn.Module, method: str, dense: bool):
     """The tap for this detector; ``dense``: whether the method works with one-stage detectors as well.
 
+    Detectors derived from those supported are looked at in the first step, as they may compute their losses otherwise.
+
     Raises:
-        ValueError: a detector, ROI head or predictor that is not supported. Subclasses are not, as they may compute
-            their losses otherwise.
+        ValueError: a detector, ROI head or predictor that is not supported. One-stage detectors derived from those that
+            are supported are not.
     """
     if dense and type(model) in DENSE_HEADS:
         head = DENSE_HEADS[type(model)]
@@ -209,17 +278,17 @@ def make_tap(model: nn.Module, method: str, dense: bool):
             raise ValueError(f'{method}: focal_loss_gamma must be 0 or at least 1, got {model.focal_loss_gamma}')
         return DenseTap(model)
     heads = getattr(model, 'roi_heads', None)
-    if type(model) not in MODELS or type(heads) not in ROI_HEADS:
+    if not isinstance(model, MODELS) or not isinstance(heads, ROI_HEADS):
         with_heads = '' if heads is None else f' with the ROI heads {type(heads).__name__}'
-        models, known = (' or '.join(kind.__name__ for kind in kinds) for kinds in (MODELS, ROI_HEADS[:3]))
+        models, known = (' or '.join(kind.__name__ for kind in kinds) for kinds in (MODELS, ROI_HEADS))
         others = ', or RetinaNet or FCOS' if dense else ''
         raise ValueError(
-            f'{method}: {type(model).__name__}{with_heads} is not supported (subclasses may compute their losses '
-            f'otherwise): it needs {models} with {known}{others}; remove this method to train without it'
+            f'{method}: {type(model).__name__}{with_heads} is not supported: it needs {models} with {known}, or '
+            f'derived from them{others}; remove this method to train without it'
         )
-    tap = RegionTap(model)
+    tap = RegionTap(model, method)
     for predictor in tap.predictors:
-        if type(predictor) is not FastRCNNOutputLayers or predictor.use_sigmoid_ce:
+        if not isinstance(predictor, FastRCNNOutputLayers) or predictor.use_sigmoid_ce:
             sigmoid = getattr(predictor, 'use_sigmoid_ce', False)
             setting = ' with use_sigmoid_ce (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)' if sigmoid else ''
             raise ValueError(

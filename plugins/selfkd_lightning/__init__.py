@@ -1,5 +1,7 @@
-"""PS-KD as a callback of Lightning's Trainer, over a LightningModule that stays as it is."""
+"""Self-knowledge distillation as callbacks of Lightning's Trainer, over a LightningModule that stays as it is."""
 
+from .cskd import CSKD
+from .frskd import FRSKD
 from .pskd import PSKD
 
-__all__ = ['PSKD']
+__all__ = ['CSKD', 'FRSKD', 'PSKD']

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Union
 
 import lightning.pytorch as pl
 import torch
@@ -16,41 +16,17 @@ import selfkd_torch
 from selfkd.options import check_options, choose_teacher
 from selfkd.renamed import renamed
 from selfkd.schedule import may_end_early
-from selfkd_torch import Batches
-from selfkd_torch.words import in_words
+
+from .callback import MethodCallback, TrainersBatches
 
 __all__ = ['PSKD']
 
 logger = logging.getLogger(__name__)
 
-WAY_IN = (
-    'training_step must compute it by F.cross_entropy (not F.nll_loss); a loss module that is written another way is '
-    "named, as PSKD(loss='criterion'), and the callback's loss(logits, target) says it outright"
-)
 WAY_OUT = "use teacher='snapshot', which needs no rows"
-WORDS = {  # what selfkd_torch calls it, and what it is here
-    ' with model=, which': ', which',
-    r'\(a loop over batches\(\)\)': "(one of the Trainer's)",
-    r'give max_steps=$': 'set limit_train_batches to a number',
-    r'\bset outputs=, or compute its loss outside': "compute its loss outside, or use teacher='bank'",
-    r'\bset outputs=': 'name the module that gives the logits, as model="net"',
-    r', by what outputs= gives of each': '',
-}
 
 
-class _Batches(Batches):
-    """Batches that the Trainer trains on."""
-
-    trainer: pl.Trainer
-
-    def done(self) -> int:
-        return self.trainer.global_step
-
-    def check_epoch_ends(self, method: str, steps: Optional[int] = None) -> None:
-        """The Trainer says how long an epoch is."""
-
-
-class PSKD(pl.Callback):
+class PSKD(MethodCallback):
     """Progressive self-knowledge distillation in every ``training_step``.
 
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
@@ -76,6 +52,8 @@ class PSKD(pl.Callback):
         RuntimeError: a training step without a loss that could be softened.
     """
 
+    name, adds = 'PSKD', False
+
     @renamed(dtype='bank_dtype', device='bank_device')
     def __init__(
         self,
@@ -99,13 +77,13 @@ class PSKD(pl.Callback):
         self._settings.update(bank_device=bank_device, bank_momentum=bank_momentum)
         check_options('PSKD', 'classification', dict(self._settings, model=model))
         self._settings.update(keep_hard=keep_hard, num_classes=num_classes)
-        self.teacher, self._loss, self._model = teacher, loss, model
-        self.pskd: Optional[selfkd_torch.PSKD] = None
-        self._data: Optional[Batches] = None
-        self._saved: Dict[str, Any] = {}
-        self._state: Any = None  # the Trainer's
-        self._in_step = self._by_steps = False  # whether training_step is under way; whether max_steps ends training
-        self._updates = 0  # of the optimizer, that the past knows of
+        self.teacher = teacher
+        super().__init__(loss, model)
+        self._by_steps = False  # whether max_steps ends training
+
+    @property
+    def pskd(self) -> Optional[selfkd_torch.PSKD]:
+        return self.method
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         """In place of ``F.cross_entropy``, for those who rather say it themselves. In validation and testing it is
@@ -115,16 +93,10 @@ class PSKD(pl.Callback):
             RuntimeError: in training, but outside ``training_step``; or without a Trainer that has this callback.
         """
         if self._in_step:
-            return self._under_way()[0].loss(logits, target, **options)
+            return self.method.loss(logits, target, **options)
         if self._state is None or self._state.stage in (None, RunningStage.TRAINING):
             raise RuntimeError('PSKD: the loss is for training_step, under a Trainer that has this callback')
         return F.cross_entropy(logits, target, **options)
-
-    def _under_way(self) -> Tuple[selfkd_torch.PSKD, Batches]:
-        """The method and its batches, which are there once training has begun."""
-        assert self.pskd is not None
-        assert self._data is not None
-        return self.pskd, self._data
 
     @property
     def current_alpha(self) -> float:
@@ -132,86 +104,61 @@ class PSKD(pl.Callback):
         return self.pskd.current_alpha if self.pskd else 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._state = trainer.state
-        if stage != 'fit':
-            return
-        strategy = trainer.strategy
-        self._release(strategy)
-        self._whole = type(strategy) in (DDPStrategy, SingleDeviceStrategy)
-        if self.teacher in ('snapshot', 'ema') and not self._whole:
+        super().setup(trainer, pl_module, stage)
+        strategy = type(trainer.strategy)
+        self._whole = strategy in (DDPStrategy, SingleDeviceStrategy)
+        if stage == 'fit' and self.teacher in ('snapshot', 'ema') and not self._whole:
             raise ValueError(
-                f"PSKD: under {type(strategy).__name__} no process has the whole model to copy: use teacher='bank'"
+                f"PSKD: under {strategy.__name__} no process has the whole model to copy: use teacher='bank'"
             )
-        if getattr(pl_module, '_compiler_ctx', None):
-            raise ValueError(
-                'PSKD: torch.compile of the whole LightningModule hides its loss: compile the network inside, as '
-                'self.net = torch.compile(net)'
-            )
-        if self.pskd is not None:  # fit is called once more
-            self._saved, self.pskd = (self.pskd.state_dict() if trainer.current_epoch else {}), None
-        self._data = None
-        process = strategy.process_dataloader  # comes after Lightning has put its sampler into the loader
-        strategy.process_dataloader = lambda loader: process(self._noting(trainer, loader))
-        step = strategy.training_step
-        strategy.training_step = lambda *args, **kwargs: self._softened(pl_module, step, *args, **kwargs)
 
-    @staticmethod
-    def _release(strategy) -> None:
-        for name in ('process_dataloader', 'training_step'):
-            vars(strategy).pop(name, None)
-
-    def _softened(self, pl_module: nn.Module, step: Callable, *args, **kwargs):
-        """A training step, and nothing beside it: what hooks and other callbacks compute stays plain."""
+    def tap(self, pl_module: nn.Module):
         module = pl_module.get_submodule(self._loss) if self._loss else None
-        self._in_step = True
-        try:
-            with in_words(WORDS), self._under_way()[0].tap(module, check=False):
-                return step(*args, **kwargs)
-        finally:
-            self._in_step = False
+        return self.method.tap(module, check=False)
 
-    def _noting(self, trainer: pl.Trainer, loader):
-        """The loader of the training data, so that it notes which samples are in its batches."""
-        if trainer.state.stage != RunningStage.TRAINING:
-            return loader
-        data = self._data
-        if self.pskd is None or data is None:  # neither is there without the other
-            self._data = data = _Batches(loader)
-            data.trainer = trainer
-        elif self.pskd.kind in ('auto', 'bank') and loader.dataset is not data.loader.dataset:
-            raise ValueError(
-                'PSKD: reload_dataloaders_every_n_epochs brought another data set, to which the rows of the bank do '
-                "not belong: use teacher='snapshot', or give the loader the same data set each time"
-            )
-        else:
-            data.replace(loader)
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]  # it shows at the first loss
+        return self.method.kind in ('auto', 'bank') if self.method else self.teacher == 'bank'
+
+    def prepare(self, data: TrainersBatches) -> None:
         if self.teacher == 'bank' or (self.teacher == 'auto' and not data.why_not_numbered()):
             data.number('PSKD', WAY_OUT)
-        return data.lend()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._data is None or trainer.train_dataloader is not self._data.lend():
-            raise ValueError('PSKD: the training data must come from one DataLoader (of a ConcatDataset)')
+    def make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> selfkd_torch.PSKD:
         options, call = {**self._settings, **self._length(trainer)}, 'a cross-entropy'
         if self.teacher == 'auto' and not self._whole:
             options['teacher'] = choose_teacher('auto', None)
         elif self.teacher != 'bank':
-            name = self._network(pl_module)
-            options['model'] = pl_module.get_submodule(name) if name else None
+            try:
+                options['model'] = self.network(pl_module)
+            except ValueError:
+                if self.teacher != 'auto':  # which may not need it
+                    raise
             if self.teacher != 'auto':
-                call += f' of the logits that {type(pl_module).__name__}.{name} gives (another module: model="name")'
-        with in_words(WORDS):
-            self.pskd = selfkd_torch.PSKD(self._data, **options)
-        self.pskd.call, self.pskd.way_in, self._updates = call, WAY_IN, trainer.global_step
+                name = f'{type(pl_module).__name__}.{self.network_name(pl_module)}'
+                call += f' of the logits that {name} gives (another module: model="name")'
+        pskd = selfkd_torch.PSKD(self._data, **options)
+        pskd.call = call
         if self._saved:
-            self.pskd.load_state_dict(self._saved)
+            pskd.load_state_dict(self._saved)
         stops = ['max_steps'] if trainer.max_steps != -1 and trainer.num_training_batches == math.inf else []
         stops += ['EarlyStopping'] if trainer.early_stopping_callbacks else []
         if any(isinstance(callback, Timer) and callback.time_remaining() is not None for callback in trainer.callbacks):
             stops.append('max_time')
-        if stops and self.pskd.alpha and trainer.is_global_zero:
-            training = f'{self.pskd.max_steps} steps' if self.pskd.interval else f'{self.pskd.max_epochs} epochs'
-            logger.warning(may_end_early('PSKD', self.pskd.alpha, training, stops))
+        if stops and pskd.alpha and trainer.is_global_zero:
+            training = f'{pskd.max_steps} steps' if pskd.interval else f'{pskd.max_epochs} epochs'
+            logger.warning(may_end_early('PSKD', pskd.alpha, training, stops))
+        return pskd
+
+    def place(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        data = self._data
+        assert data is not None  # an epoch begins
+        if self.method.interval:
+            data.epoch = data.done() // self.method.interval
+        elif self._by_steps:  # resumed with another batch size it is in another epoch
+            data.epoch = trainer.global_step // self._steps
+        if batch_idx and not self._saved:
+            self.method.resume_without_past(mid_period=True)
 
     def _length(self, trainer: pl.Trainer) -> Dict[str, Any]:
         """How long the training will be, in epochs, or with ``interval`` in steps."""
@@ -232,66 +179,7 @@ class PSKD(pl.Callback):
             raise ValueError(f'PSKD: alpha grows up to the last epoch, which is not known: {how}')
         return dict(max_epochs=epochs)
 
-    def _network(self, pl_module: nn.Module) -> Optional[str]:
-        """The name of the sub-module that computes the logits; None if it is not known, and may not be needed."""
-        if self._model is not None:
-            return self._model
-        found = [name for name, child in pl_module.named_children() if next(child.parameters(), None) is not None]
-        if len(found) != 1:
-            if self.teacher == 'auto':
-                return None
-            raise ValueError(
-                f'PSKD: teacher={self.teacher!r} copies the module that computes the logits, but there are {found}: '
-                'name it, as model="net" (several can be put into an nn.Sequential)'
-            )
-        return found[0]
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx: int) -> None:
-        pskd, data = self._under_way()
-        if not pskd._inside:  # Lightning leaves on_train_epoch_start out when it resumes within an epoch
-            data.epoch = trainer.current_epoch
-            if pskd.interval:
-                data.epoch = data.done() // pskd.interval
-            elif self._by_steps:  # resumed with another batch size it is in another epoch
-                data.epoch = trainer.global_step // self._steps
-            if batch_idx and not self._saved:
-                pskd.resume_without_past(mid_period=True)
-            data.begin_epoch()
-        if data.way_out and not data.noted:
-            raise ValueError(
-                "PSKD: training_step(dataloader_iter) fetches batches by itself: take a batch, or teacher='snapshot'"
-            )
-        data.begin_step()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        pskd, data = self._under_way()
-        if batch is None:  # Lightning has skipped it
-            data.noted and data.noted.popleft()
-            return
-        data.end_step()
-        if trainer.global_step != self._updates:
-            self._updates = trainer.global_step
-            data.after_update()
-        pl_module.log_dict(pskd.logs)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pskd, data = self._under_way()
-        if pskd._inside:
-            data.end_epoch(True)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, 'fit')
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release(trainer.strategy)
-
     def state_dict(self) -> Dict[str, Any]:
-        if self.pskd is None:
-            return self._saved
-        self.pskd.synchronize()  # Lightning asks in all processes
-        return self.pskd.state_dict()
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self._saved = state
-        if self.pskd is not None:
-            self.pskd.load_state_dict(state)
+        if self.method is not None:
+            self.method.synchronize()  # Lightning asks in all processes
+        return super().state_dict()

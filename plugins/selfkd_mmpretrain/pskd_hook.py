@@ -44,7 +44,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
         keep_hard: keep the whole weight of the label's loss, 1 instead of ``1 - alpha_t``.
         top_k: keep only the k largest probabilities of a prediction in the bank (see
             :class:`selfkd.bank.PredictionBank`). Defaults to all.
-        bank_dtype: ``'float32'`` or ``'float16'``.
+        bank_dtype: ``'float32'``, ``'float16'``, or ``'log8'``, a byte for each probability (:mod:`selfkd.storage`).
         bank_device: where the bank lives. Defaults to the model's device.
         bank_momentum: m in [0, 1): the bank keeps ``m * past + (1 - m) * prediction``, an average over epochs.
 

@@ -14,6 +14,7 @@ from selfkd.teacher import unwrap
 
 from .batches import Method
 from .calls import Hook, copied
+from .tap import add_terms
 
 __all__ = ['CSKD']
 
@@ -57,7 +58,7 @@ class CSKD(Method):
     """
 
     name, call = 'CSKD', 'cskd.loss(logits, target) or cskd.term(logits, target)'
-    way_in = 'add one of them'
+    way_in = 'add one of them, or put cskd.tap() around code that cannot be edited'
 
     def __init__(
         self,
@@ -125,6 +126,8 @@ class CSKD(Method):
         with torch.no_grad():
             partner_logits = self._outputs(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
         return self._logged(self.weight * distillation_kl(logits, partner_logits, self.temperature))
+
+    tap = add_terms
 
     def _logged(self, term: Tensor) -> Tensor:
         self.logs = {'loss_cskd': term.detach()}

@@ -1,7 +1,7 @@
 """FRSKD in a training loop of your own."""
 
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,13 @@ from selfkd.losses import frskd_loss
 from selfkd.pyramid import SelfTeacherPyramid, dry_run
 from selfkd.teacher import unwrap
 
+from .batches import Batches, Method
 from .calls import Hook, origins
+from .tap import add_terms
 
-__all__ = ['FRSKD']
+__all__ = ['FRSKD', 'FRSKDOfBatches']
 
+MAX_LAYERS = 4  # finer maps cost most and say least of the class
 PASSES = 8  # through the model, that wait for their losses
 
 
@@ -41,8 +44,9 @@ class FRSKD:
 
     Args:
         model: the module that the loop calls.
-        layers: names of the sub-modules whose outputs are the feature maps, fine to coarse, two or more.
-        num_classes: C.
+        layers: names of the sub-modules whose outputs are the feature maps, fine to coarse, two or more. By default the
+            last sub-modules that give a map of each size, the coarsest four, found by a dry run on the example.
+        num_classes: C. By default what the dry run gives.
         alpha: weight of the KL from the self-teacher, at least 0.
         beta: weight of the attention transfer, at least 0.
         temperature: T.
@@ -60,8 +64,8 @@ class FRSKD:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[str],
-        num_classes: int,
+        layers: Optional[Sequence[str]] = None,
+        num_classes: Optional[int] = None,
         *,
         alpha: float = 2.0,
         beta: float = 100.0,
@@ -75,9 +79,12 @@ class FRSKD:
         positive('FRSKD', temperature=temperature)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.logs: Dict[str, Tensor] = {}
-        inner, self.layers = unwrap(model), list(layers)
+        inner = unwrap(model)
         self._compiled = inner is not model or getattr(model, '_compiled_call_impl', None) is not None
-        modules = dict(inner.named_modules())
+        modules, device = dict(inner.named_modules()), next(inner.parameters()).device
+        example = torch.zeros(1, 3, 224, 224) if example is None else example
+        example = example.to(device)
+        self.layers = _found_layers(inner, example) if layers is None else list(layers)
         missing = [name for name in self.layers if name not in modules]
         if missing or len(self.layers) < 2:
             raise ValueError(
@@ -89,8 +96,10 @@ class FRSKD:
         self._feats: List[Tuple[str, Tensor]] = []  # what the layers gave since the last loss, oldest first
         self._settled = False  # whether there was a loss since the last pass
         self.add_hooks()
-        device = next(inner.parameters()).device
-        shapes = self._dry_run(inner, torch.zeros(1, 3, 224, 224, device=device) if example is None else example)
+        shapes, logits = self._dry_run(inner, example)
+        num_classes = num_classes or logits
+        if num_classes is None:
+            raise ValueError(f'FRSKD: {type(inner).__name__} gives no logits [B, C] by themselves: give num_classes=')
         self.self_teacher = SelfTeacherPyramid(
             [shape[1] for shape in shapes], num_classes, width=width, depth=depth, repeats=repeats
         ).to(device)
@@ -98,15 +107,10 @@ class FRSKD:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._pyramid = nn.parallel.DistributedDataParallel(self.self_teacher, broadcast_buffers=False)
 
-    def _dry_run(self, model: nn.Module, example: Tensor) -> list:
-        try:
-            with torch.enable_grad(), dry_run(model):
-                model(example)
-        except Exception as problem:
-            raise ValueError(
-                f'FRSKD: {type(model).__name__} does not take {tuple(example.shape)}: give a batch of its inputs as '
-                f'example= ({problem})'
-            ) from problem
+    def _dry_run(self, model: nn.Module, example: Tensor) -> Tuple[list, Optional[int]]:
+        """Shapes of the maps, and the number of classes, if it shows."""
+        output = _run(model, example)
+        logits = output.get('logits') if isinstance(output, dict) else output
         feats = dict(self._feats)
         self._feats.clear()
         shapes = [tuple(feats[name].shape) if name in feats else () for name in self.layers]
@@ -116,7 +120,7 @@ class FRSKD:
                 'FRSKD: layers must give feature maps [B, C, H, W], fine to coarse, got '
                 + ', '.join(f'{name}: {shape}' for name, shape in zip(self.layers, shapes))
             )
-        return shapes
+        return shapes, logits.shape[1] if isinstance(logits, Tensor) and logits.dim() == 2 else None
 
     def add_hooks(self) -> None:
         """Has the layers' outputs kept, as they are from the beginning on."""
@@ -207,3 +211,64 @@ class FRSKD:
 
     def load_state_dict(self, state: dict) -> None:
         self.self_teacher.load_state_dict(state)
+
+
+class FRSKDOfBatches(Method):
+    """:class:`FRSKD` for a loop that is not ours: an epoch of batches without it is an error."""
+
+    name, call = 'FRSKD', 'a cross-entropy'
+    way_in = 'training must compute torch.nn.functional.cross_entropy'
+    tap = add_terms
+
+    def __init__(self, data: Batches, frskd: FRSKD):
+        super().__init__(data)
+        self.data.methods.append(self)
+        self.frskd = frskd
+
+    def term(self, logits: Tensor, target: Tensor) -> Tensor:
+        self.used += 1
+        return self.frskd.term(logits, target)
+
+    @property
+    def logs(self) -> Dict[str, Tensor]:
+        return self.frskd.logs
+
+    def state_dict(self) -> dict:
+        return self.frskd.state_dict()
+
+
+def _run(model: nn.Module, example: Tensor) -> Any:
+    try:
+        with torch.enable_grad(), dry_run(model):
+            return model(example)
+    except Exception as problem:
+        raise ValueError(
+            f'FRSKD: {type(model).__name__} does not take {tuple(example.shape)}: give a batch of its inputs as '
+            f'example= ({problem})'
+        ) from problem
+
+
+def _found_layers(model: nn.Module, example: Tensor) -> List[str]:
+    """The last sub-module that gives a feature map of each size, fine to coarse."""
+    outputs: List[Tuple[str, Any]] = []
+
+    def note(name: str) -> Callable:
+        return lambda module, args, output: outputs.append((name, output))
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    try:
+        _run(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names, found = [name for name, _ in outputs], {}
+    for name, output in outputs:
+        if isinstance(output, Tensor) and output.dim() == 4 and names.count(name) == 1 and output[0, 0].numel() > 1:
+            found[output.shape[2:].numel()] = name
+    if len(found) < 2:
+        raise ValueError(
+            f'FRSKD: the self-teacher is a pyramid on feature maps [B, C, H, W] of two sizes or more, and the modules '
+            f'of {type(model).__name__} give {len(found)} for {tuple(example.shape)} (ViTs and their like have none): '
+            'name modules as layers=, or use CSKD or PSKD'
+        )
+    return [found[size] for size in sorted(found, reverse=True)][-MAX_LAYERS:]

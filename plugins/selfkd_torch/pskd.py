@@ -19,7 +19,7 @@ from selfkd.teacher import unwrap
 from .batches import Method
 from .calls import Calls
 from .settings import steps_of
-from .tap import tap
+from .tap import heard, tap, unheard
 
 __all__ = ['PSKD']
 
@@ -117,12 +117,13 @@ class PSKD(Method):
         self._saved: Dict[str, Any] = {}  # of a bank that is not made yet
         # Loss modules of tap() that have shown that they are.
         self.cross_entropies: WeakSet[nn.Module] = WeakSet()
+        self.sees_log_probs = False  # whether F.nll_loss has shown that it gets them
         self._begin_with(teacher)
         self.data.methods.append(self)
         self.count, self._progress = 0, 0.0  # losses that a past belongs to; the share of training that alpha goes by
         self.logs: Dict[str, Union[float, Tensor]] = {}
         self._rows: Optional[Tensor] = None
-        self._inside = self._computing = False
+        self._inside = False
 
     def _begin_with(self, teacher: str) -> None:
         """What is known of the past before the first loss."""
@@ -172,8 +173,7 @@ class PSKD(Method):
             ValueError: logits that are not those of the batch.
         """
         past = self.past_of(logits, target)
-        self._computing = True  # a tap around this leaves alone what is computed here
-        try:
+        with unheard():
             if past is None:
                 loss = F.cross_entropy(logits, target, **options)
                 self.log(loss)
@@ -183,8 +183,6 @@ class PSKD(Method):
             counted = None if target.is_floating_point() else target != options.get('ignore_index', -100)
             self.log(parts.hard, parts.soft, past.entropy(logits.shape[1], counted))
             return loss
-        finally:
-            self._computing = False
 
     def log(self, hard: Tensor, soft: Union[float, Tensor] = 0.0, entropy: Union[float, Tensor] = 0.0) -> None:
         """Keeps what a loss consisted of."""
@@ -264,7 +262,7 @@ class PSKD(Method):
 
     def listens(self) -> bool:
         """Whether a cross-entropy that is computed now is training's."""
-        return self._inside and not self._computing and torch.is_grad_enabled()
+        return self._inside and heard()
 
     def is_of_model(self, logits: Tensor, target: Tensor) -> bool:
         """Whether logits can be those of the loss: with a copy those that come from its model."""

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from contextlib import ExitStack, contextmanager
-from typing import Optional
+from typing import Iterator, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,27 @@ from selfkd.losses import TopK, mix, soft_cross_entropy
 
 from .calls import Hook
 
-__all__ = ['tap']
+__all__ = ['add_terms', 'heard', 'tap', 'unheard']
 
 OPTIONS = ('weight', 'ignore_index', 'reduction', 'label_smoothing')
+HEARD = (F.cross_entropy, F.nll_loss)
+
+_methods_own: List[bool] = []  # not empty while a method computes
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Losses that are computed inside are a method's own: no tap changes them."""
+    _methods_own.append(True)
+    try:
+        yield
+    finally:
+        _methods_own.pop()
+
+
+def heard() -> bool:
+    """Whether a loss that is computed now may be training's."""
+    return not _methods_own and torch.is_grad_enabled()
 
 
 @contextmanager
@@ -33,9 +51,10 @@ def tap(pskd, loss_module: Optional[nn.Module] = None, *, check: bool = True):
 
     Args:
         loss_module: by default every training call of :func:`torch.nn.functional.cross_entropy` is softened
-            (``nn.CrossEntropyLoss`` calls it, too). With several losses, or one that is written another way, the module
-            is given here. It is called with (logits, target). One that does not call torch's must be a cross-entropy in
-            what it computes, a mean or a value for each sample, with any smoothing.
+            (``nn.CrossEntropyLoss`` calls it, too), and of ``nll_loss`` on log-probabilities. With several losses, or
+            one that is written another way, the module is given here. It is called with (logits, target). One that does
+            not call torch's must be a cross-entropy in what it computes, a mean or a value for each sample, with any
+            smoothing.
         check: False where less than a batch runs inside.
 
     Raises:
@@ -69,15 +88,61 @@ class Softened(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         pskd = self.pskd
-        if function is not F.cross_entropy or not pskd.listens():
+        if function not in HEARD or not pskd.listens():
             return function(*args, **kwargs)
-        call = inspect.signature(F.cross_entropy).bind(*args, **kwargs).arguments
+        call = inspect.signature(function).bind(*args, **kwargs).arguments
         if not pskd.is_of_model(call['input'], call['target']):  # an auxiliary head's, say
             return function(*args, **kwargs)
+        if function is F.nll_loss and not pskd.sees_log_probs:  # looked at once: on a GPU it waits
+            refuse_unless_log_probs(call['input'])
+            pskd.sees_log_probs = True
         kept = {name: call[name] for name in OPTIONS if name in call}
         if call.get('size_average') is not None or call.get('reduce') is not None:  # torch's old names
             kept['reduction'] = _reduction.legacy_get_string(call.get('size_average'), call.get('reduce'))
         return pskd.loss(call['input'], call['target'], **kept)
+
+
+@contextmanager
+def add_terms(method, loss_module: Optional[nn.Module] = None) -> Iterator[None]:
+    """Adds ``method.term(logits, target)`` to the cross-entropy that is computed inside, as :func:`tap` softens it.
+
+    Raises:
+        RuntimeError: a second cross-entropy in one batch.
+    """
+    if loss_module is None:
+        with _Added(method):
+            yield
+        return
+    hook = loss_module.register_forward_hook(Hook(lambda module, args, output: _with_term(method, output, *args[:2])))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _Added(TorchFunctionMode):
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        loss = function(*args, **(kwargs or {}))  # softened, where a tap of PS-KD is around this one
+        if function not in HEARD:
+            return loss
+        call = inspect.signature(function).bind(*args, **(kwargs or {})).arguments
+        return _with_term(self.method, loss, call['input'], call['target'])
+
+
+def _with_term(method, loss: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    if not heard():
+        return loss
+    if method.used:
+        raise RuntimeError(
+            f'{method.name}: a second cross-entropy in one batch, and it is not known which of them is of the logits '
+            'to teach: name the loss module, as tap(criterion)'
+        )
+    with unheard():
+        return loss + method.term(logits, target)
 
 
 class _Named:
@@ -127,6 +192,15 @@ class _Named:
         soft_part = (alpha * share * soft.detach()).mean()
         pskd.log(loss.detach().mean() - soft_part, soft_part, past.entropy(logits.shape[1]))
         return loss
+
+
+def refuse_unless_log_probs(x: Tensor) -> None:
+    sums = x.detach().float().logsumexp(1)
+    if not torch.allclose(sums, torch.zeros_like(sums), atol=1e-2):
+        raise ValueError(
+            'PSKD: F.nll_loss was given values that are no log-probabilities (log_softmax is missing before it?), so '
+            'it is not a cross-entropy: use F.cross_entropy on logits'
+        )
 
 
 def refuse_unless_cross_entropy(module: nn.Module, logits: Tensor, target: Tensor) -> None:

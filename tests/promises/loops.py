@@ -270,11 +270,13 @@ class LightningDriver(Driver):
 
         module, method = self.module(cfg), None
         if cfg['method'] is not None:
-            method = selfkd_lightning.PSKD(**cfg['method'])
+            name = self.row.method.split('-')[0]
+            own = dict(CSKD=dict(labels=[label for _, label in self.data]), FRSKD=dict(example=torch.zeros(1, 1, 8, 8)))
+            method = getattr(selfkd_lightning, name)(**own.get(name, {}), **cfg['method'])
 
         class Notes(pl.Callback):
             def on_train_batch_end(self, *args):
-                module.steps[-1]['alpha'] = method and method.current_alpha
+                module.steps[-1]['alpha'] = getattr(method, 'current_alpha', None)
                 killed(len(module.steps), kill_at)
 
         steps = self.epochs * SAMPLES // self.batch
@@ -300,7 +302,7 @@ class LightningDriver(Driver):
         batch = cfg['batch'] - 1
         validation = DataLoader(self.data, batch, collate_fn=self.collate) if cfg['validates'] else None
         trainer.fit(module, loader, validation, ckpt_path=self._last(cfg['folder']) if resume else None)
-        result = self._result(module, module.steps, method and method.pskd, self._last(cfg['folder']))
+        result = self._result(module, module.steps, method and method.method, self._last(cfg['folder']))
         return dict(result, validation=module.validation)
 
     @staticmethod

@@ -226,6 +226,8 @@ ROWS = [
     Row('PSKD-bank', LIGHTNING, options=dict(alpha=0.8), **BANK),
     Row('PSKD-snapshot', LIGHTNING, options=dict(alpha=0.8, teacher='snapshot'), **PAST),
     Row('PSKD-ema', LIGHTNING, options=dict(alpha=0.8, teacher='ema', ema_decay=0.9), **PAST),
+    Row('CSKD', LIGHTNING, zero=dict(weight=0.0), knows_samples=True),
+    Row('FRSKD', LIGHTNING),
     *(
         Row(
             f'PSKD-{teacher}',

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import selfkd.bank
 from selfkd.bank import PredictionBank, draw_top_k
 from selfkd.losses import TopK
+from selfkd.storage import KINDS
 
 
 def probs(rows, classes, seed=0):
@@ -71,9 +72,7 @@ def test_what_is_read_is_a_copy():
     torch.testing.assert_close(bank.read(torch.tensor([0])), before)
 
 
-@pytest.mark.parametrize(
-    'settings_', [{}, {'dtype': torch.float16}, {'top_k': 2}, {'top_k': 2, 'dtype': torch.float16}]
-)
+@pytest.mark.parametrize('settings_', [dict(dtype=dtype, top_k=top_k) for dtype in KINDS for top_k in (None, 2)])
 def test_state_is_plain_and_restores_everything(settings_):
     bank = PredictionBank(6, 4, **settings_)
     bank.write(torch.tensor([0, 5]), probs(2, 4))
@@ -94,7 +93,7 @@ def test_state_is_plain_and_restores_everything(settings_):
         (dict(num_samples=7, num_classes=4), 'num_samples=6, this one num_samples=7'),
         (dict(num_samples=6, num_classes=5), 'num_classes=4, this one num_classes=5'),
         (dict(num_samples=6, num_classes=4, top_k=2), 'top_k=None, this one top_k=2'),
-        (dict(num_samples=6, num_classes=4, dtype=torch.float16), 'dtype=torch.float32, this one dtype=torch.float16'),
+        (dict(num_samples=6, num_classes=4, dtype='log8'), 'dtype=float32, this one dtype=log8'),
     ],
 )
 def test_a_state_of_another_bank_is_refused(other, message):
@@ -103,7 +102,7 @@ def test_a_state_of_another_bank_is_refused(other, message):
 
 
 def test_encoded_rows_travel_between_banks():
-    for settings_ in ({}, {'top_k': 3, 'dtype': torch.float16}):
+    for settings_ in (dict(dtype=dtype, top_k=top_k) for dtype in KINDS for top_k in (None, 3)):
         a, b = PredictionBank(6, 8, **settings_), PredictionBank(6, 8, **settings_)
         indices = torch.tensor([4, 1])
         a.write(indices, probs(2, 8))
@@ -115,14 +114,18 @@ def test_nbytes_counts_every_tensor():
     assert PredictionBank(10, 7).nbytes == 10 * (7 * 4 + 1)
     assert PredictionBank(10, 7, dtype=torch.float16).nbytes == 10 * (7 * 2 + 1)
     assert PredictionBank(10, 1000, top_k=16).nbytes == 10 * (16 * (4 + 2) + 1)  # class ids fit in 16 bits
-    assert PredictionBank(10, 40000, top_k=16).nbytes == 10 * (16 * (4 + 4) + 1)
+    assert PredictionBank(10, 2**16, top_k=16).nbytes == 10 * (16 * (4 + 2) + 1)
+    assert PredictionBank(10, 2**16 + 1, top_k=16).nbytes == 10 * (16 * (4 + 4) + 1)
+    assert PredictionBank(10, 1000, dtype='log8').nbytes == 10 * (1000 + 1)
+    assert PredictionBank(10, 1000, top_k=16, dtype='log8').nbytes == 10 * (17 + 16 * 2 + 1)
 
 
 def test_a_table_beyond_half_of_the_free_memory_is_refused_with_the_way_out(monkeypatch):
     # The real limit would need a real allocation of half the machine: the free memory is made small instead.
     monkeypatch.setattr(selfkd.bank, '_free_memory', lambda device: 10**6)
     with pytest.raises(
-        MemoryError, match=r'1000 x 1000 probabilities .* set top_k \(16 is plenty\) or dtype=torch.float16'
+        MemoryError,
+        match=r"1000 x 1000 probabilities .* set top_k \(16 is plenty\) or set dtype='float16' or set dtype='log8'",
     ):
         PredictionBank(1000, 1000)
     PredictionBank(1000, 1000, top_k=16)
@@ -161,7 +164,7 @@ def test_free_memory_is_that_of_this_machine():
         (
             lambda b: PredictionBank(3, 3, dtype=torch.int8),
             ValueError,
-            r"dtype: must be one of \['float32', 'float16'\]",
+            r"dtype: must be one of \['float32', 'float16', 'log8'\], got torch.int8",
         ),
     ],
 )
@@ -170,7 +173,7 @@ def test_refusals(call, error, message):
         call(PredictionBank(5, 3))
 
 
-@pytest.mark.parametrize('settings_', [{}, {'dtype': torch.float16}, {'top_k': 2}])
+@pytest.mark.parametrize('settings_', [dict(dtype=dtype, top_k=top_k) for dtype in KINDS for top_k in (None, 2)])
 def test_rows_of_an_accelerator_that_are_not_finite_are_left_out_and_counted(settings_):
     """The part of write() that an accelerator's rows take; here they are the CPU's, and arrive at once."""
     bank, old, new = PredictionBank(6, 4, **settings_), probs(2, 4), probs(4, 4, seed=1)
@@ -179,10 +182,9 @@ def test_rows_of_an_accelerator_that_are_not_finite_are_left_out_and_counted(set
     new[[0, 2]] = float('nan')
     rows = PredictionBank(6, 4, **settings_)
     rows.write(torch.tensor([1, 3]), new[[1, 3]])
-    encoded = [torch.full((4, r.shape[1]), float('nan')).to(r.dtype) for r in rows.read_encoded(torch.tensor([1, 3]))]
-    for target, source in zip(encoded, rows.read_encoded(torch.tensor([1, 3]))):
-        target[[1, 3]] = source
-    bank._write_later(torch.tensor([0, 1, 2, 3]), tuple(encoded))
+    finite = new.isfinite().all(1)
+    encoded = bank.storage.encode(new, torch.arange(4))
+    bank._write_later(torch.tensor([0, 1, 2, 3]), encoded, finite)
     assert bank.skipped == 2
     read, seen = bank.read(torch.arange(6), return_seen=True)
     assert seen.tolist() == [True, True, False, True, False, False]

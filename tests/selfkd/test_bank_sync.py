@@ -10,8 +10,9 @@ from helpers.processes import in_processes
 from selfkd import bank_sync
 from selfkd.bank import PredictionBank
 from selfkd.bank_sync import exchange_rows
+from selfkd.storage import KINDS
 
-SETTINGS = ({}, {'dtype': torch.float16}, {'top_k': 2})
+SETTINGS = [dict(dtype=dtype, top_k=top_k) for dtype in KINDS for top_k in (None, 2)]
 
 
 def plan(rank, world_size):

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor, HookBase
-from detectron2.modeling import build_model
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, FastRCNNOutputLayers, StandardROIHeads
+from detectron2.structures import ImageList, Instances, RotatedBoxes
 from helpers.detectron2 import CSKD, DROPOUT, FRSKD, PSKD, Reseed, batches, config, load, scalars, train
 from helpers.processes import in_processes
 
@@ -367,8 +370,96 @@ def test_default_interval_is_a_pass_over_the_training_set(voc, tmp_path):
 
 
 @ROI_HEADS_REGISTRY.register()
-class OwnROIHeads(StandardROIHeads):
-    """Somebody's own."""
+class ContextROIHeads(StandardROIHeads):
+    """Adds what the whole image shows to the regions' features."""
+
+    def _forward_box(self, features, proposals):
+        return super()._forward_box({name: maps + maps.mean() for name, maps in features.items()}, proposals)
+
+
+class OwnLossPredictor(FastRCNNOutputLayers):
+    def losses(self, predictions, proposals):
+        losses = super().losses(predictions, proposals)
+        return {**losses, 'loss_cls': losses['loss_cls'] ** 2}
+
+
+@ROI_HEADS_REGISTRY.register()
+class OwnLossROIHeads(StandardROIHeads):
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        parts = super()._init_box_head(cfg, input_shape)
+        return {**parts, 'box_predictor': OwnLossPredictor(cfg, parts['box_head'].output_shape)}
+
+
+@BACKBONE_REGISTRY.register()
+class BranchedBackbone(Backbone):
+    """As TridentNet's in training: the features of two branches, one below the other, each of all images."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__()
+        self.net = build_resnet_fpn_backbone(cfg, input_shape)
+        self.output_shape = self.net.output_shape
+
+    @property
+    def size_divisibility(self):
+        return self.net.size_divisibility
+
+    def forward(self, images):
+        return self.net(torch.cat([images, images.flip(3)]) if self.training else images)
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class BranchedRPN(RPN):
+    def forward(self, images, features, gt_instances=None):
+        images = ImageList(torch.cat([images.tensor] * 2), images.image_sizes * 2)
+        return super().forward(images, features, gt_instances * 2)
+
+
+@ROI_HEADS_REGISTRY.register()
+class BranchedROIHeads(StandardROIHeads):
+    def forward(self, images, features, proposals, targets=None):
+        return super().forward(images, features, proposals, targets * 2)
+
+
+OWN_LOSS = 'MODEL.ROI_HEADS.NAME OwnLossROIHeads'
+BRANCHES = 'MODEL.BACKBONE.NAME BranchedBackbone MODEL.ROI_HEADS.NAME BranchedROIHeads '
+BRANCHES += 'MODEL.PROPOSAL_GENERATOR.NAME BranchedRPN'
+ROTATED = """MODEL.ROI_HEADS.NAME RROIHeads MODEL.PROPOSAL_GENERATOR.NAME RRPN
+    MODEL.ANCHOR_GENERATOR.NAME RotatedAnchorGenerator MODEL.ANCHOR_GENERATOR.ANGLES [[-90,0,90]]
+    MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIAlignRotated MODEL.RPN.BBOX_REG_WEIGHTS (1.0,1.0,1.0,1.0,1.0)
+    MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS (10.0,10.0,5.0,5.0,1.0)"""
+
+
+class RotatedTrainer(d2_runs.Trainer):
+    """The digits' boxes as rotated ones, of angle 0."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        found = batches(cfg)
+        for sample in (sample for batch in found for sample in batch):
+            objects = sample['instances']
+            boxes = objects.gt_boxes.tensor
+            centers, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+            sample['instances'] = Instances(
+                objects.image_size,
+                gt_boxes=RotatedBoxes(torch.cat([centers, sizes, torch.zeros(len(boxes), 1)], dim=1)),
+                gt_classes=objects.gt_classes,
+            )
+        return d2_runs.Cycle(found)
+
+
+@pytest.mark.parametrize(('options', 'kind'), [(BRANCHES, d2_runs.Trainer), (ROTATED, RotatedTrainer)])
+def test_derived_heads_are_taught_as_those_that_they_derive_from(voc, tmp_path, options, kind):
+    """The past's term is added to the label's, and class-wise pairs are found by the labels of the own matching."""
+    cfg = config(voc, tmp_path, options=f'{PSKD} {CSKD} {options} MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16')
+    train(cfg, spy := Spy(), kind=kind)
+    for (step, ((logits, _), proposals)), losses in zip(spy.calls, spy.losses):
+        hard = F.cross_entropy(logits, torch.cat([p.gt_classes for p in proposals])).item()
+        assert losses['pskd_hard'] == pytest.approx(hard, rel=1e-4)
+        assert (losses['pskd_soft'] > 0) == (step >= 3)
+        assert losses['loss_cls'] == pytest.approx(losses['pskd_hard'] + losses['pskd_soft'], rel=1e-4)
+    assert any(losses['loss_cskd'] > 0 for losses in spy.losses)
+    assert all(len(logits) == (64 if kind is d2_runs.Trainer else 32) for _, ((logits, _), _) in spy.calls)
 
 
 SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
@@ -420,7 +511,18 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
             PSKD + 'MODEL.META_ARCHITECTURE SemanticSegmentor MODEL.ROI_HEADS.NUM_CLASSES 80',
             'SemanticSegmentor is not supported',
         ),
-        ('faster', PSKD + 'MODEL.ROI_HEADS.NAME OwnROIHeads', 'with the ROI heads OwnROIHeads is not supported'),
+        (
+            'faster',
+            PSKD + 'MODEL.ROI_HEADS.NAME ContextROIHeads',
+            'ContextROIHeads in GeneralizedRCNN does not classify regions by its box pooler, head and predictor',
+        ),
+        ('faster', PSKD + OWN_LOSS, 'but OwnLossROIHeads with OwnLossPredictor gives .* as loss_cls: .*another loss'),
+        ('faster', CSKD + OWN_LOSS, 'but OwnLossROIHeads with OwnLossPredictor gives .* as loss_cls: .*another loss'),
+        (
+            'faster',
+            f'{PSKD} {EVAL} {BRANCHES}',
+            "BranchedBackbone gives other features than in training .* set teacher_mode='train'",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(voc, tmp_path, model, options, message):

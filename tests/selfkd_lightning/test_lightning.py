@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.loops import EPOCHS, network
+from helpers.loops import EPOCHS, LogSoftmaxLoss, network
 from helpers.processes import in_processes
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorD
 pl = pytest.importorskip('lightning.pytorch', reason='lightning is not installed')
 
 import selfkd_torch  # noqa: E402
-from selfkd_lightning import PSKD  # noqa: E402
+from selfkd_lightning import CSKD, FRSKD, PSKD  # noqa: E402
 
 
 class Classifier(pl.LightningModule):
@@ -597,3 +597,79 @@ def test_what_cannot_work_is_refused(digits):
     assert len(fit(Classifier(), stream, snapshot).losses) == 9
     assert len(fit(Classifier(), loader, PSKD(), fast_dev_run=True).losses) == 1
     assert copy.deepcopy(snapshot).teacher == 'snapshot'
+
+
+class OnImages(Classifier):
+    """With its data normalised on the device, as Lightning's hooks for batches are for."""
+
+    def __init__(self):
+        super().__init__(seeded=True)
+        torch.manual_seed(0)
+        stage = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())  # noqa: E731
+        self.net = nn.Sequential(stage(1, 4), stage(4, 8), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, 10))
+        self.example_input_array = torch.zeros(1, 1, 8, 8)
+
+
+def test_cskd_and_frskd_and_pskd_in_one_trainer_are_those_of_a_plain_loop(digits):
+    x, y = digits.tensors
+    data = TensorDataset(x.view(-1, 1, 8, 8), y)
+    callbacks = [CSKD(0.5, labels=y), FRSKD(beta=10.0), PSKD(alpha=0.8)]
+    module = fit(OnImages(), loader_of(data, shuffle=False), *callbacks)
+    other = OnImages()
+    torch.manual_seed(1)
+    frskd = selfkd_torch.FRSKD(other.net, ['0', '1'], 10, beta=10.0, example=torch.zeros(1, 1, 8, 8))
+    cskd = selfkd_torch.CSKD(loader_of(data, shuffle=False), other.net, weight=0.5, labels=y)
+    pskd = selfkd_torch.PSKD(cskd.batches(), max_epochs=EPOCHS, alpha=0.8)
+    optimizer = torch.optim.SGD([*other.net.parameters(), *frskd.parameters()], lr=0.2, momentum=0.9)
+    losses = []
+    for _ in range(EPOCHS):
+        for x, y in pskd.batches():
+            torch.manual_seed(len(losses))
+            logits = other.net(x)
+            loss = pskd.loss(logits, y) + cskd.term(logits, y) + frskd.term(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert callbacks[1].frskd.layers == frskd.layers
+    torch.testing.assert_close(callbacks[1].frskd.state_dict(), frskd.state_dict(), rtol=1e-3, atol=1e-4)
+    assert module.losses == pytest.approx(losses, rel=1e-3)
+
+
+class Normalises(OnImages):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + 1, batch[1]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return 2 * batch[0], batch[1]
+
+
+class NormalisesInTheStep(OnImages):
+    def loss_of(self, batch):
+        return super().loss_of((2 * batch[0], batch[1]))
+
+
+@pytest.mark.parametrize(
+    ('module', 'callback', 'problem'),
+    [
+        (Classifier(), lambda y: CSKD(), 'CSKD: .* TensorDataset has no attribute targets'),
+        (NormalisesInTheStep(), lambda y: CSKD(labels=y), 'CSKD: .* must be done with the partners as well'),
+        (Classifier(), lambda y: FRSKD(example=torch.zeros(2, 64)), 'FRSKD: .* give 0 .* name modules as layers='),
+        (Classifier(LogSoftmaxLoss()), lambda y: CSKD(labels=y), r"CSKD: .* CSKD\(loss='criterion'\)"),
+    ],
+)
+def test_what_cskd_and_frskd_cannot_serve_is_refused(digits, module, callback, problem):
+    x, y = digits.tensors
+    data = TensorDataset(x.view(-1, 1, 8, 8), y) if isinstance(module, OnImages) else digits
+    with pytest.raises((RuntimeError, ValueError), match=problem):
+        fit(module, loader_of(data), callback(y))
+
+
+@pytest.mark.parametrize(
+    ('module', 'options'),
+    [(Normalises(), {}), (NormalisesInTheStep(), dict(inputs=lambda batch: 2 * batch[0]))],
+)
+def test_partners_get_what_the_batch_gets(digits, module, options):
+    x, y = digits.tensors
+    data = TensorDataset(x.view(-1, 1, 8, 8), y)
+    fit(module, loader_of(data), CSKD(labels=y, **options), max_epochs=1)

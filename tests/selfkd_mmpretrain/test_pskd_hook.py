@@ -339,7 +339,7 @@ def refused(message, cfg, error=ValueError):
     [
         (dict(PSKD, alpha=1.2), r'alpha must lie in \[0, 1\], got 1.2'),
         (dict(PSKD, teacher='cnn'), r"teacher must be one of \['auto', 'bank', 'snapshot', 'ema'\], got 'cnn'"),
-        (dict(PSKD, bank_dtype='int8'), r"bank_dtype: must be one of \['float32', 'float16'\] .*, got 'int8'"),
+        (dict(PSKD, bank_dtype='int8'), r"bank_dtype: must be one of \['float32', 'float16', 'log8'\], got 'int8'"),
         (dict(SNAPSHOT, top_k=4), "with teacher='snapshot' top_k would do nothing: remove"),
         (dict(SNAPSHOT, ema_decay=0.9), "with teacher='snapshot' ema_decay would do nothing: remove"),
         (dict(PSKD, teacher='ema', bank_momentum=0.5), "with teacher='ema' bank_momentum would do nothing: remove"),

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.loops import loader_of, network
+import torch.nn.functional as F
+from helpers.loops import loader_of, network, train
 
 from selfkd.losses import distillation_kl
 from selfkd_torch import CSKD, PSKD
@@ -36,3 +37,23 @@ def test_cskd_is_the_papers_loss(digits):
 def test_a_data_set_without_labels_is_refused(digits):
     with pytest.raises(ValueError, match='TensorDataset has no attribute targets'):
         CSKD(loader_of(digits), network())
+
+
+def test_a_tap_adds_the_term_beside_that_of_pskd(digits):
+    def losses(tapped):
+        model = network()
+        cskd = CSKD(loader_of(digits), model, labels=digits.tensors[1])
+        pskd = PSKD(cskd.batches(), max_epochs=3)
+        if not tapped:
+            return train(model, pskd.batches(), lambda x, y: pskd.loss(x, y) + cskd.term(x, y))
+        with pskd.tap(), cskd.tap():
+            return train(model, pskd.batches(), F.cross_entropy)
+
+    assert losses(True) == losses(False)
+
+
+def test_two_losses_in_a_tap_are_refused(digits):
+    model = network()
+    cskd = CSKD(loader_of(digits), model, labels=digits.tensors[1])
+    with pytest.raises(RuntimeError, match='CSKD: a second cross-entropy in one batch'), cskd.tap():
+        train(model, cskd.batches(), lambda x, y: F.cross_entropy(x, y) + F.cross_entropy(-x, y))

@@ -19,7 +19,9 @@ def test_frskd_on_a_torchvision_network():
     names = list(model.state_dict())
     before = copy.deepcopy(model.state_dict())
     random = torch.random.get_rng_state()
-    frskd = FRSKD(model, ['layer1', 'layer2', 'layer3', 'layer4'], num_classes=5, example=torch.zeros(1, 3, 64, 64))
+    frskd = FRSKD(model, example=torch.zeros(1, 3, 64, 64))
+    assert frskd.layers == ['layer1', 'layer2', 'layer3', 'layer4']
+    assert frskd.self_teacher.fc.out_features == 5
     assert list(model.state_dict()) == names
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not torch.equal(random, torch.random.get_rng_state())  # only the self-teacher's weights were drawn
@@ -85,6 +87,7 @@ def test_logs_are_the_weighted_terms_of_a_real_loop():
     [
         (['layer1'], None, 'layers must name two or more'),
         (['0', '1'], None, 'does not take'),
+        (None, torch.zeros(3, 64), 'feature maps .* of two sizes or more, and the modules of Sequential give 0'),
         (['0', '1'], torch.zeros(3, 64), r'must give feature maps \[B, C, H, W\], fine to coarse, got 0: \(3, 32\)'),
     ],
 )

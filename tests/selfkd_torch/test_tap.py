@@ -48,6 +48,22 @@ def test_an_explicit_loss_inside_a_tap_counts_once(digits):
     assert losses == train(network(), plain.batches(), lambda x, y: plain.loss(x, y, **options))
 
 
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_nll_loss_of_log_probs_is_softened_as_the_cross_entropy_is(digits, teacher):
+    def losses(loss_of):
+        model = network()
+        options = dict(teacher=teacher, model=model) if teacher == 'snapshot' else {}
+        pskd = PSKD(loader_of(digits), max_epochs=EPOCHS, **options)
+        with pskd.tap():
+            return train(model, pskd.batches(), loss_of)
+
+    found = losses(lambda x, y: F.nll_loss(F.log_softmax(x, 1), y, reduction='sum') / len(y))
+    assert found == pytest.approx(losses(F.cross_entropy), rel=1e-4)
+    assert found[3:] != pytest.approx(train(network(), loader_of(digits), F.cross_entropy)[3:], rel=1e-2)
+    with pytest.raises(ValueError, match='no log-probabilities'):
+        losses(F.nll_loss)
+
+
 def test_timms_losses(digits):
     loss = pytest.importorskip('timm.loss', reason='timm is not installed')
     for criterion, target in (
