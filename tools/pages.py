@@ -33,7 +33,8 @@ PSKD = {
     'keep_hard': "If true, the label's loss keeps its whole weight, 1 instead of `1 - alpha`.",
     'background': 'Two-stage detectors: if false, background regions keep their hard label.',
     'top_k': 'How many probabilities of each prediction the bank keeps; all if not given. Of tokens some are drawn.',
-    'bank_dtype': 'Number format of the bank.',
+    'bank_dtype': "Number format of the bank: `'float32'`, `'float16'`, or `'log8'` (a byte for each probability, "
+    'right on average).',
     'bank_device': "Where the bank lies. By default on the model's device, for tokens on the CPU.",
     'bank_momentum': 'The bank keeps `m * past + (1 - m) * prediction`, an average over epochs.',
     'model': 'For a past copy: the module that computes the logits. Own loops give the module, Lightning its name.',
@@ -48,15 +49,18 @@ COPIES = {  # of detectors and segmentors, where no bank is possible
 CSKD = {
     'weight': 'Weight of the KL divergence.',
     'temperature': 'Temperature T of the KL divergence.',
-    'model': 'The module that the loop calls.',
+    'model': 'The module that the loop calls; in Lightning the name of the sub-module that computes the logits.',
+    'loss': 'Name of the sub-module that computes the loss, if it is not `F.cross_entropy`.',
     'labels': "Class of each training sample. By default the data set's `targets`.",
     'inputs': "A function that gets the model's input from a batch. By default the batch's first entry.",
     'outputs': 'A function that gets the logits from what the model returns.',
     'seed': 'Seed for drawing partners.',
 }
 FRSKD = {
-    'layers': 'Names of the sub-modules whose outputs are the feature maps, fine to coarse.',
-    'num_classes': 'Number of classes.',
+    'layers': 'Names of the sub-modules whose outputs are the feature maps, fine to coarse. By default they are found.',
+    'num_classes': 'Number of classes. By default that of the logits.',
+    'model': 'In Lightning: name of the sub-module that computes the logits.',
+    'loss': 'Name of the sub-module that computes the loss, if it is not `F.cross_entropy`.',
     'alpha': "Weight of the KL divergence from the self-teacher's prediction.",
     'beta': 'Weight of the feature loss. 0 distils predictions only.',
     'temperature': 'Temperature T of the KL divergence.',
@@ -103,6 +107,8 @@ OPTIONS = {
     'selfkd_torch.CSKD': Options('selfkd_torch/cskd.py:CSKD', CSKD),
     'selfkd_torch.FRSKD': Options('selfkd_torch/frskd.py:FRSKD', FRSKD, hidden={'model'}),
     'selfkd_lightning.PSKD': Options('selfkd_lightning/pskd.py:PSKD', PSKD),
+    'selfkd_lightning.CSKD': Options('selfkd_lightning/cskd.py:CSKD', CSKD),
+    'selfkd_lightning.FRSKD': Options('selfkd_lightning/frskd.py:FRSKD', FRSKD),
     'selfkd_transformers.PSKDArguments': Options(
         'selfkd_transformers/pskd.py:PSKDArguments', {f'pskd_{name}': text for name, text in PSKD.items()}
     ),

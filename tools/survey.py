@@ -107,7 +107,8 @@ def table(rows: Dict[str, Dict[str, str]]) -> str:
             kind, _, message = row[method].partition(': ')
             cells.append(f'{kind} [{messages.setdefault(row[method], len(messages) + 1)}]' if message else kind)
         lines.append(f'| {family} | `{Path(row["config"]).stem}` | ' + ' | '.join(cells) + ' |')
-    lines += ['', *(f'{number}. {_escape(message)}' for message, number in messages.items())]
+    lines += ['', '<details markdown="1">', f'<summary>The {len(messages)} messages</summary>', '']
+    lines += [*(f'{number}. {_escape(message)}' for message, number in messages.items()), '', '</details>']
     return '\n'.join(lines)
 
 
