@@ -22,7 +22,15 @@ FAMILIES = {  # family -> what is to come of each method, in the order of the su
         'rtmdet': 'trr',
         'solo': 'rrr',
     },
-    'mmseg': {'fcn': 'tt', 'segformer': 'tt', 'upernet': 'tt', 'segmenter': 'tr', 'knet': 'rr', 'mask2former': 'rr'},
+    'mmseg': {
+        'fcn': 'tt',
+        'segformer': 'tt',
+        'upernet': 'tt',
+        'segmenter': 'tr',
+        'pidnet': 'tr',
+        'knet': 'rr',
+        'mask2former': 'rr',
+    },
 }
 
 
