@@ -62,8 +62,10 @@ class CSKDLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion)
         sentences = torch.arange(len(target), device=target.device) // (len(target) // len(sample['target']))
         # fairseq seeds torch's generator with the number of the update, so a resumed run draws the same partners
         partners = same_class_partners(target, images=sentences, ignore=self.padding_idx)
-        # log-probabilities serve as logits: they differ by a constant a row
-        kl = distillation_kl(lprobs, lprobs[partners], self.temperature, reduction='sum')
+        # Positions without a partner are their own. Some of them are padding, where a model may predict NaN.
+        alone = partners == torch.arange(len(target), device=target.device)
+        logits = lprobs.masked_fill(alone[:, None], 0.0)  # log-probabilities differ from logits by a constant a row
+        kl = distillation_kl(logits, logits[partners], self.temperature, reduction='sum')
         weighted = self.weight * kl
         self.extra_log = {'loss_cskd': weighted.detach()}
         return loss + weighted, nll_loss
