@@ -151,8 +151,10 @@ def same_class_partners(
 
 
 def _runs(*keys: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Runs of neighbours with equal keys: which of them each place is in; where each starts, and how long it is: 0 for
-    runs that are not there, of which each place but the first could have begun one."""
+    """Runs of neighbours with equal keys: the run of each place, and the start and length of each run.
+
+    All three are as long as the keys. Runs beyond the last one have the length 0.
+    """
     new = torch.stack([key[1:] != key[:-1] for key in keys]).any(0)
     run = torch.cat([new.new_zeros(len(keys[0][:1])), new]).cumsum(0)
     numbers = torch.arange(len(run), device=run.device)

@@ -187,6 +187,7 @@ class BankPast(Past):
         self._unsent.append((self.rows, given, self.step))
 
     def synchronize(self) -> None:
+        self.bank.labels.land(wait=True)  # the last steps' labels, too
         none = torch.zeros(0, dtype=torch.long)  # a process may have written nothing
         written = [(rows if given is None else rows[given.cpu()], step) for rows, given, step in self._unsent]
         rows = torch.cat([none, *(rows for rows, _ in written)])
@@ -240,9 +241,8 @@ class TokenBankPast(BankPast):
         super().__init__(bank, way_out=way_out)
         self.top_k, self.ignore_index = top_k, ignore_index
         self.samples = self.rows
-        self._place = torch.zeros(
-            0, dtype=torch.long
-        )  # of each position among the rows; of those without a label the last
+        # Of each position, its place among the rows; of those without a label, the place behind them.
+        self._place = torch.zeros(0, dtype=torch.long)
         self._too_long: List[Tuple[Tensor, Optional[torch.cuda.Event]]] = []  # on its way from an accelerator
         logger.info('PS-KD: the token bank takes %.1f MB for %d samples', bank.nbytes / 1e6, len(self.ends))
 
@@ -270,7 +270,9 @@ class TokenBankPast(BankPast):
 
         real = labels != self.ignore_index
         from_last = real.flip(1).cumsum(1).flip(1)  # from 1, the last one's
-        self._refuse_if_too_long((from_last > lengths).any())
+        (found,), event = to_host((from_last > lengths).any())
+        self._too_long.append((found, event))
+        self._refuse_if_too_long()
         real &= from_last <= lengths
         self._place = (ends - from_last).masked_fill(~real, count).flatten()
         of_rows = labels.new_full((count + 1,), NO_LABEL)
@@ -284,11 +286,19 @@ class TokenBankPast(BankPast):
         probs = TopK(*(to_device(part, labels.device)[self._place] for part in past))
         return Prediction(probs, to_device(seen, labels.device)[self._place] & real.flatten())
 
-    def _refuse_if_too_long(self, too_long: Tensor) -> None:
-        (found,), event = to_host(too_long)
-        self._too_long.append((found, event))
-        while self._too_long and (self._too_long[0][1] is None or self._too_long[0][1].query()):
-            if self._too_long.pop(0)[0]:
+    def synchronize(self) -> None:
+        self._refuse_if_too_long(wait=True)  # the last steps', too
+        super().synchronize()
+
+    def _refuse_if_too_long(self, wait: bool = False) -> None:
+        while self._too_long:
+            found, event = self._too_long[0]
+            if event is not None:
+                if not (wait or event.query()):
+                    return
+                event.synchronize()
+            del self._too_long[0]
+            if found:
                 raise ValueError(
                     'PS-KD: a sample has more labels than when the bank was made. Do the data set or the collate '
                     f'function move or change samples? Leave them as they are, or {self.way_out}'

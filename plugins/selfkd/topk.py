@@ -73,7 +73,7 @@ def draw_top_k(logits: Tensor, k: int, uniform: Tensor) -> TopK:
     tail.scatter_(1, top.indices, top.values.masked_fill(kept, 0))
     first, total = kept.sum(1, keepdim=True), tail.sum(1, keepdim=True)
     left = (k - first).clamp(min=1)
-    # Integers add up exactly: the mass is cut into 2^30 pieces, and the class of every so manieth piece is drawn.
+    # Integers add up exactly. The mass is cut into 2^30 pieces; pieces at equal distances say which classes are drawn.
     steps = tail.div_(total.clamp(min=torch.finfo(tail.dtype).smallest_normal)).mul_(PIECES).round_().int()
     steps = steps.cumsum(1, dtype=torch.int32)
     points = (slots - first + to_device(uniform, tail.device)[:, None]) / left * steps[:, -1:]

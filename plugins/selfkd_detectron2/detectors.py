@@ -93,18 +93,22 @@ class RegionTap:
             if module.training:
                 seen.setdefault(module, [args[0], output])
 
-        def check(module, args, output):
-            if not module.training or pooler not in seen:
-                return
+        def pairs(images, features):
+            """What should be the same, along the way from the images to the logits."""
             names = heads.in_features if res5 else heads.box_in_features
-            given, features = seen[self.model.backbone]
-            same = [(given, args[0].tensor), *((features[name], args[1][name]) for name in names)]
-            same += zip(seen[pooler][0], (args[1][name] for name in names))
-            same.append((seen[pooler][1], seen[box_heads[0]][0]))  # the later stages' regions are others
+            given, found = seen[self.model.backbone]
+            yield given, images
+            yield from ((found[name], features[name]) for name in names)
+            yield from zip(seen[pooler][0], (features[name] for name in names))
+            yield seen[pooler][1], seen[box_heads[0]][0]  # the later stages' regions are others
             for box_head, predictor in zip(box_heads, self.predictors):
                 found = seen[box_head][1]
-                same.append((found.mean(dim=[2, 3]) if res5 else found, seen[predictor][0]))
-            if not all(_equal(*pair) for pair in same):
+                yield found.mean(dim=[2, 3]) if res5 else found, seen[predictor][0]
+
+        def check(module, args, output):
+            if not module.training:
+                return
+            if not (seen.keys() == set(modules) and all(_equal(*pair) for pair in pairs(args[0].tensor, args[1]))):
                 raise ValueError(
                     f'{self.method}: {type(heads).__name__} in {type(self.model).__name__} does not classify regions '
                     'by its box pooler, head and predictor from the features of the backbone alone, so that a past '

@@ -103,7 +103,7 @@ class PSKDHook(PSKDHookBase):
         if _is_sigmoid(tapped[0]) and tapped[0].class_weight is not None:
             raise ValueError(
                 'PSKDHook: class_weight of a CrossEntropyLoss with use_sigmoid=True weights positive labels, which a '
-                'past prediction has not: remove class_weight from decode_head.loss_decode'
+                'past prediction does not have: remove class_weight from decode_head.loss_decode'
             )
 
     def before_train(self, runner: Runner) -> None:

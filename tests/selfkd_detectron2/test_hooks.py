@@ -377,6 +377,21 @@ class ContextROIHeads(StandardROIHeads):
         return super()._forward_box({name: maps + maps.mean() for name, maps in features.items()}, proposals)
 
 
+@ROI_HEADS_REGISTRY.register()
+class OwnPoolerROIHeads(StandardROIHeads):
+    """Never calls the pooler that tells which regions are classified."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own_pooler = copy.deepcopy(self.box_pooler)
+
+    def _forward_box(self, features, proposals):
+        pooler, self.box_pooler = self.box_pooler, self.own_pooler
+        losses = super()._forward_box(features, proposals)
+        self.box_pooler = pooler
+        return losses
+
+
 class OwnLossPredictor(FastRCNNOutputLayers):
     def losses(self, predictions, proposals):
         losses = super().losses(predictions, proposals)
@@ -516,6 +531,7 @@ SIGMOID = 'MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE True'
             PSKD + 'MODEL.ROI_HEADS.NAME ContextROIHeads',
             'ContextROIHeads in GeneralizedRCNN does not classify regions by its box pooler, head and predictor',
         ),
+        ('faster', CSKD + 'MODEL.ROI_HEADS.NAME OwnPoolerROIHeads', 'OwnPoolerROIHeads in GeneralizedRCNN does not'),
         ('faster', PSKD + OWN_LOSS, 'but OwnLossROIHeads with OwnLossPredictor gives .* as loss_cls: .*another loss'),
         ('faster', CSKD + OWN_LOSS, 'but OwnLossROIHeads with OwnLossPredictor gives .* as loss_cls: .*another loss'),
         (

@@ -130,6 +130,20 @@ def test_tokens_that_are_not_those_of_their_rows_are_noticed_on_a_gpu():
             past.observe(gpu.put(torch.randn(6, 5)))
 
 
+@pytest.mark.parametrize(
+    ('last', 'refusal'),
+    [([[2, 2, 3], [4, 1, -100]], 'had the label 1 before'), ([[1, 2, 3], [4, 1, 1]], 'more labels than')],
+)
+def test_the_last_labels_of_a_training_are_looked_at_too(last, refusal):
+    past = TokenBankPast([3, 2], 5, top_k=2, way_out='go')
+    with SimulatedGPU() as gpu:
+        for step, labels in enumerate(([[1, 2, 3], [4, 1, -100]], last)):
+            past.begin_step(step, torch.tensor([0, 1]))
+            past.predict(gpu.put(torch.tensor(labels)))
+        with pytest.raises(ValueError, match=refusal):
+            past.synchronize()
+
+
 LOSSES = {
     'weights': lambda z, y, p: soft_cross_entropy(z, p, class_weight=[1.0, 2.0, 3.0]),
     'torch, weights': lambda z, y, p: pskd_cross_entropy(
