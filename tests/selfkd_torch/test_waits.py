@@ -134,7 +134,8 @@ def test_tokens_that_are_not_those_of_their_rows_are_noticed_on_a_gpu():
     ('last', 'refusal'),
     [([[2, 2, 3], [4, 1, -100]], 'had the label 1 before'), ([[1, 2, 3], [4, 1, 1]], 'more labels than')],
 )
-def test_the_last_labels_of_a_training_are_looked_at_too(last, refusal):
+def test_the_last_labels_of_a_training_are_looked_at_too(last, refusal, monkeypatch):
+    monkeypatch.setattr('simulated_gpu.Event.query', lambda event: False)  # not there yet, whenever somebody looks
     past = TokenBankPast([3, 2], 5, top_k=2, way_out='go')
     with SimulatedGPU() as gpu:
         for step, labels in enumerate(([[1, 2, 3], [4, 1, -100]], last)):
