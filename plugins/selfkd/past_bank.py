@@ -52,8 +52,6 @@ class BankPast(Past):
         self.bank, self.momentum, self.way_out = bank, momentum, way_out
         self.step, self.rows = 0, torch.zeros(0, dtype=torch.long)
         self._past: Optional[Prediction] = None
-        # Rows written since the last exchange, which of them, and when.
-        self._unsent: List[Tuple[Tensor, Optional[Tensor], int]] = []
 
     @property
     def skipped(self) -> int:
@@ -85,16 +83,10 @@ class BankPast(Past):
 
     def _write(self, probs: Union[Tensor, TopK], given: Optional[Tensor] = None) -> None:
         self.bank.write(self.rows, probs, given=given, step=self.step)
-        self._unsent.append((self.rows, given, self.step))
 
     def synchronize(self) -> None:
         self.bank.labels.land(wait=True)  # the last steps' labels, too
-        none = torch.zeros(0, dtype=torch.long)  # a process may have written nothing
-        written = [(rows if given is None else rows[given.cpu()], step) for rows, given, step in self._unsent]
-        rows = torch.cat([none, *(rows for rows, _ in written)])
-        steps = torch.cat([none, *(torch.full_like(rows, step) for rows, step in written)])
-        exchange_rows(self.bank, rows, steps)
-        self._unsent = []
+        exchange_rows(self.bank)
 
     def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:
         return {'bank': self.bank.state_dict()}
