@@ -93,7 +93,8 @@ def test_what_other_packages_use_is_public():
                     used |= {f'{node.module}.{alias.name}' for alias in node.names}
             elif isinstance(node, (ast.Assign, ast.AugAssign)) and '__all__' in ast.unparse(node):
                 public |= {f'{module}.{name.value}' for name in ast.walk(node.value) if isinstance(name, ast.Constant)}
-    assert used and used <= public, sorted(used - public)
+    assert used
+    assert used <= public, sorted(used - public)
 
 
 @pytest.mark.parametrize(('python', 'constraints'), [('3.11', 'constraints.txt'), ('3.10', 'constraints-py310.txt')])
