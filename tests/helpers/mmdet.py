@@ -23,7 +23,7 @@ def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
 
     ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, cascade mask, c4,
     dynamic, mask scoring, point rend, sabl, double head, pisa, seesaw, sigmoid, sparse, fcos, atss, rtmdet, yolox, ssd,
-    tood, centernet, solo, deformable detr.
+    tood, solo, deformable detr.
     """
     name = model if model in ('faster-rcnn', 'retinanet') else 'faster-rcnn'
     cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
@@ -209,6 +209,23 @@ def ssd(cfg) -> None:
     one_stage('ssd/ssd300_coco.py', in_channels=(32, 32, 32), anchor_generator=anchors)(cfg)
 
 
+def tood(cfg) -> None:
+    """Whose head gives probabilities."""
+    anchors = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8, 16, 32])
+    one_stage('tood/tood_r50_fpn_1x_coco.py', **{**SMALL, 'stacked_convs': 2}, anchor_generator=anchors)(cfg)
+
+
+def solo(cfg) -> None:
+    """Masks, each with the classes of a cell of a grid."""
+    mask(cfg)
+    small = dict(SMALL, num_classes=10, num_grids=[8, 6, 4, 3, 2])
+    cfg.model.mask_head = ConfigDict({**get_config('mmdet::solo/solo_r50_fpn_1x_coco.py').model.mask_head, **small})
+    cfg.model.type, cfg.model.train_cfg, cfg.model.test_cfg = 'SOLO', None, dict(score_thr=0.1)
+    for name in ('rpn_head', 'roi_head'):
+        del cfg.model[name]
+    cfg.model.neck.update(num_outs=5)
+
+
 def deformable_detr(cfg) -> None:
     full = get_config('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py').model
     for part in (full.encoder, full.decoder):
@@ -248,6 +265,8 @@ MODIFY = {
     'rtmdet': one_stage('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', **SMALL),
     'yolox': one_stage('yolox/yolox_s_8xb8-300e_coco.py', **{**SMALL, 'stacked_convs': 1}),
     'ssd': ssd,
+    'tood': tood,
+    'solo': solo,
     'deformable detr': deformable_detr,
 }
 

@@ -283,7 +283,7 @@ def test_regions_that_are_not_classified_as_the_method_needs_are_refused(voc, tm
         ('maskformer/maskformer_r50_ms-16xb1-75e_coco.py', r'MaskFormer classifies the masks .* \(panoptic_head, Mask'),
         (
             'mask2former_vis/mask2former_r50_8xb2-8e_youtubevis2019.py',
-            r'Video classifies the masks .* \(track_head, Mask',
+            r'classifies the masks .* \(track_head, Mask',
         ),
         (
             'masktrack_rcnn/masktrack-rcnn_mask-rcnn_r50_fpn_8xb1-12e_youtubevis2019.py',
