@@ -134,7 +134,11 @@ def test_readme_is_short_and_says_how_to_begin():
 
 
 def test_the_version_is_the_same_everywhere():
-    places = {'pyproject.toml': 'version = "', 'CITATION.cff': 'version: ', 'plugins/selfkd/__init__.py': "version__ = '"}
+    places = {
+        'pyproject.toml': 'version = "',
+        'CITATION.cff': r'\nversion: ',
+        'plugins/selfkd/__init__.py': "version__ = '",
+    }
     found = {re.search(rf'{text}([\w.]+)', (ROOT / name).read_text())[1] for name, text in places.items()}
     assert len(found) == 1
     assert f'({found.pop()})' in (ROOT / 'CHANGELOG.md').read_text()
