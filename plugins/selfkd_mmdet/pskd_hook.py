@@ -40,10 +40,11 @@ class PSKDHook(PSKDHookBase):
     becomes ``focal(label) + alpha_t * qfl(past)``, with the quality focal loss: unlike the focal loss of a soft target
     it is least where student and past agree.
 
-    Other one-stage detectors (RTMDet, YOLOX, GFL, TOOD, SSD, ...) and transformers (DETR, Deformable DETR, DINO, ...):
-    it scores the same points, anchors, cells (SOLO) or queries, and the past's term is a loss of its own, ``loss_pskd``: the quality
-    focal loss (softmax heads: the cross-entropy) between the two, summed over all places and divided by the number of
-    objects that the past expects. Where a score is class times objectness (YOLOX, YOLOv3), the product is taught.
+    Other one-stage detectors (RTMDet, YOLOX, GFL, TOOD, SSD, SOLO, ...) and transformers (DETR, Deformable DETR, DINO,
+    ...): it scores the same points, anchors, cells or queries, and the past's term is a loss of its own, ``loss_pskd``:
+    the quality focal loss (softmax heads: the cross-entropy) between the two, summed over all places and divided by the
+    number of objects that the past expects. Where a score is class times objectness (YOLOX, YOLOv3), the product is
+    taught.
 
     The label's term keeps its whole weight: where student and past agree the past's has no gradient, and with
     ``1 - alpha_t`` classification would weigh ever less beside the boxes.
