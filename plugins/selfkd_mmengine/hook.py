@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from selfkd.teacher import unwrap
 
-__all__ = ['SelfKDHook', 'epoch_length', 'only_looks', 'training_progress']
+__all__ = ['SelfKDHook', 'epoch_length', 'is_iter_based', 'only_looks', 'training_progress']
 
 CHECKPOINT_KEY = 'selfkd'
 STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of FlexibleRunner: plain calls of a torch module

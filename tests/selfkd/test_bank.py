@@ -122,18 +122,16 @@ def test_nbytes_counts_every_tensor():
 
 def test_a_table_beyond_half_of_the_free_memory_is_refused_with_the_way_out(monkeypatch):
     # The real limit would need a real allocation of half the machine: the free memory is made small instead.
-    monkeypatch.setattr(selfkd.bank, '_free_memory', lambda device: 10**6)
+    monkeypatch.setattr(selfkd.bank, 'free_memory', lambda device: 10**6)
     with pytest.raises(
         MemoryError,
         match=r"1000 x 1000 probabilities .* set top_k \(16 is plenty\) or set dtype='float16' or set dtype='log8'",
     ):
         PredictionBank(1000, 1000)
     PredictionBank(1000, 1000, top_k=16)
-
-
-def test_free_memory_is_that_of_this_machine():
-    free = selfkd.bank._free_memory(torch.device('cpu'))
-    assert free is None or 2**20 < free < 2**50
+    monkeypatch.setattr(selfkd.bank, 'processes_sharing', lambda device: 8)
+    with pytest.raises(MemoryError, match='take 0.0 GiB in each of 8 processes, more than half'):
+        PredictionBank(1000, 1000, top_k=16)
 
 
 @pytest.mark.parametrize(
