@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from selfkd.teacher import unwrap
 
-__all__ = ['SelfKDHook', 'epoch_length', 'only_looks', 'training_progress']
+__all__ = ['SelfKDHook', 'epoch_length', 'is_iter_based', 'only_looks', 'training_progress']
 
 CHECKPOINT_KEY = 'selfkd'
 STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of FlexibleRunner: plain calls of a torch module
@@ -93,10 +93,14 @@ class SelfKDHook(Hook):
         raise NotImplementedError
 
     def reduced(self, weight_reduce_loss: Callable, losses: Tensor, arguments: Dict[str, Any]) -> Tensor:
-        """Losses per sample, weighted and reduced as the tapped module's own; the function is the toolkit's."""
+        """Losses ``[B, ...]`` or with a sigmoid for each class ``[B, C, ...]``, weighted and reduced as the tapped
+        module's own; the function is the toolkit's."""
+        weight = arguments.get('weight')
+        if weight is not None and weight.dim() < losses.dim():
+            weight = weight.unsqueeze(1)
         return getattr(self.tapped, 'loss_weight', 1.0) * weight_reduce_loss(
             losses,
-            arguments.get('weight'),
+            weight,
             arguments.get('reduction_override') or getattr(self.tapped, 'reduction', 'mean'),
             arguments.get('avg_factor'),
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selfkd.losses import mix
 from selfkd.options import check_options, choose_teacher, refuse_without_past, warn_without_effect
-from selfkd.past import BankPast, Past, copy_past
+from selfkd.past import BankPast, Past, Prediction, copy_past
 from selfkd.schedule import linear_growth, may_end_early
 from selfkd.teacher import unwrap
 
@@ -25,7 +25,17 @@ from .hook import (
     training_progress,
 )
 
-__all__ = ['PSKDHookBase']
+__all__ = ['PSKDHookBase', 'is_sigmoid', 'probs_of']
+
+
+def is_sigmoid(loss: nn.Module) -> bool:
+    """Whether a loss module of OpenMMLab has a sigmoid for each class, and not one softmax over all."""
+    return bool(getattr(getattr(loss, 'ce', loss), 'use_sigmoid', False))  # LabelSmoothLoss has its loss inside
+
+
+def probs_of(logits: Tensor, loss: nn.Module) -> Tensor:
+    """What logits ``[B, C, ...]`` predict, by the loss module that they are trained with."""
+    return logits.float().sigmoid() if is_sigmoid(loss) else logits.float().softmax(1)
 
 
 class PSKDHookBase(SelfKDHook):
@@ -204,6 +214,13 @@ class PSKDHookBase(SelfKDHook):
                 'considered): (1 - alpha) of the one and alpha of the other are no one target. Use a cross-entropy '
                 "(the toolkit's CrossEntropyLoss, MMPretrain's LabelSmoothLoss), or train without this hook"
             )
+
+    def entropy(self, past: Prediction, num_classes: int) -> Tensor:
+        """The mean entropy of past predictions, in nats, for the log; of sigmoids, the sum over the classes."""
+        if is_sigmoid(self.tapped):
+            assert isinstance(past.probs, Tensor)  # a copy's
+            past = past._replace(probs=torch.cat([past.probs, 1 - past.probs], 1))
+        return past.entropy(num_classes)
 
     def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '') -> Tensor:
         """:func:`selfkd.losses.mix` of two losses with the present alpha, or ``hard`` where there is no past.

@@ -300,6 +300,24 @@ model: {{_name: transformer, encoder: {{layers: 1}}, decoder: {{layers: 1}}, bas
     assert 'token bank takes' in log
 
 
+def test_a_user_dir_of_ones_own(fairseq):
+    """It imports selfkd_fairseq and registers an architecture beside it; fairseq takes one --user-dir."""
+    (fairseq.folder / 'my_project').mkdir()
+    (fairseq.folder / 'my_project' / '__init__.py').write_text(
+        'import selfkd_fairseq\n'
+        'from fairseq.models import register_model_architecture\n\n\n'
+        "@register_model_architecture('transformer', 'my_transformer')\n"
+        'def small(args):\n'
+        '    pass\n'
+    )
+    own = '--user-dir my_project --arch my_transformer --max-epoch 2'
+    log = fairseq.train('own', PSKD, own)
+    assert [entry['train_pskd_alpha'] for entry in log.stats('train')] == pytest.approx([0, 0.8])
+    assert 'BLEU4 = ' in fairseq.run('fairseq-generate bin --path own/checkpoint_last.pt --cpu --user-dir my_project')
+    log = fairseq.train('own-cskd', '--criterion cskd_label_smoothed_cross_entropy', own, '--no-save')
+    assert log.stats('train')[-1]['train_loss_cskd'] > 0
+
+
 alone = pytest.mark.skipif(torch.__version__ >= (2, 6), reason='there fairseq alone loads no checkpoint of its own')
 
 
