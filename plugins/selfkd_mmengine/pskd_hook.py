@@ -3,6 +3,7 @@
 from typing import Any, Optional, Tuple
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.hooks import EarlyStoppingHook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
@@ -186,7 +187,8 @@ class PSKDHookBase(SelfKDHook):
         mid_period = is_iter_based(runner) and next_iter % self.period != 0
         if isinstance(self.past, BankPast):
             folder = checkpoint_folder(runner)
-            self.past.side.place = None if '://' in folder else (folder, f'iteration {next_iter}')
+            beside = is_main_process() and '://' not in folder  # FSDPStrategy asks all ranks
+            self.past.side.place = (folder, f'iteration {next_iter}') if beside else None
         return {'source': self.source, **self.past.state_dict(mid_period=mid_period)}
 
     def load_state_dict(self, state: dict) -> None:

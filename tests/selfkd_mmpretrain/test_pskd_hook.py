@@ -24,6 +24,7 @@ from mmpretrain.registry import MODELS
 from selfkd import past_bank
 from selfkd.bank import PredictionBank
 from selfkd.teacher import SnapshotTeacher
+from selfkd_mmengine import pskd_hook
 
 PSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
 SNAPSHOT = dict(PSKD, teacher='snapshot')
@@ -261,6 +262,16 @@ def test_resuming_with_a_large_bank_beside_the_checkpoints_is_exact(digits, tmp_
     options['load_from'] = str(folder / 'epoch_1.pth')
     with pytest.raises(ValueError, match='checkpoint is of iteration 5, .*bank_1.pth holds that of iteration 15'):
         train(digits_config(digits, tmp_path / 'resumed', hook, **options))
+
+
+def test_one_of_several_ranks_writes_the_large_bank(digits, tmp_path, monkeypatch):
+    """FSDPStrategy asks all of them for their state."""
+    monkeypatch.setattr(past_bank, 'LARGE', 1)
+    runner = train(digits_config(digits, tmp_path, PSKD, **{'train_cfg.max_epochs': 2}))
+    hook = find_hook(runner, 'PSKDHook')
+    assert 'file' in hook.state_dict(runner, 10)['bank']
+    monkeypatch.setattr(pskd_hook, 'is_main_process', lambda: False)
+    assert 'values' in hook.state_dict(runner, 15)['bank']
 
 
 # Two processes
