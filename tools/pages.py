@@ -71,7 +71,7 @@ FRSKD = {
     'repeats': 'Passes of the self-teacher.',
     'sla': 'Weight of self-supervised label augmentation (released: 1). It trains on five times the images.',
     'base_type': "The config's former type, if it was a class of your own. That class goes on doing what it did.",
-    'in_index': 'Which feature maps, two or more, fine to coarse. By default all.',
+    'in_index': 'Which feature maps, two or more, fine to coarse. By default all, or one of each size.',
     'in_channels': 'Channels of the maps. By default found by running the network on an empty image.',
     'channels': "Channels between the classifier's convolutions.",
     'warmup': 'Share of training before the two distillation terms act.',

@@ -285,11 +285,15 @@ class PredictionBank:
         tables = [*self._tables, self._seen, *(t for t in (self.labels.kept, self._written) if t is not None)]
         return sum(t.numel() * t.element_size() for t in tables)
 
-    def state_dict(self) -> Dict[str, Any]:
-        """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``."""
+    def state_dict(self, *, copy: bool = True) -> Dict[str, Any]:
+        """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``.
+
+        ``copy=False``: rows of a table on the CPU are not copied, and change with the bank. For a state that is written
+        to a file at once.
+        """
         self._land()
-        tables = {name: table.cpu().clone() for name, table in zip(self.storage.tables, self._tables)}
-        state = {'num_classes': self.num_classes, 'seen': self._seen.clone(), **tables}
+        tables = {name: table.to('cpu', copy=copy) for name, table in zip(self.storage.tables, self._tables)}
+        state = {'num_classes': self.num_classes, 'dtype': self.storage.name, 'seen': self._seen.clone(), **tables}
         labels = self.labels.state()
         return state if labels is None else {**state, 'labels': labels}
 
@@ -325,10 +329,10 @@ class PredictionBank:
                     f'PredictionBank: the saved bank is damaged: it has a table {tuple(rows.shape)}, and needs '
                     f'{tuple(shape)}: resume from another checkpoint'
                 )
-        if self.storage.is_damaged(saved):
+        if saved[0].dtype != self._tables[0].dtype or self.storage.is_damaged(saved):
             raise ValueError(
-                'PredictionBank: the saved bank is damaged: it holds probabilities that are not finite, or class ids '
-                'out of range: resume from another checkpoint'
+                'PredictionBank: the saved bank is damaged: it holds probabilities of another type or that are not '
+                'finite, or class ids out of range: resume from another checkpoint'
             )
 
     def _check_indices(self, indices: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .options import check_momentum
 from .past_base import Past, Prediction, check_kind
 from .row_labels import NO_LABEL
 from .seeds import row_uniform
+from .side_file import LARGE, SideFile
 from .topk import TopK, draw_top_k
 from .transfer import to_device, to_host
 
@@ -31,6 +32,9 @@ class BankPast(Past):
         momentum: m in [0, 1): a row becomes ``m * row + (1 - m) * softmax(logits)``, an average over epochs. 0, the
             paper's, keeps the newest. For banks of whole rows.
         way_out: the end of messages, as ``"set teacher='snapshot'"``.
+
+    Attributes:
+        side: where a large bank is saved, once the plugin has told it the place.
 
     Raises:
         ValueError: a momentum out of range, or beside ``top_k``, whose rows cannot be averaged.
@@ -52,6 +56,7 @@ class BankPast(Past):
         self.bank, self.momentum, self.way_out = bank, momentum, way_out
         self.step, self.rows = 0, torch.zeros(0, dtype=torch.long)
         self._past: Optional[Prediction] = None
+        self.side = SideFile()
 
     @property
     def skipped(self) -> int:
@@ -89,12 +94,15 @@ class BankPast(Past):
         exchange_rows(self.bank)
 
     def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:
+        if self.side.place and self.bank.nbytes >= LARGE:
+            return {'bank': self.side.save(self.bank.state_dict(copy=False))}
         return {'bank': self.bank.state_dict()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         check_kind(state, 'bank')
         if 'bank' in state:
-            self.bank.load_state_dict(state['bank'])
+            bank = state['bank']
+            self.bank.load_state_dict(self.side.load(bank) if 'file' in bank else bank)
 
 
 class TokenBankPast(BankPast):

@@ -20,11 +20,14 @@ class TokenBank(TokenBankPast):
 
     def state_dict(self, mid_period=True):
         bank = super().state_dict()['bank']
+        if 'file' in bank:
+            return {'bank': bank}
         return {'bank': {**bank, 'classes': as_float16(bank['classes']), 'seen': bank['seen'].byte()}}
 
     def load_state_dict(self, state):
-        bank = state.get('bank')
-        super().load_state_dict({'bank': {**bank, 'classes': as_integer(bank['classes'])}} if bank else state)
+        bank = state.get('bank', {})
+        inside = 'classes' in bank
+        super().load_state_dict({'bank': {**bank, 'classes': as_integer(bank['classes'])}} if inside else state)
 
 
 class StoredAverage(CopyPast):
@@ -57,7 +60,14 @@ def make_past(cfg, task, model, lengths: Optional[np.ndarray]) -> Past:
         use_current_weights(past.model)
         return past
     words = task.target_dictionary
-    return TokenBank(lengths, len(words), top_k=cfg.pskd_top_k, ignore_index=words.pad(), way_out=OTHERS)
+    return TokenBank(
+        lengths,
+        len(words),
+        top_k=cfg.pskd_top_k,
+        dtype=str(cfg.pskd_bank_dtype),
+        ignore_index=words.pad(),
+        way_out=OTHERS,
+    )
 
 
 def target_lengths(task, dataset) -> np.ndarray:

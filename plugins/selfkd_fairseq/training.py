@@ -85,6 +85,8 @@ class Training:
             if epoch == 1 and not mid_epoch:
                 self.check_length()
             self.past = make_past(self.cfg, self.task, model, self.lengths)
+            if isinstance(self.past, BankPast):
+                self.past.side.place = (self.cfg.save_dir, '')
             self.past.load_state_dict(self.saved or {})
         if epoch > 1 and not mid_epoch and not self.cfg.pskd_interval:
             self.past.begin_period(model)
@@ -139,8 +141,11 @@ class Training:
                 'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks what '
                 'the other processes predicted in this epoch'
             )
+        state = original()
+        if isinstance(self.past, BankPast) and '://' not in self.cfg.save_dir:
+            self.past.side.place = (self.cfg.save_dir, f'epoch {state["epoch"]}, batch {state["iterations_in_epoch"]}')
         past = self.past.state_dict(mid_period=bool(self.cfg.pskd_interval) or not itr.end_of_epoch())
-        return {**original(), STATE_KEY: {'totals': self.totals, 'past': past}}
+        return {**state, STATE_KEY: {'totals': self.totals, 'past': past}}
 
     def load_state_dict(self, original, itr, state):
         original(state)

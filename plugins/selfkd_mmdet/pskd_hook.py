@@ -31,17 +31,20 @@ class PSKDHook(PSKDHookBase):
 
         default_hooks = dict(pskd=dict(type='selfkd_mmdet.PSKDHook', alpha=0.8))
 
-    Two-stage detectors (Faster, Mask, Cascade R-CNN): it classifies the same regions that the student was given, and
-    the classification loss becomes ``ce(label) + alpha_t * ce(past)``.
+    Two-stage detectors (Faster, Mask, Cascade, Sparse R-CNN): it classifies the same regions that the student was
+    given, and the classification loss becomes ``ce(label) + alpha_t * ce(past)``. Where regions are classified by
+    sigmoids, the past's term is that of a sigmoid for each class; of the Seesaw loss, the product of its two softmaxes
+    is taught.
 
     One-stage detectors with sigmoids (RetinaNet, FCOS, ATSS): it classifies the same anchors or points, and the loss
     becomes ``focal(label) + alpha_t * qfl(past)``, with the quality focal loss: unlike the focal loss of a soft target
     it is least where student and past agree.
 
-    Other one-stage detectors (RTMDet, YOLOX, GFL, TOOD, SSD, ...) and transformers (DETR, Deformable DETR, DINO, ...):
-    it scores the same points, anchors or queries, and the past's term is a loss of its own, ``loss_pskd``: the quality
-    focal loss (softmax heads: the cross-entropy) between the two, summed over all places and divided by the number of
-    objects that the past expects. Where a score is class times objectness (YOLOX, YOLOv3), the product is taught.
+    Other one-stage detectors (RTMDet, YOLOX, GFL, TOOD, SSD, SOLO, ...) and transformers (DETR, Deformable DETR, DINO,
+    ...): it scores the same points, anchors, cells or queries, and the past's term is a loss of its own, ``loss_pskd``:
+    the quality focal loss (softmax heads: the cross-entropy) between the two, summed over all places and divided by the
+    number of objects that the past expects. Where a score is class times objectness (YOLOX, YOLOv3), the product is
+    taught.
 
     The label's term keeps its whole weight: where student and past agree the past's has no gradient, and with
     ``1 - alpha_t`` classification would weigh ever less beside the boxes.

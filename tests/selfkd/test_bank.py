@@ -101,6 +101,24 @@ def test_a_state_of_another_bank_is_refused(other, message):
         PredictionBank(**other).load_state_dict(PredictionBank(6, 4).state_dict())
 
 
+def test_states_without_the_name_of_their_storage_load():
+    """Of versions that did not write it."""
+    for dtype in KINDS:
+        bank = PredictionBank(3, 4, dtype=dtype)
+        bank.write(torch.tensor([1]), probs(1, 4))
+        state = bank.state_dict()
+        assert state.pop('dtype') == dtype
+        again = PredictionBank(3, 4, dtype=dtype)
+        again.load_state_dict(state)
+        assert torch.equal(again.read(torch.tensor([1])), bank.read(torch.tensor([1])))
+
+
+def test_the_name_tells_storages_of_the_same_type_apart():
+    state = dict(PredictionBank(3, 4, dtype='log8').state_dict(), dtype='bytes')
+    with pytest.raises(ValueError, match='has dtype=bytes, this one dtype=log8'):
+        PredictionBank(3, 4, dtype='log8').load_state_dict(state)
+
+
 def test_encoded_rows_travel_between_banks():
     for settings_ in (dict(dtype=dtype, top_k=top_k) for dtype in KINDS for top_k in (None, 3)):
         a, b = PredictionBank(6, 8, **settings_), PredictionBank(6, 8, **settings_)
@@ -259,6 +277,7 @@ def test_indices_of_any_integer_type_name_rows(dtype):
     [
         ('values', lambda values: values[:, :1]),
         ('values', lambda values: values * math.nan),
+        ('values', lambda values: values.half()),
         ('classes', lambda classes: classes + 4),
         ('seen', lambda seen: seen[:1]),
     ],

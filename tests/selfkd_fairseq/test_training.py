@@ -55,6 +55,7 @@ def test_usage_shows_the_options(fairseq):
         '--pskd-teacher-mode {train,eval}',
         '--pskd-keep-hard',
         '--pskd-top-k',
+        '--pskd-bank-dtype {float32,float16,log8}',
         '--report-ece',
     )
     usage = ' '.join(fairseq.train('usage', PSKD, '--no-such-option', fails=True).split())
@@ -193,6 +194,29 @@ def test_resuming_is_exact(fairseq, difference, past):
             log = fairseq.train(f'{save}-control', *options, f'--restore-file {save}/without.pt')
             assert difference(fairseq.weights(save), fairseq.weights(f'{save}-control')) > 1e-5
             assert 'PS-KD: the checkpoint holds no past predictions' in log
+
+
+def test_resuming_with_a_large_bank_beside_the_checkpoints_is_exact(fairseq, difference):
+    """Every bank is taken for a large one."""
+    folder = fairseq.folder / 'large_banks'
+    folder.mkdir()
+    (folder / '__init__.py').write_text(
+        'import selfkd_fairseq\nfrom selfkd import past_bank\n\npast_bank.LARGE = 1\n', encoding='utf-8'
+    )
+    options = (PSKD, PASTS['bank'], '--pskd-bank-dtype log8 --max-epoch 3 --save-interval-updates 4')
+    options = (*options, '--disable-validation', f'--user-dir {folder}')
+    fairseq.train('beside', *options)
+    bank = saved_past(fairseq.checkpoint('beside/checkpoint3.pt'))['bank']
+    saved = torch.load(bank['file'], weights_only=True)
+    assert saved['step'] == bank['step'] == 'epoch 4, batch 0'
+    assert (saved['bank']['dtype'], saved['bank']['values'].dtype) == ('log8', torch.uint8)
+    *_, last = sorted(fairseq.folder.glob('beside/checkpoint_3_*'), key=lambda path: int(path.stem.split('_')[-1]))
+    fairseq.train('beside-resumed', *options, f'--restore-file {last}')
+    assert difference(fairseq.weights('beside'), fairseq.weights('beside-resumed')) == 0
+    log = fairseq.train(
+        'beside-resumed', *options, f'--restore-file {fairseq.folder}/beside/checkpoint1.pt', fails=True
+    )
+    assert 'the checkpoint is of epoch 2, batch 0, and its bank was saved beside it' in log
 
 
 def test_the_training_set_may_be_validated_on(fairseq, difference):
