@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from selfkd.seeds import step_generator
-
-__all__ = ['Noting']
+__all__ = ['Noting', 'NotingSampler']
 
 
 class Noting(DataLoader):
@@ -35,7 +33,7 @@ class Noting(DataLoader):
         vars(self).update(vars(self._source))
         vars(self).update(kept)
         name = 'sampler' if self._source.batch_sampler is None else 'batch_sampler'
-        vars(self)[name] = _Sampler(vars(self)[name], self._batches, self._drawn)
+        vars(self)[name] = NotingSampler(vars(self)[name], self._batches, self._drawn)
         if self._batches.pairing is not None:
             vars(self)['collate_fn'] = _Halves(self._source.collate_fn)
 
@@ -80,7 +78,7 @@ class _Steps:
         return self.drawn.popleft(), batch
 
 
-class _Sampler(Sampler):
+class NotingSampler(Sampler):
     """A sampler, of samples or batches, that notes what it draws; for pairs a partner of each sample as well."""
 
     def __init__(self, sampler, batches, drawn: deque):
@@ -88,7 +86,7 @@ class _Sampler(Sampler):
 
     def __iter__(self) -> Iterator:
         pairing, way_out = self._batches.pairing, self._batches.way_out
-        generator = step_generator(self._batches.seed, self._batches.epoch)
+        generator = self._batches.partners_generator()
         for indices in self._sampler:
             rows = _rows(indices, way_out)
             partners = None

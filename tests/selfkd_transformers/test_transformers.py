@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from selfkd_torch import PSKD  # noqa: E402
 from selfkd_transformers import PSKDArguments, PSKDMixin, PSKDTrainingArguments  # noqa: E402
-from selfkd_transformers.pskd import _Numbered  # noqa: E402
+from selfkd_transformers.numbered import _Numbered  # noqa: E402
 
 EPOCHS, SAMPLES = 3, 24
 
@@ -313,7 +313,7 @@ def test_two_processes_hold_one_bank(task, tmp_path):
     for part in ('bank', 'weights'):
         for name, value in one[part].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[part][name])), name
-    seen = torch.load(tmp_path / 'checkpoint-2' / 'selfkd.pt', weights_only=True)['bank']['seen']
+    seen = torch.load(tmp_path / 'checkpoint-2' / 'selfkd.pt', weights_only=True)['PSKD']['bank']['seen']
     if task == 'language':
         lengths = [len(sample['input_ids']) for sample in Texts(task).samples]
         seen = torch.stack([tokens.any() for tokens in seen.split(lengths)])
@@ -651,7 +651,7 @@ def test_what_cannot_work_is_refused(tmp_path):
         (RuntimeError, 'Forgets.training_step must call super', 'text', dict(trainer=Forgets)),
         (RuntimeError, 'Forgets.training_step must call super', 'text', dict(trainer=Forgets, pskd_teacher='snapshot')),
         (RuntimeError, 'a batch came without selfkd_rows', 'text', dict(trainer=Cuts)),
-        (ValueError, 'start_logits, end_logits, but no logits .* such a model is not served', 'answers',
+        (ValueError, 'start_logits, end_logits, but no logits, so that it is not served', 'answers',
          dict(pskd_teacher='snapshot')),
         (RuntimeError, "a second loss in one batch.*use pskd_teacher='snapshot'", 'answers', dict(pskd_teacher='bank')),
         (ValueError, "or use pskd_teacher='bank'", 'language', dict(trainer=Shifts, pskd_teacher='snapshot')),
