@@ -70,8 +70,8 @@ class MethodArguments:
                     value = f'{wanted.off}={getattr(self, wanted.off)}' if wanted.off else wanted.__name__
                     way_out = f'set {wanted.off}=0' if wanted.off else 'leave these arguments out'
                     raise ValueError(
-                        f'{wanted.name}: args ask for it ({value}), but {kind} would train without it: use '
-                        f'class MyTrainer({wanted.name}Mixin, {kind}), or {way_out}'
+                        f'{wanted.name}: args ask for it ({value}), but {kind} would train without it: use class '
+                        f'MyTrainer({wanted.name}Mixin, {kind}), or {way_out}'
                     )
         return super().train_batch_size
 
