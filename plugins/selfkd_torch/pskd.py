@@ -192,8 +192,9 @@ class PSKD(Method):
         if self.bank is not None and self.bank.skipped:
             self.logs['pskd_skipped'] = float(self.bank.skipped)
 
-    def past_of(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
-        """What was predicted for the batch; None where nothing was. What is predicted now is kept."""
+    def past_of(self, logits: Tensor, target: Tensor, *, keep: bool = True) -> Optional[Prediction]:
+        """What was predicted for the batch; None where nothing was. What is predicted now is kept, unless ``keep`` is
+        False (it may then have the shape of logits alone)."""
         if not self._inside:
             raise RuntimeError(
                 'PSKD: the loss is for training, in a loop over pskd.batches(); for validation use the plain one. (A '
@@ -201,7 +202,7 @@ class PSKD(Method):
             )
         self._decide(logits, target)
         self.used, self.count = self.used + 1, self.count + 1
-        return self._past_of_rows(logits, target) if self.kind == 'bank' else self._past_of_call(logits)
+        return self._past_of_rows(logits, target, keep) if self.kind == 'bank' else self._past_of_call(logits)
 
     def _decide(self, logits: Tensor, target: Tensor) -> None:
         """``teacher='auto'``: before the first loss all that is known is that samples have an index."""
@@ -238,7 +239,7 @@ class PSKD(Method):
             )
         return None if call.past is None else Prediction(call.past, True)
 
-    def _past_of_rows(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
+    def _past_of_rows(self, logits: Tensor, target: Tensor, keep: bool) -> Optional[Prediction]:
         if self.used > 1:
             raise RuntimeError(
                 'PSKD: a second loss in one batch: the bank keeps one prediction for each sample. Call the loss once, '
@@ -253,7 +254,8 @@ class PSKD(Method):
             self.past.load_state_dict(self._saved)
             self.past.begin_step(self.data.step, self._rows)
         prediction = self.past.predict(target)
-        self.past.observe(logits)
+        if keep:
+            self.past.observe(logits)
         if prediction is None or self.current_alpha == 0:
             return None
         return prediction.to(logits.device)

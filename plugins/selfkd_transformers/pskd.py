@@ -4,8 +4,9 @@ import logging
 import sys
 from dataclasses import dataclass
 from functools import partialmethod
-from typing import ClassVar, Dict, List, Optional
+from typing import Any, ClassVar, Dict, List, Optional
 
+import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -14,6 +15,7 @@ from selfkd.schedule import may_end_early
 from selfkd_torch import TokenPSKD
 from selfkd_torch.batches import Method
 
+from .fused import FusedPSKD, output_layer
 from .mixin import WAY_IN, MethodArguments, MethodMixin, logits_of, setting
 from .numbered import why_no_index
 
@@ -21,6 +23,8 @@ __all__ = ['PSKDArguments', 'PSKDMixin', 'PSKDTrainer', 'PSKDTrainingArguments']
 
 logger = logging.getLogger(__name__)
 
+FUSED = 'set pskd_fused=True'
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}  # of mixed precision
 WORDS = {  # what selfkd_torch calls it, and what it is here
     r' with model=, which': ', which',
     r'\b(alpha|teacher|teacher_mode|interval|ema_decay|top_k|bank_\w+)\b(?=[= ])': r'pskd_\1',
@@ -55,6 +59,7 @@ class PSKDArguments(MethodArguments):
     pskd_bank_dtype: Optional[str] = setting(None, 'Of the bank. Default: float16 of tokens, float32 of samples.')
     pskd_bank_device: Optional[str] = setting(None, "Of the bank. Default: the CPU for tokens, else the logits'.")
     pskd_bank_momentum: float = setting(0.0, 'Rows of a bank of samples become averages over the epochs.')
+    pskd_fused: bool = setting(False, 'Causal language models: the loss is computed without logits of all tokens.')
 
 
 @dataclass
@@ -82,18 +87,38 @@ class PSKDMixin(MethodMixin):
     pskd: Optional[TokenPSKD] = None
 
     def _check(self) -> List[tuple]:
-        settings, teacher = PSKDArguments.settings(self.args), self.args.pskd_teacher
+        settings, teacher, fused = self._settings(), self.args.pskd_teacher, self.args.pskd_fused
         check_options('PSKD', 'language models', dict(settings, alpha=settings['alpha'] or 0.0))
         if not PSKDArguments.on(self.args):
             return super()._check()
         return [
             *super()._check(),
-            ('use_liger_kernel', self.args.use_liger_kernel, 'its fused loss never has the logits'),
+            ('use_liger_kernel', self._liger and not fused, f'its fused loss never has the logits: {FUSED}'),
             (f'pskd_teacher={teacher}', self._sharded and teacher in ('snapshot', 'ema'), 'use the bank'),
+            (f'pskd_fused beside pskd_teacher={teacher}', fused and teacher in ('snapshot', 'ema'), 'use the bank'),
+            ('pskd_fused under DeepSpeed or FSDP', fused and self._sharded, 'no process has the whole output layer'),
+            ('label_smoothing_factor beside pskd_fused', fused and self.label_smoother, 'leave one of them out'),
+            ('compute_loss_func beside pskd_fused', fused and self.compute_loss_func, 'leave one of them out'),
         ]
 
+    def _settings(self) -> Dict[str, Any]:
+        settings = PSKDArguments.settings(self.args)
+        del settings['fused']
+        return settings
+
+    @property
+    def _liger(self) -> bool:
+        return self.args.use_liger_kernel and (self.args.liger_kernel_config or {}).get(
+            'fused_linear_cross_entropy', True
+        )
+
     def _words(self) -> Dict[str, str]:
-        return {**super()._words(), **WORDS}
+        words = {**super()._words(), **WORDS}
+        if self.args.pskd_fused:  # a loss of the logits of one token
+            words[r'^Expected input batch_size.*'] = (
+                "PSKD: with pskd_fused compute_loss must be the Trainer's: set pskd_fused=False"
+            )
+        return words
 
     @property
     def _sharded(self) -> bool:
@@ -122,9 +147,16 @@ class PSKDMixin(MethodMixin):
         if not PSKDArguments.on(self.args):
             return others
         args, state = self.args, self.state
-        how, length = PSKDArguments.settings(args), dict(max_epochs=state.num_train_epochs)
+        how, length = self._settings(), dict(max_epochs=state.num_train_epochs)
         how['teacher'] = self._teacher(loader)
-        if how['teacher'] != 'bank':
+        if args.pskd_fused:
+            if how['teacher'] not in ('auto', 'bank'):
+                raise ValueError(
+                    'PSKD: pskd_fused keeps a bank of tokens, which these data cannot have (the log says why): set '
+                    'pskd_fused=False'
+                )
+            how['teacher'] = 'bank'
+        elif how['teacher'] != 'bank':
             how.update(model=self.model, outputs=logits_of)
         if args.pskd_interval:
             length = dict(max_steps=state.max_steps)
@@ -133,7 +165,13 @@ class PSKDMixin(MethodMixin):
                 'PSKD: how many epochs max_steps comes to is not known of data without a length, and alpha grows with '
                 'them: give the data set a __len__, or set pskd_interval'
             )
-        self.pskd = _PSKD(self._data, **length, **how)
+        if args.pskd_fused:
+            dtype = DTYPES.get(self.accelerator.mixed_precision)
+            self.pskd = _FusedPSKD(self._data, head=output_layer(self.model), dtype=dtype, **length, **how)
+            self.compute_loss_func = self.pskd.loss_of
+        else:
+            self.pskd = _PSKD(self._data, **length, **how)
+            self.pskd.plain_is_wrong = any(kind.__name__ == 'SFTTrainer' for kind in type(self).__mro__)
         if any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks):
             training = f'{state.num_train_epochs} epochs'
             logger.warning(
@@ -143,6 +181,8 @@ class PSKDMixin(MethodMixin):
 
     def _look_at(self, inputs, rows: Optional[Tensor]) -> None:
         super()._look_at(inputs, rows)
+        if self.args.pskd_fused and 'shift_labels' in inputs:
+            raise ValueError('PSKD: pskd_fused shifts the labels, and the batch has shift_labels: set pskd_fused=False')
         labels = inputs.get('labels')
         if self.pskd is not None and isinstance(labels, Tensor):
             if rows is None:
@@ -158,3 +198,16 @@ class PSKDTrainer(PSKDMixin, Trainer):
 class _PSKD(TokenPSKD):
     call, way_in = 'a cross-entropy', f'{WAY_IN}; or set pskd_alpha=0'
     tap = partialmethod(TokenPSKD.tap, check=False)
+    plain_is_wrong = False  # in any batch, which is known of TRL's SFTTrainer
+
+    def end_step(self) -> None:
+        if self.plain_is_wrong and not self.used:
+            raise RuntimeError(f"PSKD: TRL's SFTTrainer computes no cross-entropy of logits: {FUSED}")
+        super().end_step()
+
+
+class _FusedPSKD(FusedPSKD):
+    call, way_in = (
+        'compute_loss_func',
+        'compute_loss must call it, as that of the Trainer does; or set pskd_fused=False',
+    )
