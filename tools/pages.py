@@ -38,7 +38,7 @@ PSKD = {
     'bank_device': "Where the bank lies. By default on the model's device, for tokens on the CPU.",
     'bank_momentum': 'The bank keeps `m * past + (1 - m) * prediction`, an average over epochs.',
     'model': 'For a past copy: the module that computes the logits. Own loops give the module, Lightning its name.',
-    'fused': 'Causal language models: the loss is computed from the hidden states, so that logits of all tokens never exist.',
+    'fused': 'Causal language models: the loss is computed without ever having the logits of all tokens.',
     'outputs': 'For a past copy: a function that gets the logits from what the model returns.',
     'loss': 'Name of the sub-module that computes the loss, if it is not `F.cross_entropy`.',
 }
