@@ -137,9 +137,9 @@ class _LinearPSKD(torch.autograd.Function):
                 _add_gradients(gradients, part, hidden, weight, rows)
         ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) for g in gradients))
         kept = [torch.cat(parts) for parts in zip(*drawn)] if k else [sums.new_empty(0), labels.new_empty(0)]
-        loss, *parts = sums.unbind()
+        loss, *parts = (value.clone() for value in sums)
         ctx.mark_non_differentiable(*parts, *kept)
-        return (loss.clone(), *(part.clone() for part in parts), *kept)
+        return (loss, *parts, *kept)
 
     @staticmethod
     def backward(ctx, grad, *unused):
