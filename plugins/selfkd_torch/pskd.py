@@ -53,7 +53,8 @@ class PSKD(Method):
         top_k, bank_dtype, bank_device, bank_momentum: of the bank, see :class:`selfkd.bank.PredictionBank` and
             :class:`selfkd.past.BankPast`; a dtype also by its name. The device is by default the logits'.
         model: for a copy: the module that the loop calls (DistributedDataParallel, torch.compile'd or plain).
-        outputs: for a copy: gives the logits from what the model returns, where that is not they.
+        outputs: for a copy: gives the logits from what the model returns, where that is not they; of a model with
+            several outputs a tuple, each with a past of its own.
 
     ``logs`` of the latest loss, numbers or tensors ``[]``: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (sum to it),
     ``pskd_entropy`` (of the past, in nats), ``pskd_skipped`` (predictions that were not finite).
@@ -111,7 +112,7 @@ class PSKD(Method):
         self.model: Any = model  # None: there is no copy
         self.max_steps = steps_of(self.data, alpha, interval, max_epochs, max_steps)
         model_name = type(None if model is None else unwrap(model)).__name__
-        self._calls = Calls(outputs or (lambda output: output), model_name)
+        self._calls = Calls(outputs, model_name)
         self.kind = 'auto'  # of the past, until it is known
         self.past = Past()  # does nothing; a bank is made at the first loss
         self._saved: Dict[str, Any] = {}  # of a bank that is not made yet

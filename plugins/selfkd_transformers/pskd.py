@@ -157,7 +157,7 @@ class PSKDMixin(MethodMixin):
                 )
             how['teacher'] = 'bank'
         elif how['teacher'] != 'bank':
-            how.update(model=self.model, outputs=logits_of)
+            how.update(model=self.model, outputs=_outputs)
         if args.pskd_interval:
             length = dict(max_steps=state.max_steps)
         elif state.num_train_epochs == sys.maxsize:
@@ -184,11 +184,19 @@ class PSKDMixin(MethodMixin):
         if self.args.pskd_fused and 'shift_labels' in inputs:
             raise ValueError('PSKD: pskd_fused shifts the labels, and the batch has shift_labels: set pskd_fused=False')
         labels = inputs.get('labels')
-        if self.pskd is not None and isinstance(labels, Tensor):
+        if self.pskd is not None and 'start_positions' in inputs:
+            self.pskd.answers, self.pskd.of_tokens = True, False
+        elif self.pskd is not None and isinstance(labels, Tensor):
             if rows is None:
                 self.pskd.of_tokens = labels.dim() > 1
             else:
                 self.pskd.joined = len(labels) != len(rows)
+
+
+def _outputs(output):
+    if isinstance(output, dict) and 'start_logits' in output:  # question answering
+        return output['start_logits'], output['end_logits']
+    return logits_of(output)
 
 
 class PSKDTrainer(PSKDMixin, Trainer):
@@ -199,6 +207,12 @@ class _PSKD(TokenPSKD):
     call, way_in = 'a cross-entropy', f'{WAY_IN}; or set pskd_alpha=0'
     tap = partialmethod(TokenPSKD.tap, check=False)
     plain_is_wrong = False  # in any batch, which is known of TRL's SFTTrainer
+    answers = False  # whether samples have two labels, the start and the end of an answer
+
+    def misfit(self, logits: Tensor, target: Tensor) -> Optional[str]:
+        if self.answers:
+            return 'a sample has two labels, where its answer starts and where it ends, and a bank keeps one prediction'
+        return super().misfit(logits, target)
 
     def end_step(self) -> None:
         if self.plain_is_wrong and not self.used:
