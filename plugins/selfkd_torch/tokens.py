@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from selfkd.defaults import PSKD as DEFAULTS
-from selfkd.losses import linear_pskd_loss
+from selfkd.losses import TopK, linear_pskd_loss
 from selfkd.past import BankPast, Prediction, TokenBankPast
 from selfkd.renamed import renamed
 from selfkd.teacher import random_state
@@ -83,7 +83,7 @@ class TokenPSKD(PSKD):
             loss, parts, drawn = linear_pskd_loss(hidden, weight, target, None, 0.0, **options)
             self.log(parts.hard)
         else:
-            alpha, probs = past.alpha(self.current_alpha), past.probs
+            alpha, probs = past.alpha(self.current_alpha), TopK(*past.probs)
             loss, parts, drawn = linear_pskd_loss(hidden, weight, target, probs, alpha, **options)
             self.log(parts.hard, parts.soft, past.entropy(len(weight), target != ignore_index))
         self.past.keep(drawn)

@@ -83,8 +83,8 @@ class CSKDMixin(MethodMixin):
             return found
         return 'CSKD', 'partners are drawn from a map-style data set: give a DataLoader of one'
 
-    def _make(self, loader, resumed: bool) -> List[Method]:
-        others = super()._make(loader, resumed)
+    def _make(self) -> List[Method]:
+        others = super()._make()
         if not CSKDArguments.on(self.args):
             return others
         labels: Any = labels_of(self._data.loader.dataset)

@@ -1,7 +1,7 @@
 """FRSKD as a mix-in of transformers' Trainer."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Dict, List, Optional
+from typing import Any, ClassVar, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class FRSKDMixin(MethodMixin):
     """
 
     arguments = FRSKDArguments
-    frskd: Optional[selfkd_torch.FRSKD] = None
+    frskd: Any = None  # selfkd_torch's FRSKD, as soon as training begins
     _taught: Optional[nn.Module] = None  # the model that frskd is of
 
     def _check(self) -> List[tuple]:
@@ -104,8 +104,8 @@ class FRSKDMixin(MethodMixin):
             self.frskd = selfkd_torch.FRSKD(self.model, example=batch[name], **settings)
         self._taught = self.model
 
-    def _make(self, loader, resumed: bool) -> List[Method]:
-        others = super()._make(loader, resumed)
+    def _make(self) -> List[Method]:
+        others = super()._make()
         if self._taught is not self.model:
             name = type(self).__name__
             raise RuntimeError(

@@ -88,12 +88,13 @@ class FusedPSKD(TokenPSKD):
         if not (self._in_step and torch.is_grad_enabled()):
             loss = F.cross_entropy(outputs['logits'].flatten(0, 1).float(), target, reduction=reduction)
             return loss if num_items_in_batch is None else loss / num_items_in_batch
-        hidden, weight, bias = self._hidden, self.head.weight, self.head.bias
+        hidden = self._hidden
         if hidden is None or hidden.shape[:2] != labels.shape:
             raise RuntimeError(
                 'PSKD: pskd_fused computes the loss of what the output layer is called with for each token, which was '
                 f'{"nothing" if hidden is None else tuple(hidden.shape)} for labels {tuple(labels.shape)}: {WAY_OUT}'
             )
+        assert self._logits is not None  # the layer was called
         if not self._compared and not torch.equal(outputs['logits'].float(), self._logits.float()):  # on a GPU it waits
             raise ValueError(
                 'PSKD: the model changes what its output layer gives (soft-capping, a scale), which pskd_fused does '
@@ -102,7 +103,7 @@ class FusedPSKD(TokenPSKD):
         self._compared = True
         outputs['logits'] = self._hidden = None  # nobody takes one token's for all
         dtype = self.dtype or hidden.dtype
-        hidden, weight, bias = (part if part is None else part.to(dtype) for part in (hidden, weight, bias))
+        weight, bias = (part if part is None else part.to(dtype) for part in (self.head.weight, self.head.bias))
         with unheard():
-            loss = self.linear_loss(hidden.flatten(0, 1), weight, target, bias=bias, reduction=reduction)
+            loss = self.linear_loss(hidden.flatten(0, 1).to(dtype), weight, target, bias=bias, reduction=reduction)
         return loss if num_items_in_batch is None else loss / num_items_in_batch

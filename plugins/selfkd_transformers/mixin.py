@@ -114,7 +114,7 @@ class MethodMixin:
         """Why samples must have rows: the method, and the way out where they have none. None: they need not."""
         return None
 
-    def _make(self, loader, resumed: bool) -> List[Method]:
+    def _make(self) -> List[Method]:
         """The methods, over ``self._data``, when training begins."""
         return []
 
@@ -170,7 +170,7 @@ class MethodMixin:
         by_rows, checkpoint = self._by_rows(loader), self._resumed_from
         self._data = data = TrainersBatches(number(loader, *by_rows) if by_rows else (), self.state, steps)
         saved = saved_in(checkpoint) if checkpoint is not None else {}
-        self._methods, self._resumed_from = self._make(loader, checkpoint is not None), None
+        self._methods, self._resumed_from = self._make(), None
         if data.pairing is not None:
             draw_partners(loader, data)
         if checkpoint is not None:

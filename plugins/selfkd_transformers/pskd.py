@@ -84,7 +84,8 @@ class PSKDMixin(MethodMixin):
     """
 
     arguments = PSKDArguments
-    pskd: Optional[TokenPSKD] = None
+    pskd: Any = None  # selfkd_torch's TokenPSKD, as soon as training begins
+    _kind = 'auto'  # of the past, as far as it is known before the first loss
 
     def _check(self) -> List[tuple]:
         settings, teacher, fused = self._settings(), self.args.pskd_teacher, self.args.pskd_fused
@@ -126,29 +127,29 @@ class PSKDMixin(MethodMixin):
 
     def _teacher(self, loader) -> str:
         """What is known before the first loss about ``pskd_teacher='auto'``."""
-        teacher = self.args.pskd_teacher
+        teacher, obstacle = self.args.pskd_teacher, why_no_index(loader)
         if self._sharded:
             return choose_teacher(teacher, None)
         if self.args.pskd_interval:
             obstacle = 'pskd_interval refreshes a copy of the model'
         elif getattr(self.data_collator, 'mlm', False):
             obstacle = f'{type(self.data_collator).__name__} masks other tokens each time'
-        else:
-            obstacle = why_no_index(loader)
         return choose_teacher(teacher, obstacle) if obstacle else teacher
 
     def _by_rows(self, loader) -> Optional[tuple]:
-        if PSKDArguments.on(self.args) and self._teacher(loader) in ('auto', 'bank'):
-            return 'PSKD', "use pskd_teacher='snapshot', or a DataLoader of a map-style data set"
+        if PSKDArguments.on(self.args):
+            self._kind = self._teacher(loader)
+            if self._kind in ('auto', 'bank'):
+                return 'PSKD', "use pskd_teacher='snapshot', or a DataLoader of a map-style data set"
         return super()._by_rows(loader)
 
-    def _make(self, loader, resumed: bool) -> List[Method]:
-        others = super()._make(loader, resumed)
+    def _make(self) -> List[Method]:
+        others = super()._make()
         if not PSKDArguments.on(self.args):
             return others
         args, state = self.args, self.state
         how, length = self._settings(), dict(max_epochs=state.num_train_epochs)
-        how['teacher'] = self._teacher(loader)
+        how['teacher'] = self._kind
         if args.pskd_fused:
             if how['teacher'] not in ('auto', 'bank'):
                 raise ValueError(

@@ -1,6 +1,6 @@
 """PS-KD straight from hidden states and the output layer's weight: logits of all tokens never exist."""
 
-from typing import Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def linear_pskd_loss(
     if tracing():
         logits = F.linear(hidden, weight, bias)
         labels = labels.masked_fill(ignored, ignore_index)
-        options = dict(ignore_index=ignore_index, reduction=reduction, keep_hard=keep_hard)
+        options: Dict[str, Any] = dict(ignore_index=ignore_index, reduction=reduction, keep_hard=keep_hard)
         loss, parts = pskd_loss(logits, labels, past, alpha, return_parts=True, **options)
         drawn = draw_top_k(logits, *draw) if draw else None
     else:
