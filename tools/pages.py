@@ -72,7 +72,7 @@ FRSKD = {
     'repeats': 'Passes of the self-teacher.',
     'sla': 'Weight of self-supervised label augmentation (released: 1). It trains on five times the images.',
     'base_type': "The config's former type, if it was a class of your own. That class goes on doing what it did.",
-    'in_index': 'Which feature maps, two or more, fine to coarse. By default all.',
+    'in_index': 'Which feature maps, two or more, fine to coarse. By default all, or one of each size.',
     'in_channels': 'Channels of the maps. By default found by running the network on an empty image.',
     'channels': "Channels between the classifier's convolutions.",
     'warmup': 'Share of training before the two distillation terms act.',
@@ -253,7 +253,8 @@ def commands(_: str) -> str:
         module, function = where.split(':')
         tree = ast.parse((ROOT / 'plugins' / f'{module.replace(".", "/")}.py').read_text())
         (node,) = (part for part in tree.body if isinstance(part, ast.FunctionDef) and part.name == function)
-        parts.append(f'## selfkd {name}\n\n{ast.get_docstring(node)}')
+        text = re.sub(r'(?<=\S)\n(?=\S)', ' ', ast.get_docstring(node) or '')  # a paragraph is one line on the pages
+        parts.append(f'## selfkd {name}\n\n{text}')
     return '\n\n'.join(parts)
 
 

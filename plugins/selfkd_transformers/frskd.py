@@ -111,7 +111,12 @@ class FRSKDMixin(MethodMixin):
             raise RuntimeError(
                 f'FRSKD: the self-teacher is not trained: {name}.create_optimizer must call super().create_optimizer'
             )
+        self.frskd.add_hooks()
         return [_FRSKD(self), *others]
+
+    def _end(self) -> None:
+        super()._end()
+        self.frskd.remove_hooks()
 
     def _before_update(self) -> None:
         super()._before_update()

@@ -122,6 +122,9 @@ class MethodMixin:
         """For :func:`in_words`."""
         return WORDS
 
+    def _end(self) -> None:
+        """Training is over."""
+
     def _before_update(self) -> None:
         """The model's gradients are clipped, and a step of the optimizer is next."""
 
@@ -282,6 +285,9 @@ class _Epochs(TrainerCallback):
                 f'{self.trainer._names()}: training was plain: {name}.training_step must call super().training_step'
             )
         self.trainer._data.after_update()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.trainer._end()
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         with in_words(self.trainer._words()):

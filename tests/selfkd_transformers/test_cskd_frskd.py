@@ -191,6 +191,7 @@ def test_frskd_adds_its_terms_and_trains_the_self_teacher(options, tmp_path):
     assert terms[-1] < terms[0]
     assert trainer.frskd.layers == ['resnet.embedder.embedder', 'resnet.encoder.stages.0']
     assert not any('teacher' in name for name in trainer.model.state_dict())
+    assert not any(module._forward_hooks for module in trainer.model.modules())  # they are training's
     trained = {id(param) for param in trainer.optimizer.param_groups[0]['params']}
     assert all(id(param) in trained and param.grad is None for param in trainer.frskd.parameters())
 
