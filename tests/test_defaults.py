@@ -84,7 +84,7 @@ PLACES = {
         fields('selfkd_fairseq.criterions:PSKDConfig', 'pskd_'),
         'PSKD',
         'translation',
-        ('ema_decay', 'background', 'bank_dtype', 'bank_device', 'bank_momentum'),  # fairseq has --ema-decay
+        ('ema_decay', 'background', 'bank_device', 'bank_momentum'),  # fairseq has --ema-decay
     ),
     'torch PSKD': Place(
         'torch', constructor('selfkd_torch:PSKD', positional=2), 'PSKD', 'classification', ['background']

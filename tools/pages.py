@@ -244,7 +244,8 @@ def commands(_: str) -> str:
         module, function = where.split(':')
         tree = ast.parse((ROOT / 'plugins' / f'{module.replace(".", "/")}.py').read_text())
         (node,) = (part for part in tree.body if isinstance(part, ast.FunctionDef) and part.name == function)
-        parts.append(f'## selfkd {name}\n\n{ast.get_docstring(node)}')
+        text = re.sub(r'(?<=\S)\n(?=\S)', ' ', ast.get_docstring(node) or '')  # a paragraph is one line on the pages
+        parts.append(f'## selfkd {name}\n\n{text}')
     return '\n\n'.join(parts)
 
 

@@ -67,13 +67,18 @@ def last_of_each_size(outputs: Sequence[Tuple[str, Any]], size: Sequence[int]) -
 
 
 def as_map(x: Any, size: Sequence[int]) -> Optional[Tensor]:
-    """A module's output for images of ``size`` as ``[B, C, H, W]``: a map, or tokens of one; None if it is neither."""
-    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+    """A module's output for images of ``size`` as ``[B, C, H, W]``: a map, or tokens of one; None if it is neither.
+
+    Tokens are ``[B, H * W, C]``, or such with smaller maps inside, ``[B, H * W, h, w, C]`` (HiViT).
+    """
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5):
         return None
     if x.dim() == 4:
         return x
     for halvings in range(1, 7):
         height, width = (math.ceil(s / 2**halvings) for s in size)
         if height * width == x.shape[1]:
+            if x.dim() == 5:
+                return x.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
             return x.transpose(1, 2).unflatten(2, (height, width))
     return None

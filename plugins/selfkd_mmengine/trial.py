@@ -31,10 +31,6 @@ OURS = r'(?:PSKDHook|CSKDHook|FRSKD\w+|self_teacher|SelfTeacher)'  # what a refu
 METHODS: Dict[str, Dict[str, dict]] = {
     'mmpretrain': {
         'PS-KD': {'default_hooks.pskd.type': 'selfkd_mmpretrain.PSKDHook'},
-        'PS-KD, snapshot': {
-            'default_hooks.pskd.type': 'selfkd_mmpretrain.PSKDHook',
-            'default_hooks.pskd.teacher': 'snapshot',
-        },
         'CS-KD': {'default_hooks.cskd.type': 'selfkd_mmpretrain.CSKDHook'},
         'FRSKD': {'model.type': 'selfkd_mmpretrain.FRSKDImageClassifier'},
     },

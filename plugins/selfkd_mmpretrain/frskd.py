@@ -61,14 +61,15 @@ class FRSKDImageClassifier(ImageClassifier):
         return super().__new__(cls)
 
     def __init__(self, *, self_teacher: Optional[dict] = None, **kwargs):
+        check_head_type('FRSKDImageClassifier', kwargs.get('head'))
         known = list(inspect.signature(ImageClassifier.__init__).parameters)[1:]
         foreign = sorted(set(kwargs) - set(known)) if type(self) is FRSKDImageClassifier else []
         if foreign or 'backbone' not in kwargs:
             raise ValueError(
                 f'FRSKDImageClassifier: stands for an ImageClassifier, whose settings are {known}, got '
-                f'{foreign or sorted(kwargs)}: models of other types are not supported'
+                f'{foreign or sorted(kwargs)}: the config is of another type of model, which has no such backbone and '
+                'classifier to distil (of timm, take an ImageClassifier with the backbone TIMMBackbone)'
             )
-        check_head_type('FRSKDImageClassifier', kwargs.get('head'))
         super().__init__(**kwargs)
         self._check_head()
         options = dict(self_teacher or {})

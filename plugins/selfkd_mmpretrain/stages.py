@@ -35,7 +35,8 @@ def find_stages(model: ImageClassifier, names: Optional[Sequence[str]] = None) -
     """Runs a classifier once on a blank image, and looks at what it is made of.
 
     Its stages are the last feature map of each size among the outputs of the modules that ``backbone.forward`` calls
-    itself (not of what is inside these), the coarsest four. A map is ``[B, C, H, W]``, or tokens ``[B, H * W, C]``.
+    itself (not of what is inside these), the coarsest four. A map is ``[B, C, H, W]``, or tokens ``[B, H * W, C]``, or
+    such with smaller ones inside, ``[B, H * W, h, w, C]`` (HiViT).
     The model stays as it is: parameters, statistics, modes, torch's random state.
 
     Args:
@@ -63,11 +64,12 @@ def find_stages(model: ImageClassifier, names: Optional[Sequence[str]] = None) -
         found[shape] = Stage(module, index, as_map(x, size).shape[1], relu)  # type: ignore[union-attr]
     stages = [found[size] for size in sorted(found, reverse=True)]
     if len(stages) < 2 or (names and len(stages) != len(names)):
-        sizes = ', '.join(f'{height} x {width}' for height, width in found) or 'none'
+        sizes = ', '.join(f'{height} x {width}' for height, width in found)
+        maps = f'feature maps of {"one size only, " * (len(found) == 1)}{sizes},' if found else 'no feature maps'
         raise ValueError(
-            'FRSKDImageClassifier: the self-teacher is a pyramid on feature maps of two sizes or more, and those of '
-            f'{name} (for an image of {size[0]} x {size[1]}) are {sizes}: ViTs and their like are not supported, use '
-            'PSKDHook or CSKDHook; in other networks name modules whose maps differ in size in self_teacher.stages'
+            f'FRSKDImageClassifier: {name} gives {maps} for an image of {size[0]} x {size[1]}, and the self-teacher is '
+            'a pyramid over several sizes: for ViTs and their like use PSKDHook or CSKDHook; in other networks name '
+            'modules whose maps differ in size in self_teacher.stages'
         )
     return stages if names else stages[-MAX_STAGES:], num_classes
 
@@ -77,12 +79,12 @@ def _watched(model: ImageClassifier, names: Optional[Sequence[str]]):
     backbone = model.backbone
     channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
     own = getattr(backbone, 'img_size', None)
-    for side in [own] if own else [64, 224, 256, 384]:  # small is fast, and too small for some
+    for side in [own] if own else [64, 224, 256, 384, 32]:  # small is fast, and too small for some
         size = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
         try:
             with outputs_of(backbone, names) as outputs, _relus_of(backbone) as relus, torch.no_grad(), dry_run(model):
                 logits = model.head(model.extract_feat(torch.zeros(1, channels, *size)))
-            return size, outputs, relus, logits.shape[1]
+            return size, outputs, relus, logits.shape[-1]
         except Exception as error:
             failed = error
     raise ValueError(

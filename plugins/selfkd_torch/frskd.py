@@ -1,6 +1,6 @@
 """FRSKD in a training loop of your own."""
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -202,8 +202,8 @@ class FRSKD:
         options_of: Dict[str, Any] = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
         terms = frskd_loss(logits, teacher_logits, feats, refined, None, **options_of)
         terms = {'loss_teacher': F.cross_entropy(teacher_logits, target, **options), **terms}
-        self.logs = {name: term.detach().mean() for name, term in terms.items()}
-        return sum(terms.values(), logits.new_zeros(()))
+        self.logs = {name: term.detach().mean() if term.dim() else term.detach() for name, term in terms.items()}
+        return reduce(torch.add, terms.values())
 
     def state_dict(self) -> dict:
         """The self-teacher's weights, for a checkpoint that training goes on from."""

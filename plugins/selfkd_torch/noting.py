@@ -12,6 +12,9 @@ from selfkd.seeds import step_generator
 
 __all__ = ['Noting']
 
+# Samplers that draw (number of the sample, something else), and data sets which take that.
+WITH_NUMBER_FIRST = ('ScheduledBatchSampler',)
+
 
 class Noting(DataLoader):
     """The loader ``source``, whose batches' rows (and partners) are put into ``batches.noted``.
@@ -89,12 +92,14 @@ class _Sampler(Sampler):
     def __iter__(self) -> Iterator:
         pairing, way_out = self._batches.pairing, self._batches.way_out
         generator = step_generator(self._batches.seed, self._batches.epoch)
+        beside = type(self._sampler).__name__ in WITH_NUMBER_FIRST  # each number comes with something else
         for indices in self._sampler:
-            rows = _rows(indices, way_out)
+            rows = _rows([drawn[0] for drawn in indices] if beside else indices, way_out)
             partners = None
             if pairing is not None:
                 partners = pairing.draw(rows, generator)
-                indices = [*indices, *partners.tolist()]
+                others = partners.tolist()
+                indices = [*indices, *([(n, *drawn[1:]) for n, drawn in zip(others, indices)] if beside else others)]
             self._drawn.append((rows, partners))
             yield indices
 

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfkd.bank import PredictionBank
+from selfkd.checks import is_compiling, outside_graphs
 from selfkd.losses import pskd_cross_entropy
 from selfkd.options import check_options, choose_teacher, warn_without_effect
 from selfkd.past import BankPast, Past, Prediction, copy_past
 from selfkd.renamed import renamed
 from selfkd.schedule import linear_growth
 from selfkd.teacher import unwrap
+from selfkd.transfer import to_device
 
 from .batches import Method
 from .calls import Calls
@@ -172,18 +174,45 @@ class PSKD(Method):
             RuntimeError: outside ``batches()``, or (bank) for the second time in a batch.
             ValueError: logits that are not those of the batch.
         """
-        past = self.past_of(logits, target)
+        past, alpha = self._look_up(logits, target, is_compiling())
+        if is_compiling():
+            return self._mixed(logits, target, past, alpha, options)
         with unheard():
-            if past is None:
-                loss = F.cross_entropy(logits, target, **options)
-                self.log(loss)
-                return loss
-            options.update(keep_hard=self.keep_hard, return_parts=True, alpha=past.alpha(self.current_alpha))
-            loss, parts = pskd_cross_entropy(logits, target, past.probs, **options)
-            counted = None if target.is_floating_point() else target != options.get('ignore_index', -100)
-            self.log(parts.hard, parts.soft, past.entropy(logits.shape[1], counted))
-            return loss
+            return self._mixed(logits, target, past, alpha, options)
 
+    @outside_graphs
+    def _look_up(self, logits: Tensor, target: Tensor, compiled: bool):
+        """The past, and the share that each sample learns of it: in compiled code always a tensor, since a number that
+        grows would have the code compiled again."""
+        past = self.past_of(logits, target)
+        if past is None:
+            return None, 0.0
+        alpha = past.alpha(self.current_alpha)
+        if compiled:
+            alpha = self.current_alpha * to_device(torch.as_tensor(past.known), logits.device)
+        return past, alpha
+
+    def _mixed(
+        self, logits: Tensor, target: Tensor, past: Optional[Prediction], alpha, options: Dict[str, Any]
+    ) -> Tensor:
+        if past is None:
+            loss = F.cross_entropy(logits, target, **options)
+            self.log(loss)
+            return loss
+        loss, parts = pskd_cross_entropy(
+            logits, target, past.probs, alpha, keep_hard=self.keep_hard, return_parts=True, **options
+        )
+        self._log_parts(parts.hard, parts.soft, past, target, logits.shape[1], options)
+        return loss
+
+    @outside_graphs
+    def _log_parts(
+        self, hard, soft, past: Prediction, target: Tensor, num_classes: int, options: Dict[str, Any]
+    ) -> None:
+        counted = None if target.is_floating_point() else target != options.get('ignore_index', -100)
+        self.log(hard, soft, past.entropy(num_classes, counted))
+
+    @outside_graphs
     def log(self, hard: Tensor, soft: Union[float, Tensor] = 0.0, entropy: Union[float, Tensor] = 0.0) -> None:
         """Keeps what a loss consisted of."""
         parts: Dict[str, Union[float, Tensor]] = dict(pskd_alpha=self.current_alpha, pskd_hard=hard.detach())

@@ -1,7 +1,8 @@
 """PS-KD with a bank of tokens: language models and token classification."""
 
 import logging
-from typing import Any, Dict, Mapping, Optional, Union
+import operator
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Union
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class TokenPSKD(PSKD):
                 'PSKD: bank_momentum averages whole rows, and of a token a few classes are kept: remove it'
             )
         with random_state(0, torch.device('cpu')):
-            lengths = [_length(dataset[i]) or 0 for i in range(len(dataset))]
+            lengths = _lengths(dataset)
         return TokenBankPast(
             lengths,
             num_classes,
@@ -113,6 +114,29 @@ class TokenPSKD(PSKD):
                 f'{kinds[self._has_tokens()]}: resume with the training set of the saved run'
             )
         super().load_state_dict(state)
+
+
+def _lengths(dataset) -> List[int]:
+    """How many labels each sample can have: as the data set says (``tgt_sizes`` or ``sizes``, which fairseq's have), or
+    else as all of its samples show."""
+    for name in ('tgt_sizes', 'sizes'):
+        try:
+            lengths = [operator.index(size) for size in getattr(dataset, name)]
+        except (AttributeError, TypeError):  # none, or not a number for each sample
+            continue
+        if len(lengths) == len(dataset) and lengths[0] >= (_length(dataset[0]) or 0):  # else of something else
+            return lengths
+    logger.info('PSKD: reads all %d samples once, to count their labels', len(dataset))
+    return [_length(dataset[i]) or 0 for i in _with_bar(range(len(dataset)))]
+
+
+def _with_bar(numbers: range) -> Iterable[int]:
+    """With a progress bar in a terminal, once it has taken some seconds, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return numbers
+    return tqdm(numbers, desc='PSKD: counts labels', delay=3, disable=None, leave=False)
 
 
 def _length(sample) -> Optional[int]:

@@ -8,11 +8,11 @@ from helpers import ROOT
 
 FAMILIES = {  # family -> what is to come of each method, in the order of the survey
     'mmpretrain': {
-        'resnet': 'tttt',
-        'swin_transformer': 'ttrt',
-        'deit': 'ttrr',
-        'arcface': 'rrrr',
-        'simclr': 'rrrr',
+        'resnet': 'ttt',
+        'swin_transformer': 'ttt',
+        'deit': 'ttr',
+        'arcface': 'rrr',
+        'simclr': 'rrr',
     },
     'mmdet': {
         'faster_rcnn': 'ttt',

@@ -10,6 +10,7 @@ from torch.utils.data import (
 )
 
 from selfkd_torch import TokenPSKD
+from selfkd_torch.tokens import _lengths
 
 
 class Sentences(Dataset):
@@ -21,6 +22,35 @@ class Sentences(Dataset):
     def __getitem__(self, index):
         ids = torch.arange(self.lengths[index]) + index
         return dict(input_ids=ids, labels=ids % 7)
+
+
+class Counting(Sentences):
+    """Counts the samples that are asked for; may say how long they are."""
+
+    def __init__(self, **sizes):
+        self.asked = 0
+        vars(self).update(sizes)
+
+    def __getitem__(self, index):
+        self.asked += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'asked'),
+    [
+        (dict(sizes=torch.tensor(Sentences.lengths)), 1),
+        (dict(sizes=torch.zeros(6, 2), tgt_sizes=Sentences.lengths), 1),
+        ({}, 6),
+        (dict(sizes=[1] * 6), 7),  # of something else
+        (dict(sizes=Sentences.lengths[:5]), 6),
+        (dict(sizes=[size + 0.5 for size in Sentences.lengths]), 6),
+    ],
+)
+def test_samples_are_not_read_where_the_data_set_says_how_long_they_are(sizes, asked):
+    dataset = Counting(**sizes)
+    assert _lengths(dataset) == Sentences.lengths
+    assert dataset.asked == asked
 
 
 def padded(samples):
