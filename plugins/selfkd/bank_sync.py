@@ -40,7 +40,7 @@ def exchange_rows(bank: PredictionBank, indices: Tensor, steps: Tensor) -> None:
     bank.labels.land(wait=True)
     columns = (indices[keep], steps[keep], bank.labels.of(indices[keep]).long())
     written = _all_gather_ragged(torch.stack(columns, dim=1), bank.device)
-    owner = torch.cat([torch.full((len(rows),), rank) for rank, rows in enumerate(written)])
+    owner = torch.cat([torch.full((len(rows),), rank, device='cpu') for rank, rows in enumerate(written)])
     everything = torch.cat(written)
     bank.labels.compare(everything[:, 0], everything[:, 2].int())  # and keeps those of the other ranks
     order = everything[:, 1].sort(stable=True).indices  # by step; within one, by rank
@@ -57,7 +57,7 @@ def exchange_rows(bank: PredictionBank, indices: Tensor, steps: Tensor) -> None:
 
 def _all_gather_ragged(rows: Tensor, device: torch.device) -> List[Tensor]:
     """Every rank's tensor ``[M, k]``, of the same k; on the CPU."""
-    lengths = [int(length) for length in _all_gather(torch.tensor([len(rows)]), device)]
+    lengths = [int(length) for length in _all_gather(torch.tensor([len(rows)], device='cpu'), device)]
     if not any(lengths):
         return [rows] * len(lengths)
     padded = rows.new_zeros(max(lengths), rows.shape[1])
