@@ -10,13 +10,32 @@ from torch import Tensor, nn
 
 from selfkd.losses import mix
 from selfkd.options import check_options, choose_teacher, refuse_without_past, warn_without_effect
-from selfkd.past import BankPast, Past, copy_past
+from selfkd.past import BankPast, Past, Prediction, copy_past
 from selfkd.schedule import linear_growth, may_end_early
 from selfkd.teacher import unwrap
 
-from .hook import SelfKDHook, epoch_length, is_iter_based, is_sharded, saves_after_this_iter, training_progress
+from .hook import (
+    SelfKDHook,
+    checkpoint_folder,
+    epoch_length,
+    is_iter_based,
+    is_sharded,
+    loaded_folder,
+    saves_after_this_iter,
+    training_progress,
+)
 
-__all__ = ['PSKDHookBase']
+__all__ = ['PSKDHookBase', 'is_sigmoid', 'probs_of']
+
+
+def is_sigmoid(loss: nn.Module) -> bool:
+    """Whether a loss module of OpenMMLab has a sigmoid for each class, and not one softmax over all."""
+    return bool(getattr(getattr(loss, 'ce', loss), 'use_sigmoid', False))  # LabelSmoothLoss has its loss inside
+
+
+def probs_of(logits: Tensor, loss: nn.Module) -> Tensor:
+    """What logits ``[B, C, ...]`` predict, by the loss module that they are trained with."""
+    return logits.float().sigmoid() if is_sigmoid(loss) else logits.float().softmax(1)
 
 
 class PSKDHookBase(SelfKDHook):
@@ -118,7 +137,8 @@ class PSKDHookBase(SelfKDHook):
             period_is, way_out = 'the past is that of the epoch before', 'raise max_epochs'
             refuse_without_past('PSKDHook', 1, runner.max_epochs, 'epoch(s)', period_is=period_is, way_out=way_out)
         if self.source == 'bank':
-            self.past = self.make_bank(runner, model)
+            self.past = bank = self.make_bank(runner, model)
+            bank.side.place = (loaded_folder(runner), '')
         else:
             assert self.source is not None  # check has chosen it
             model.train()  # as the loop is about to do: norms that a model keeps frozen stay so in the copy
@@ -164,6 +184,9 @@ class PSKDHookBase(SelfKDHook):
 
     def state_dict(self, runner: Runner, next_iter: int) -> dict:
         mid_period = is_iter_based(runner) and next_iter % self.period != 0
+        if isinstance(self.past, BankPast):
+            folder = checkpoint_folder(runner)
+            self.past.side.place = None if '://' in folder else (folder, f'iteration {next_iter}')
         return {'source': self.source, **self.past.state_dict(mid_period=mid_period)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -191,6 +214,13 @@ class PSKDHookBase(SelfKDHook):
                 'considered): (1 - alpha) of the one and alpha of the other are no one target. Use a cross-entropy '
                 "(the toolkit's CrossEntropyLoss, MMPretrain's LabelSmoothLoss), or train without this hook"
             )
+
+    def entropy(self, past: Prediction, num_classes: int) -> Tensor:
+        """The mean entropy of past predictions, in nats, for the log; of sigmoids, the sum over the classes."""
+        if is_sigmoid(self.tapped):
+            assert isinstance(past.probs, Tensor)  # a copy's
+            past = past._replace(probs=torch.cat([past.probs, 1 - past.probs], 1))
+        return past.entropy(num_classes)
 
     def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '') -> Tensor:
         """:func:`selfkd.losses.mix` of two losses with the present alpha, or ``hard`` where there is no past.

@@ -1,6 +1,7 @@
 """CS-KD for MMPretrain classifiers."""
 
-from typing import Any, Dict, List, Tuple
+from contextlib import nullcontext
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from mmengine.runner import BaseLoop, Runner
@@ -14,7 +15,8 @@ from selfkd.transfer import to_host
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler
 
-from .heads import ClassifierHook, logits_and_target, logits_of
+from .heads import ClassifierHook, logits_and_target, logits_of, target_of
+from .randomness import as_before, random_states
 
 __all__ = ['CSKDHook']
 
@@ -47,15 +49,6 @@ class PairedHook(ClassifierHook):
             )
         return with_batch_sampler(loader, self.batch_sampler)
 
-    def check(self, runner: Runner, model: nn.Module) -> None:
-        super().check(runner, model)
-        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
-            raise ValueError(
-                f'{type(self).__name__}: batch augmentations (Mixup, CutMix, ...) mix samples, and a mixed sample has '
-                'no partner (of its class, or of the same image): remove batch_augments from model.train_cfg / '
-                'data_preprocessor'
-            )
-
     def setup(self, runner: Runner, model: nn.Module) -> None:
         self._model = model
 
@@ -72,7 +65,8 @@ class PairedHook(ClassifierHook):
                 f'{type(self).__name__}: the samples of a batch are not the pairs that its sampler chose, or not in '
                 f'its order: the first half has the labels {labels[:8].tolist()}..., beside it are '
                 f'{others[:8].tolist()}.... Does the collate function, the data set, the pipeline or the data '
-                'preprocessor sort, drop or replace samples? Leave them as they are, or train without this hook'
+                'preprocessor sort, drop or replace samples, or mix them in another way than their partners (whose '
+                'images must have the same size)? Leave them as they are, or train without this hook'
             )
 
 
@@ -86,7 +80,9 @@ class CSKDHook(PairedHook):
     Each sample of a batch (an anchor) gets a partner of its class, drawn from the whole training set, and the loss gets
     ``weight * T^2 * KL(partner || anchor)`` beside the head's own. The partners go through the network in a pass of
     their own, in training mode (with batch-norm statistics of their own, which enter the running statistics) and
-    without gradient. The hook turns on all of it::
+    without gradient. Of a head with two classifiers (Conformer) each is taught by its own. Where batches are mixed
+    (Mixup, CutMix, ...), partners are mixed as their anchors are, so that a mixed partner has the classes of the mixed
+    anchor; this combination is not the paper's. The hook turns on all of it::
 
         default_hooks = dict(cskd=dict(type='selfkd_mmpretrain.CSKDHook', weight=1.0, temperature=4.0))
 
@@ -106,6 +102,7 @@ class CSKDHook(PairedHook):
     # Takes the partners out of the batch before hooks of NORMAL priority look at it.
     priority = 'ABOVE_NORMAL'
     batch_sampler = PairBatchSampler
+    several = True
 
     def __init__(self, weight: float = 1.0, *, temperature: float = 4.0):
         super().__init__()
@@ -115,8 +112,18 @@ class CSKDHook(PairedHook):
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         super().setup(runner, model)
-        # Labels of anchors, targets that the loss saw, the event after which they are there.
+        # Labels of anchors (mixed: of partners), those that the loss saw, the event after which they are there.
         self._to_compare: List[Tuple[Tensor, Tensor, Any]] = []
+        self._partner_logits: Optional[List[Tensor]] = None
+        self._device = next(model.parameters()).device
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        self._handles.append(self._model.data_preprocessor.register_forward_pre_hook(self._before_mixing))
+
+    def _before_mixing(self, preprocessor, args) -> None:
+        if self._waiting and _mixes(preprocessor):  # of the anchors; of the partners they are the same
+            self._states = random_states(self._device)
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         super().before_train_iter(runner, batch_idx, data_batch)
@@ -125,27 +132,45 @@ class CSKDHook(PairedHook):
         self._partners = {key: value[pairs:] for key, value in data_batch.items()}
         for key, value in data_batch.items():
             data_batch[key] = value[:pairs]
-        self._labels = labels
+        self._labels, self._partner_logits, self.logs = labels, None, {}
 
-    def _compare_targets(self, target: Tensor) -> None:
-        """Refuses targets that are not the anchors' labels; of an accelerator a step or two later, without waiting."""
-        (target,), event = to_host(target.detach() if target.dim() == 1 else target.detach().argmax(1))
-        self._to_compare.append((self._labels, target, event))
+    def _compare(self, expected: Tensor, found: Tensor) -> None:
+        """Refuses labels that are not the expected ones; on an accelerator a step or two later, without waiting."""
+        (found, expected), event = to_host(found, expected)
+        self._to_compare.append((expected, found, event))
         while self._to_compare and (self._to_compare[0][2] is None or self._to_compare[0][2].query()):
-            labels, target, _ = self._to_compare.pop(0)
-            self.refuse_moved(labels, target)
+            expected, found, _ = self._to_compare.pop(0)
+            self.refuse_moved(expected, found)
 
     def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
-        self._compare_targets(logits_and_target(arguments)[1])
+        logits, target = logits_and_target(arguments)
+        mixes = _mixes(self._model.data_preprocessor)
+        if not mixes:
+            self._compare(self._labels, target.detach() if target.dim() == 1 else target.detach().argmax(1))
         if self.weight == 0:
             return loss
-        # After the anchors' pass, as in the released code; also, autocast keeps the weights that the first pass casts,
-        # which must be one with gradient. Not through the model's __call__: this is no training step.
-        with torch.no_grad():
-            inputs = self._model.data_preprocessor(self._partners, True)['inputs']
-            partner_logits = logits_of(self._model, inputs)
-        # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
-        logits = logits_and_target(arguments)[0]
+        if self._partner_logits is None:
+            # After the anchors' pass, as in the released code; also, autocast keeps the weights that the first pass
+            # casts, which must be one with gradient. Not through the model's __call__: this is no training step.
+            with torch.no_grad():
+                with as_before(self._states, self._device) if mixes else nullcontext():
+                    partners = self._model.data_preprocessor(self._partners, True)
+                self._partner_logits = logits_of(self._model, partners['inputs'])
+            if mixes:  # as the anchors were
+                self._compare(_mean_class(target), _mean_class(target_of(partners['data_samples'])))
+        assert self._partner_logits is not None
+        assert self.place is not None
         options = dict(weight=self.weight, temperature=self.temperature)
-        self.logs['loss_cskd'] = cskd_loss(logits, None, partner_logits, **options)
+        term = cskd_loss(logits, None, self._partner_logits[self.place], **options)
+        # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
+        self.logs['loss_cskd'] = self.logs.get('loss_cskd', 0) + term
         return loss
+
+
+def _mixes(preprocessor: nn.Module) -> bool:
+    return getattr(preprocessor, 'batch_augments', None) is not None
+
+
+def _mean_class(scores: Tensor) -> Tensor:
+    """Tells mixed labels ``[B, C]`` apart: ``[B]``."""
+    return scores.detach().double() @ torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device)

@@ -51,6 +51,11 @@ class DDGSDHook(PairedHook):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
+        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+            raise ValueError(
+                'DDGSDHook: batch augmentations (Mixup, CutMix, ...) mix samples, and a mixed sample has no second '
+                'view: remove batch_augments from model.train_cfg / data_preprocessor'
+            )
         if not isinstance(getattr(model.head, 'fc', None), nn.Linear):
             raise ValueError(f'DDGSDHook: needs a head with a linear classifier `fc`, got {type(model.head).__name__}')
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from selfkd.checks import at_least_zero, one_of, positive
 from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
+from selfkd.maps import as_map
 from selfkd.pyramid import SelfTeacherPyramid
 from selfkd_mmengine.base_type import derived_from, find_base_type
 
 from .heads import check_head, check_head_type, has_plain_loss
-from .stages import as_map, find_stages
+from .stages import find_stages
 
 __all__ = ['FRSKDImageClassifier', 'SelfTeacher']
 
@@ -60,14 +61,15 @@ class FRSKDImageClassifier(ImageClassifier):
         return super().__new__(cls)
 
     def __init__(self, *, self_teacher: Optional[dict] = None, **kwargs):
+        check_head_type('FRSKDImageClassifier', kwargs.get('head'))
         known = list(inspect.signature(ImageClassifier.__init__).parameters)[1:]
         foreign = sorted(set(kwargs) - set(known)) if type(self) is FRSKDImageClassifier else []
         if foreign or 'backbone' not in kwargs:
             raise ValueError(
                 f'FRSKDImageClassifier: stands for an ImageClassifier, whose settings are {known}, got '
-                f'{foreign or sorted(kwargs)}: models of other types are not supported'
+                f'{foreign or sorted(kwargs)}: the config is of another type of model, which has no such backbone and '
+                'classifier to distil (of timm, take an ImageClassifier with the backbone TIMMBackbone)'
             )
-        check_head_type('FRSKDImageClassifier', kwargs.get('head'))
         super().__init__(**kwargs)
         self._check_head()
         options = dict(self_teacher or {})

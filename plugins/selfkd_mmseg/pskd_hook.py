@@ -18,8 +18,9 @@ from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd.past import Prediction
 from selfkd.teacher import unwrap
 from selfkd_mmengine import PSKDHookBase, only_looks
+from selfkd_mmengine.pskd_hook import is_sigmoid, probs_of
 
-from .decode_head import PLACES, losses_of, place_of_prediction, predicting_head
+from .decode_head import PLACES, WHY_NOT, losses_of, place_of_prediction, predicting_head
 
 __all__ = ['PSKDHook']
 
@@ -84,12 +85,12 @@ class PSKDHook(PSKDHookBase):
         head = predicting_head(model)
         place = place_of_prediction(type(head))
         if not isinstance(model, BaseSegmentor) or place is None:
+            why = 'its outputs are not known to be one softmax or sigmoid over the classes of each pixel'
             raise ValueError(
-                f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: its outputs are not '
-                'known to be one softmax or sigmoid over the classes of each pixel (masks of queries or kernels, as in '
-                'Mask2Former, MaskFormer and K-Net, and depth are not). Use a decode head with the loss of '
-                'BaseDecodeHead (FCN, PSP, UPerNet, SegFormer, OCR, ...), DAHead, DDRHead, EncHead, PIDHead or '
-                'PointHead, or train without this hook'
+                f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: '
+                f'{WHY_NOT.get(type(head).__name__, why)}. Use a decode head with the loss of BaseDecodeHead (FCN, '
+                'PSP, UPerNet, SegFormer, OCR, ...), DAHead, DDRHead, EncHead, PIDHead or PointHead, or train without '
+                'this hook'
             )
         self.place, self.align_corners, self.ignore_index = place, head.align_corners, head.ignore_index
         self._calls_it_again = isinstance(head, DAHead)
@@ -100,7 +101,7 @@ class PSKDHook(PSKDHookBase):
                 f'PSKDHook: {type(head).__name__} trains with {names}, but a past prediction is one of classes: '
                 'decode_head.loss_decode must hold one CrossEntropyLoss with use_mask=False, or OhemCrossEntropy'
             )
-        if _is_sigmoid(tapped[0]) and tapped[0].class_weight is not None:
+        if is_sigmoid(tapped[0]) and tapped[0].class_weight is not None:
             raise ValueError(
                 'PSKDHook: class_weight of a CrossEntropyLoss with use_sigmoid=True weights positive labels, which a '
                 'past prediction does not have: remove class_weight from decode_head.loss_decode'
@@ -151,17 +152,13 @@ class PSKDHook(PSKDHookBase):
             self.logs['pskd_entropy'] = torch.zeros(())
             return self.mix(loss)
         assert isinstance(past.probs, Tensor)  # a copy's
-        found = self._probs(past.probs)
-        both = torch.cat([found, 1 - found], 1) if _is_sigmoid(self.tapped) else found
-        self.logs['pskd_entropy'] = Prediction(both, True).entropy(logits.shape[1])
+        found = Prediction(probs_of(past.probs, self.tapped), True)
+        self.logs['pskd_entropy'] = self.entropy(found, logits.shape[1])
         if logits.dim() == 3:
             past_logits = point_sample(past.probs, self._points, align_corners=self.align_corners)
         else:
             past_logits = resize(past.probs, logits.shape[2:], mode='bilinear', align_corners=self.align_corners)
-        return self.mix(loss, self._loss(logits, label, self._probs(past_logits), arguments))
-
-    def _probs(self, logits: Tensor) -> Tensor:
-        return logits.float().sigmoid() if _is_sigmoid(self.tapped) else logits.float().softmax(1)
+        return self.mix(loss, self._loss(logits, label, probs_of(past_logits, self.tapped), arguments))
 
     def _ignored(self, label: Tensor) -> Tensor:
         return label == getattr(self.tapped, 'ignore_label', self.ignore_index)
@@ -172,12 +169,10 @@ class PSKDHook(PSKDHookBase):
         The pixels that count, and how much each does, are those that the module takes by the labels.
         """
         module, valid = self.tapped, ~self._ignored(label)
-        if _is_sigmoid(module):
+        if is_sigmoid(module):
             losses, each = quality_focal_loss(logits, probs, gamma=0, reduction='none'), valid.unsqueeze(1)
-            weight, count = arguments.get('weight'), None
-            if module.reduction == 'mean' and module.avg_non_ignore:
-                count = valid.sum() * logits.shape[1]
-            arguments = {**arguments, 'avg_factor': count, 'weight': None if weight is None else weight.unsqueeze(1)}
+            of_valid = module.reduction == 'mean' and module.avg_non_ignore
+            arguments = {**arguments, 'avg_factor': valid.sum() * logits.shape[1] if of_valid else None}
             return self.reduced(weight_reduce_loss, losses.masked_fill(~each, 0), arguments)
         weight = None if module.class_weight is None else logits.new_tensor(module.class_weight).float()
         losses = soft_cross_entropy(logits, probs, class_weight=weight, reduction='none')
@@ -187,10 +182,6 @@ class PSKDHook(PSKDHookBase):
         factor = _avg_factor(module, weight, label, valid)
         losses = losses.masked_fill(~valid, 0)
         return self.reduced(weight_reduce_loss, losses, {**arguments, 'avg_factor': factor})
-
-
-def _is_sigmoid(module: nn.Module) -> bool:
-    return bool(getattr(module, 'use_sigmoid', False))
 
 
 def _hard_pixels(module: OhemCrossEntropy, logits: Tensor, label: Tensor, valid: Tensor) -> Tensor:

@@ -46,9 +46,7 @@ def test_an_exchanged_pipeline_keeps_the_rows_of_a_concatenated_set(digits, tmp_
     assert all(len(images) == 1 for images in rows.images.values())
 
 
-@pytest.mark.parametrize(
-    ('hook', 'options'), [(PSKD, SOFT), (CSKD, SOFT), (dict(type='selfkd_mmpretrain.TFKDHook'), {})]
-)
+@pytest.mark.parametrize(('hook', 'options'), [(PSKD, SOFT), (dict(type='selfkd_mmpretrain.TFKDHook'), {})])
 def test_mixing_that_is_switched_on_is_refused_as_at_the_start(digits, tmp_path, hook, options):
     cfg = switched(digits, tmp_path, hook, switch=dict(batch_augments=MIXUP), **options)
     recorder = Recorder()
@@ -57,9 +55,10 @@ def test_mixing_that_is_switched_on_is_refused_as_at_the_start(digits, tmp_path,
     assert len([step for step in recorder.steps if 'epoch' in step]) == 10  # the first two epochs
 
 
-def test_a_snapshot_goes_on_beside_mixing_that_is_switched_on(digits, tmp_path):
-    train(switched(digits, tmp_path, SNAPSHOT, switch=dict(batch_augments=MIXUP), **SOFT), recorder := Recorder())
+def test_a_snapshot_and_pairs_go_on_beside_mixing_that_is_switched_on(digits, tmp_path):
+    train(switched(digits, tmp_path, SNAPSHOT, CSKD, switch=dict(batch_augments=MIXUP), **SOFT), recorder := Recorder())
     assert all(step['pskd_soft'] > 0 for step in recorder.steps[5:])
+    assert all(step['loss_cskd'] > 0 for step in recorder.steps)
     assert (recorder.steps[-1]['label'] % 1 > 0).any()
 
 
@@ -81,8 +80,8 @@ def test_hooks_follow_an_exchanged_loss(digits, tmp_path, hooks):
 
 
 def test_an_exchanged_loss_that_cannot_work_is_refused(digits, tmp_path):
-    cfg = switched(digits, tmp_path, PSKD, switch=dict(loss=dict(type='CrossEntropyLoss', use_sigmoid=True)))
-    with pytest.raises(ValueError, match='multi-label and sigmoid losses are not supported'):
+    cfg = switched(digits, tmp_path, PSKD, switch=dict(loss=dict(type='FocalLoss')))
+    with pytest.raises(ValueError, match='trains with FocalLoss, which is not the cross-entropy'):
         train(cfg)
 
 

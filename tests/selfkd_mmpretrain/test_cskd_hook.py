@@ -156,6 +156,78 @@ def test_beside_precise_batch_norm(digits, tmp_path, loop):
     assert (runner.message_hub.log_scalars['train/loss_cskd'].data[0] > 0).all()
 
 
+# Mixed batches
+
+
+class Mixing(Hook):
+    """Keeps the mixed batches, of anchors and of partners, and the model of each step."""
+
+    priority = 'VERY_LOW'
+
+    def before_train(self, runner):
+        self.steps = []
+        runner.model.data_preprocessor.register_forward_hook(self._keep)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.steps.append(dict(model=copy.deepcopy(plain_copy(runner.model)), batches=[]))
+
+    def _keep(self, module, args, output):
+        if not args[1]:  # for evaluation
+            return
+        scores = torch.stack([sample.gt_score for sample in output['data_samples']])
+        self.steps[-1]['batches'].append((output['inputs'].clone(), scores))
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.steps[-1].update({name: float(value) for name, value in outputs.items()})
+
+
+def mixed(digits, folder, *hooks, augments=(dict(type='Mixup', alpha=1.0), dict(type='CutMix', alpha=1.0))):
+    options = {'data_preprocessor.batch_augments': dict(augments=list(augments)), 'train_cfg.max_epochs': 2}
+    return digits_config(digits, folder, *hooks, **options)
+
+
+def test_partners_are_mixed_as_their_anchors(digits, tmp_path):
+    """Their labels are the same, the term is recomputed, and anchors are mixed as in plain training."""
+    train(mixed(digits, tmp_path / 'plain'), plain := Mixing())
+    train(mixed(digits, tmp_path / 'ours', CSKD), ours := Mixing())
+    for step, expected in zip(ours.steps, plain.steps):
+        (anchors, scores), (partners, partner_scores) = step['batches']
+        assert torch.equal(partner_scores, scores)
+        assert torch.equal(anchors, expected['batches'][0][0])
+        assert not torch.equal(anchors, partners)
+        model = step['model'].train()
+        with torch.no_grad():
+            z, other = model(anchors), model(partners)
+        p = F.softmax(other / 3, 1)
+        kl = 9 * (p * (p.log() - F.log_softmax(z / 3, 1))).sum(1).mean().item()
+        assert step['loss_cskd'] == pytest.approx(2 * kl, rel=1e-3, abs=1e-5)
+    assert sum(bool((scores % 1 > 0).any()) for scores in (step['batches'][0][1] for step in ours.steps)) > 5
+
+
+class MixesAnew:
+    """Mixes each batch with another share, whatever the random state."""
+
+    share = 0.0
+
+    def __call__(self, inputs, scores):
+        self.share += 0.01
+        return [self.share * x + (1 - self.share) * x.roll(1, 0) for x in (inputs, scores.float())]
+
+
+def test_partners_that_are_mixed_in_another_way_are_refused(digits, tmp_path):
+    with pytest.raises(ValueError, match='or mix them in another way than their partners'):
+        train(mixed(digits, tmp_path, CSKD, augments=[MixesAnew()]))
+
+
+def test_mixing_beside_pskd(digits, tmp_path):
+    log = train(mixed(digits, tmp_path, CSKD, PSKD)).message_hub.log_scalars
+    assert (log['train/loss_cskd'].data[0] > 0).all()
+    assert (log['train/pskd_soft'].data[0][5:] > 0).all()
+
+
+# Samples that are moved
+
+
 def move_partners(batch):
     """Gives each anchor the partner of the one before it."""
     half = len(batch) // 2
@@ -274,10 +346,7 @@ def test_settings_that_cannot_work_are_refused(digits, tmp_path, hook, message):
         Runner.from_cfg(digits_config(digits, tmp_path, hook))
 
 
-def test_runs_that_cannot_work_are_refused(digits, tmp_path):
-    mixup = {'data_preprocessor.batch_augments': dict(augments=dict(type='Mixup', alpha=0.2))}
-    with pytest.raises(ValueError, match='a mixed sample has no partner .* remove batch_augments'):
-        train(digits_config(digits, tmp_path, CSKD, **mixup))
+def test_an_iteration_based_loop_must_ask_for_pairs(digits, tmp_path):
     with pytest.raises(ValueError, match='set train_dataloader.batch_sampler=dict'):
         train(by_iterations(digits_config(digits, tmp_path, CSKD), 4))
 
@@ -287,11 +356,10 @@ def test_runs_that_cannot_work_are_refused(digits, tmp_path):
     ('head', 'message'),
     [
         (dict(type='MultiLabelLinearClsHead', num_classes=10, in_channels=32), 'MultiLabelLinearClsHead trains with'),
-        (dict(LINEAR, loss=dict(type='FocalLoss')), 'LinearClsHead trains with FocalLoss, but a prediction is'),
+        (dict(LINEAR, loss=dict(type='FocalLoss')), 'LinearClsHead trains with FocalLoss, which is not the cross'),
         (dict(LINEAR, loss=MULTI_LABEL), 'LinearClsHead trains with LabelSmoothLoss'),
         (dict(type='ArcFaceClsHead', num_classes=10, in_channels=32), 'ArcFaceClsHead trains on logits with a margin'),
-        (dict(type='ConformerHead', num_classes=10, in_channels=[32, 32]), 'ConformerHead has two classifiers'),
-        (None, 'with the head NoneType has no classification head with a loss_module'),
+        (None, 'with the head NoneType has no loss_module of a classification'),
     ],
 )
 def test_heads_that_cannot_work_are_refused(digits, tmp_path, hook, head, message):

@@ -22,6 +22,7 @@ from selfkd.losses import attention_transfer, hint_loss, overhaul_loss
 from selfkd.publish import publish_checkpoint, strip_self_teacher
 from selfkd.pyramid import SelfTeacherPyramid
 from selfkd_mmpretrain.heads import target_of
+from selfkd_mmpretrain.stages import as_map
 
 PSKD = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
 MIXUP = {'data_preprocessor.batch_augments': dict(augments=dict(type='Mixup', alpha=0.2))}
@@ -400,7 +401,7 @@ def test_beside_cskd(digits, tmp_path):
         ({'temperature': 0}, 'self_teacher: temperature must be above 0, got 0'),
         ({'stages': ['layer2', 'layer9']}, r"stages must list modules of ResNet_CIFAR, of which \['layer9'\] is none"),
         ({'stages': 'layer2'}, "of which 'layer2' is none"),
-        ({'stages': ['layer1.0', 'layer1']}, r'two sizes or more, and those of ResNet_CIFAR .* are 64 x 64: '),
+        ({'stages': ['layer1.0', 'layer1']}, 'ResNet_CIFAR gives feature maps of one size only, 64 x 64, '),
     ],
 )
 def test_settings_that_cannot_work_are_refused(digits, tmp_path, teacher, message):
@@ -416,6 +417,7 @@ def test_chosen_stages(digits, tmp_path):
 VIT = dict(type='VisionTransformer', arch='deit-t', img_size=32, patch_size=16)
 VIT_HEAD = dict(type='VisionTransformerClsHead', num_classes=10, in_channels=192)
 CONVMIXER_HEAD = dict(type='LinearClsHead', num_classes=10, in_channels=768)
+LENET = dict(backbone=dict(type='LeNet5', num_classes=10), neck=None, head=dict(type='ClsHead'))
 ARCFACE = dict(type='ArcFaceClsHead', num_classes=10, in_channels=32)
 FOCAL = dict(type='LinearClsHead', num_classes=10, in_channels=32, loss=dict(type='FocalLoss'))
 
@@ -425,13 +427,20 @@ FOCAL = dict(type='LinearClsHead', num_classes=10, in_channels=32, loss=dict(typ
     [
         (
             dict(backbone=VIT, neck=None, head=VIT_HEAD),
-            r'those of VisionTransformer .* are 2 x 2: ViTs .* use PSKDHook',
+            r'VisionTransformer gives feature maps of one size only, 2 x 2, .* use PSKDHook',
         ),
         (dict(head=ARCFACE), 'FRSKDImageClassifier: ArcFaceClsHead trains on logits with a margin'),
         (dict(head=FOCAL), 'FRSKDImageClassifier: LinearClsHead trains with FocalLoss'),
-        (dict(head=None), 'ImageClassifier with the head NoneType has no classification head'),
-        (dict(loss=None), r"stands for an ImageClassifier, whose settings are .* got \['loss'\]: models of other"),
-        (dict(backbone=dict(type='ConvMixer', arch='768/32'), head=CONVMIXER_HEAD), 'those of ConvMixer'),
+        (dict(head=None), 'ImageClassifier with the head NoneType has no loss_module of a classification'),
+        (
+            dict(loss=None),
+            r"stands for an ImageClassifier, whose settings are .* got \['loss'\]: the config is of another",
+        ),
+        (
+            dict(backbone=dict(type='ConvMixer', arch='768/32'), head=CONVMIXER_HEAD),
+            'ConvMixer gives feature maps of one size',
+        ),
+        (LENET, 'LeNet5 gives no feature maps'),
         (dict(head=dict(type='LinearClsHead', num_classes=10, in_channels=33)), r'ResNet_CIFAR fails on an image of'),
     ],
 )
@@ -442,8 +451,23 @@ def test_models_that_cannot_work_are_refused(digits, tmp_path, model, message):
         MODELS.build(cfg.model)
 
 
+def test_stages_that_must_be_named(digits, tmp_path):
+    """Those of LeNet lie in a sequence, and its images are smaller than others'."""
+    cfg = frskd_config(digits, tmp_path, teacher={'stages': ['features.2', 'features.5']})
+    cfg.model = ConfigDict({**cfg.model, **LENET})
+    assert MODELS.build(cfg.model).self_teacher.pyramid.in_channels == [6, 16]
+
+
+def test_tokens_of_tokens_are_a_map():
+    """HiViT's: each place of a coarse map holds a small map."""
+    x = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12)
+    patches = x.unflatten(3, (6, 2)).unflatten(2, (4, 2)).permute(0, 2, 4, 3, 5, 1).flatten(1, 2)
+    assert patches.shape == (2, 24, 2, 2, 3)
+    assert torch.equal(as_map(patches, (64, 96)), x)
+
+
 def test_a_timm_classifier_is_refused():
-    with pytest.raises(ValueError, match=r"got \['model_name'\]: models of other types are not supported"):
+    with pytest.raises(ValueError, match=r"got \['model_name'\]: .* the backbone TIMMBackbone"):
         MODELS.build(dict(type='selfkd_mmpretrain.FRSKDImageClassifier', model_name='resnet18'))
 
 
@@ -451,7 +475,9 @@ def test_self_supervision_is_refused():
     """Its head and preprocessor are others, its settings have the same names."""
     cfg = get_config('mmpretrain::barlowtwins/barlowtwins_resnet50_8xb256-coslr-300e_in1k.py')
     cfg.model.update(type='selfkd_mmpretrain.FRSKDImageClassifier', data_preprocessor=cfg.data_preprocessor)
-    with pytest.raises(ValueError, match='LatentCrossCorrelationHead is not a classification head'):
+    with pytest.raises(
+        ValueError, match='LatentCrossCorrelationHead does not classify images, so there is no class prediction'
+    ):
         MODELS.build(cfg.model)
 
 

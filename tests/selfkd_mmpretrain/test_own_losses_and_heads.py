@@ -133,10 +133,14 @@ def test_a_head_must_train_on_what_it_predicts(digits, tmp_path, hook, head):
             train(cfg)
 
 
-def test_the_look_at_the_prediction_changes_nothing(digits, tmp_path):
-    """Dropout draws what it would draw, and batch norms keep account once."""
+@pytest.mark.parametrize('wrapper', ['OptimWrapper', 'AmpOptimWrapper'])
+def test_the_look_at_the_prediction_changes_nothing(digits, tmp_path, monkeypatch, wrapper):
+    """Dropout draws what it would draw, batch norms keep account once, and weights that are cast have gradients."""
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
     head = dict(type='StackedLinearClsHead', num_classes=10, in_channels=32, mid_channels=[16], dropout_rate=0.5)
-    options = {'model.head': head, 'train_cfg.max_epochs': 2}
+    options = {'model.head': head, 'train_cfg.max_epochs': 2, 'optim_wrapper.type': wrapper}
+    if wrapper == 'AmpOptimWrapper':
+        options.update({'optim_wrapper.dtype': 'bfloat16', 'optim_wrapper.loss_scale': 1.0})
     plain = train(digits_config(digits, tmp_path / 'plain', **options)).model.state_dict()
     hook = dict(type='selfkd_mmpretrain.TFKDHook', alpha=0.0)
     looked = train(digits_config(digits, tmp_path / 'looked', hook, **options)).model.state_dict()
