@@ -11,6 +11,9 @@ import os
 from importlib import import_module
 
 SUITES = {
+    'memory': 'suites.counts:memory_suite',
+    'kernels': 'suites.counts:kernel_suite',
+    'syncs': 'suites.counts:sync_suite',
     'loss': 'suites.losses:loss_suite',
     'bank': 'suites.losses:bank_suite',
     'torch': 'suites.torch:step_suite',
@@ -68,7 +71,8 @@ def main() -> None:
             print(f'## {name}\n\nLeft out: {error}.\n')
             continue
         text = '\n\n'.join(to_markdown(table) for table in suite(args.size))
-        section = name if args.size == 'small' else f'{name}-full'
+        counted = suite.__module__ == 'suites.counts'  # one size, which needs no GPU
+        section = name if args.size == 'small' or counted else f'{name}-full'
         print(f'## {section}\n\n{text}\n', flush=True)
         if args.write:
             write_section(args.write, section, text)

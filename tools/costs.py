@@ -8,17 +8,33 @@ a GPU, and ``tiny`` ones, the full size's in small numbers, for tests.
 import platform
 import statistics
 import time
-from typing import Callable, Dict, List, NamedTuple
+from typing import Callable, Dict, List, NamedTuple, Tuple, Union
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from selfkd.files import replacing
 
-__all__ = ['Cost', 'Table', 'compare', 'hardware', 'peak_bytes', 'to_markdown', 'used_device', 'write_section']
+__all__ = [
+    'Cost',
+    'Counts',
+    'Table',
+    'compare',
+    'hardware',
+    'held_bytes',
+    'peak_bytes',
+    'to_markdown',
+    'used_device',
+    'write_section',
+]
 
 
 class Cost(NamedTuple):
-    """Cost of one way against the plain one: medians over paired repeats."""
+    """Cost of one way against the plain one. Ratios are medians over paired repeats; the plain one's time is a median,
+    and the others' are that times their ratio, so that a busy machine does not make the two contradict each other."""
 
     name: str
     milliseconds: float
@@ -31,6 +47,14 @@ class Table(NamedTuple):
 
     title: str
     costs: List[Cost]
+
+
+class Counts(NamedTuple):
+    """What a suite counted, which no clock and no machine changes."""
+
+    title: str
+    columns: Tuple[str, ...]
+    rows: List[Tuple[str, ...]]
 
 
 def used_device() -> torch.device:
@@ -58,15 +82,9 @@ def compare(candidates: Dict[str, Callable[[], object]], *, repeats: int = 20) -
                 times[name].append(time.perf_counter() - start)
     peaks = {name: peak_bytes(step) if repeats > 1 else 1 for name, step in candidates.items()}
     plain = next(iter(candidates))
-    return [
-        Cost(
-            name,
-            1000 * statistics.median(times[name]),
-            statistics.median(a / b for a, b in zip(times[name], times[plain])),
-            peaks[name] / peaks[plain],
-        )
-        for name in candidates
-    ]
+    ratios = {name: statistics.median(a / b for a, b in zip(times[name], times[plain])) for name in candidates}
+    milliseconds = 1000 * statistics.median(times[plain])
+    return [Cost(name, milliseconds * ratios[name], ratios[name], peaks[name] / peaks[plain]) for name in candidates]
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
@@ -86,6 +104,32 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return peak
 
 
+class _Held(TorchDispatchMode):
+    """Notes what memory the tensors that are made in it hold, on the meta device as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._storages = 0, {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
+        out = operation(*args, **(kwargs or {}))
+        for made in tree_flatten(out)[0]:
+            storage = made.untyped_storage() if isinstance(made, Tensor) else None
+            if storage is not None and storage._cdata not in given:
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+        return out
+
+
+def held_bytes(step: Callable[[], object]) -> int:
+    """:func:`peak_bytes` of the tensors that operations give, without running on the device that they name."""
+    with _Held() as held:
+        step()
+    return held.peak
+
+
 def hardware() -> str:
     """What the numbers were measured on."""
     if torch.cuda.is_available():
@@ -99,7 +143,10 @@ def hardware() -> str:
     return f'{model}, {torch.get_num_threads()} threads, torch {torch.__version__}'
 
 
-def to_markdown(table: Table) -> str:
+def to_markdown(table: Union[Table, Counts]) -> str:
+    if isinstance(table, Counts):
+        lines = [table.columns, ['---'] * len(table.columns), *table.rows]
+        return '\n'.join([table.title, '', *(f'| {" | ".join(line)} |' for line in lines)])
     rows = [table.title, '', f'Measured on {hardware()}.', '']
     rows += ['| | ms per step | time ratio | memory ratio |', '| --- | --- | --- | --- |']
     rows += [f'| {c.name} | {c.milliseconds:.4g} | {c.time_ratio:.2f} | {c.memory_ratio:.2f} |' for c in table.costs]

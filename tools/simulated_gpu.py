@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -228,7 +229,8 @@ def _made_on_host(make):
     def made(data, *, dtype=None, device=None, **options):
         if isinstance(data, Tensor):
             return data.to(device or data.device, dtype or data.dtype)
-        out = make(data, dtype=dtype, **options)
+        device = _device.CURRENT_DEVICE if device is None else device  # that of set_default_device
+        out = make(data, dtype=dtype, device='cpu', **options)
         return (
             out if device is None or torch.device(device).type == 'cpu' else out.reshape(-1).to(device).view(out.shape)
         )

@@ -71,7 +71,7 @@ class PredictionBank:
         self._refuse_if_too_large(num_samples * self.storage.row_bytes)
         shapes = self.storage.tables.values()
         self._tables = tuple(torch.zeros(num_samples, columns, dtype=d, device=self.device) for d, columns in shapes)
-        self._seen = torch.zeros(num_samples, dtype=torch.bool)
+        self._seen = torch.zeros(num_samples, dtype=torch.bool, device='cpu')
         # As written() says, since the last exchange; None until the first write in one of several processes.
         self._written: Optional[Tensor] = None
         # What is on its way from an accelerator, oldest first: (indices, rows, for each 1 if finite + 2 if given,
@@ -192,7 +192,7 @@ class PredictionBank:
 
     def _steps(self) -> Tensor:
         if self._written is None:
-            self._written = torch.zeros(self.num_samples, dtype=torch.int32)
+            self._written = torch.zeros(self.num_samples, dtype=torch.int32, device='cpu')
         return self._written
 
     def written(self) -> Tensor:
@@ -267,7 +267,7 @@ class PredictionBank:
 
         Of what has arrived from the accelerator so far: looking does not wait.
         """
-        self._land(torch.zeros(0, dtype=torch.long))
+        self._land(torch.zeros(0, dtype=torch.long, device='cpu'))
         return self._skipped
 
     def seen(self, indices: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ def _last_of_each(indices: Tensor) -> Tensor:
     """Positions of the last occurrence of each value, ascending."""
     values, inverse = torch.unique(indices, return_inverse=True)
     if len(values) == len(indices):
-        return torch.arange(len(indices))
-    positions = torch.arange(len(indices))
-    last = torch.zeros(len(values), dtype=torch.long).scatter_reduce_(0, inverse, positions, 'amax')
+        return torch.arange(len(indices), device='cpu')
+    positions = torch.arange(len(indices), device='cpu')
+    last = torch.zeros(len(values), dtype=torch.long, device='cpu').scatter_reduce_(0, inverse, positions, 'amax')
     return last.sort().values

@@ -38,7 +38,7 @@ def exchange_rows(bank: PredictionBank) -> None:
     latest = torch.stack([written[start : start + SLICE].amax() for start in starts])
     for start, anywhere in zip(starts, _largest(latest, bank.device).tolist()):
         if anywhere:
-            _exchange_slice(bank, torch.arange(start, min(start + SLICE, len(written))), written)
+            _exchange_slice(bank, torch.arange(start, min(start + SLICE, len(written)), device='cpu'), written)
     written.zero_()
 
 

@@ -30,7 +30,7 @@ class SameClassPairing:
     """
 
     def __init__(self, labels: Union[Sequence[int], Tensor]):
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, device='cpu')
         if labels.dim() != 1 or labels.is_floating_point() or not len(labels) or labels.min() < 0:
             raise ValueError(
                 'labels: must be one class id (an integer of at least 0) per sample, [N] with N > 0, got '
@@ -72,13 +72,13 @@ class SameClassPairing:
         Raises:
             IndexError: an index outside [0, N).
         """
-        indices = torch.as_tensor(indices, dtype=torch.long)
+        indices = torch.as_tensor(indices, dtype=torch.long, device='cpu')
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(
                 f'indices: must lie in [0, {len(self)}), got values from {indices.min()} to {indices.max()}'
             )
         label = self._classes[indices]
-        share = torch.rand(len(label), dtype=torch.float64, generator=generator)
+        share = torch.rand(len(label), dtype=torch.float64, generator=generator, device='cpu')
         return self._members[self._start[label] + (share * self._count[label]).long()]
 
 
@@ -138,7 +138,8 @@ def same_class_partners(
     barred, number = torch.where(one_image, places, barred), torch.where(one_image, 1, number)
     others = count - number
 
-    share = to_device(torch.rand(2, len(order), dtype=torch.float64, generator=generator), labels.device)
+    share = torch.rand(2, len(order), dtype=torch.float64, generator=generator, device='cpu')
+    share = to_device(share, labels.device)
     drawn = start[mine] + (share[0] * others[mine]).long()
     drawn = drawn + number[mine] * (drawn >= barred[mine])
     alone = others[mine] == 0

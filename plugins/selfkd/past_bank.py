@@ -54,7 +54,7 @@ class BankPast(Past):
     def __init__(self, bank: PredictionBank, *, momentum: float = 0.0, way_out: str):
         check_momentum(momentum, bank.top_k)
         self.bank, self.momentum, self.way_out = bank, momentum, way_out
-        self.step, self.rows = 0, torch.zeros(0, dtype=torch.long)
+        self.step, self.rows = 0, torch.zeros(0, dtype=torch.long, device='cpu')
         self._past: Optional[Prediction] = None
         self.side = SideFile()
 
@@ -136,14 +136,14 @@ class TokenBankPast(BankPast):
         ignore_index: int = -100,
         way_out: str,
     ):
-        self.lengths = torch.as_tensor(lengths).long()
+        self.lengths = torch.as_tensor(lengths, device='cpu').long()
         self.ends = self.lengths.cumsum(0)
         bank = PredictionBank(int(self.ends[-1]), num_classes, top_k=top_k, dtype=dtype, device=device)
         super().__init__(bank, way_out=way_out)
         self.top_k, self.ignore_index = top_k, ignore_index
         self.samples = self.rows
         # Of each position, its place among the rows; of those without a label, the place behind them.
-        self._place = torch.zeros(0, dtype=torch.long)
+        self._place = torch.zeros(0, dtype=torch.long, device='cpu')
         self._too_long: List[Tuple[Tensor, Optional[torch.cuda.Event]]] = []  # on its way from an accelerator
         logger.info('PS-KD: the token bank takes %.1f MB for %d samples', bank.nbytes / 1e6, len(self.ends))
 
@@ -166,7 +166,8 @@ class TokenBankPast(BankPast):
         lengths = self.lengths[self.samples]
         ends = lengths.cumsum(0)
         count = int(lengths.sum())
-        self.rows = torch.arange(count) + (self.ends[self.samples] - ends).repeat_interleave(lengths, output_size=count)
+        shifts = (self.ends[self.samples] - ends).repeat_interleave(lengths, output_size=count)
+        self.rows = torch.arange(count, device='cpu') + shifts
         ends, lengths = to_device(torch.stack([ends, lengths])[:, :, None], labels.device)
 
         real = labels != self.ignore_index

@@ -38,7 +38,7 @@ class RowLabels:
     def __init__(self, num_samples: int, labels: Optional[Tensor] = None):
         self.num_samples = num_samples
         # What is kept of each row's label, int32 [N]; None as long as none is known.
-        self.kept: Optional[Tensor] = None if labels is None else _fingerprints(torch.as_tensor(labels))
+        self.kept: Optional[Tensor] = None if labels is None else _fingerprints(torch.as_tensor(labels, device='cpu'))
         # On their way from an accelerator, oldest first: (rows, what is kept of their labels, event, way out).
         self._pending: List[Tuple[Tensor, Tensor, Optional[torch.cuda.Event], str]] = []
 
@@ -75,7 +75,8 @@ class RowLabels:
 
     def of(self, indices: Tensor) -> Tensor:
         """What is kept of the labels of rows, int32 ``[B]``, for :meth:`compare` of another process."""
-        return torch.full((len(indices),), UNKNOWN, dtype=torch.int32) if self.kept is None else self.kept[indices]
+        unknown = (len(indices),), UNKNOWN
+        return torch.full(*unknown, dtype=torch.int32, device='cpu') if self.kept is None else self.kept[indices]
 
     def compare(self, indices: Tensor, labels: Tensor, way_out: str = '') -> None:
         """As :meth:`check`, with what is kept of labels (of another process, say)."""
@@ -92,7 +93,7 @@ class RowLabels:
                 f'training resumed with another data set? Leave the samples as they are{way_out and ", or " + way_out}'
             )
         if self.kept is None:
-            self.kept = torch.full((self.num_samples,), UNKNOWN, dtype=torch.int32)
+            self.kept = torch.full((self.num_samples,), UNKNOWN, dtype=torch.int32, device='cpu')
         self.kept[indices] = torch.where(labels == UNKNOWN, old, labels)
 
     def state(self) -> Optional[Tensor]:

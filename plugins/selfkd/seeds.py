@@ -45,4 +45,4 @@ def row_uniform(rows: Tensor, step: int) -> Tensor:
         >>> torch.equal(row_uniform(rows, 3).flip(0), row_uniform(rows.flip(0), 3))
         True
     """
-    return torch.rand(UNIFORMS, generator=torch.Generator().manual_seed(step))[rows % UNIFORMS]
+    return torch.rand(UNIFORMS, generator=torch.Generator().manual_seed(step), device='cpu')[rows % UNIFORMS]

@@ -51,7 +51,9 @@ class LogBytes:
     seed = 2**31
 
     def __init__(self) -> None:
-        self.levels = torch.cat([torch.zeros(1), torch.exp2((torch.arange(1, 255) - 254) / 16)])
+        self.levels = torch.cat(
+            [torch.zeros(1, device='cpu'), torch.exp2((torch.arange(1, 255, device='cpu') - 254) / 16)]
+        )
         self.gaps = self.levels.diff()
 
     def encode(self, values: Tensor, rows: Tensor, step: int) -> Tensor:
@@ -156,7 +158,7 @@ class Storage:
         else:
             check_probs('probs', values, values.shape)
         here = values.device.type == 'cpu'
-        return torch.ones(len(values), dtype=torch.bool) if here else values.isfinite().all(1)
+        return torch.ones(len(values), dtype=torch.bool, device='cpu') if here else values.isfinite().all(1)
 
     def encode(self, probs: Union[Tensor, TopK], rows: Tensor, step: int = 0) -> Rows:
         """Rows of the tables.

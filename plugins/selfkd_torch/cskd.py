@@ -86,7 +86,7 @@ class CSKD(Method):
                 f'CSKD: partners are of one class, but {type(dataset).__name__} has no attribute targets with a class '
                 f'for each of its samples: give them as labels=, got {None if labels is None else len(labels)}'
             )
-        self._labels = torch.as_tensor(labels)
+        self._labels = torch.as_tensor(labels, device='cpu')
         self.data.pair('CSKD', SameClassPairing(labels), seed)
         self.data.methods.append(self)
         self._rows: Any = None

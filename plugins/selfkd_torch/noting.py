@@ -113,9 +113,8 @@ class NotingSampler(Sampler):
 def _rows(indices, way_out: Optional[str]) -> Tensor:
     try:
         indices = indices.reshape(-1) if isinstance(indices, Tensor) else indices
-        return torch.tensor(
-            [operator.index(index) for index in (indices if hasattr(indices, '__iter__') else [indices])]
-        )
+        numbers = [operator.index(index) for index in (indices if hasattr(indices, '__iter__') else [indices])]
+        return torch.tensor(numbers, device='cpu')
     except TypeError:
         raise ValueError(
             f'the sampler draws {indices!r:.100} for a batch, which are not the numbers of samples (a size beside each '

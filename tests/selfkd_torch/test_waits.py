@@ -66,26 +66,29 @@ METHODS = {
 }
 
 
-def train(name, put, look=lambda epoch: None):
+def train(name, put, look=lambda epoch: None, default=None):
     """The losses of three epochs. ``put`` takes modules and tensors to where they are trained."""
     torch.manual_seed(0)
     model = Words() if name == 'tokens' else network()
-    method = METHODS[name](model)
-    parts = model, getattr(method, 'self_teacher', None), getattr(getattr(method, 'past', None), 'model', None)
-    for module in filter(None, parts):
-        put(module)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, foreach=False)
-    losses = []
-    for epoch in range(3):
-        for inputs, labels in loader() if name == 'frskd' else method.batches():
-            inputs, labels = put(inputs), put(labels.flatten())
-            look(-1)
-            loss = method.loss(model(inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            look(epoch)
-            losses.append(loss.detach())
+    if default:
+        put(model)
+    with default or nullcontext():
+        method = METHODS[name](model)
+        parts = model, getattr(method, 'self_teacher', None), getattr(getattr(method, 'past', None), 'model', None)
+        for module in () if default else filter(None, parts):
+            put(module)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, foreach=False)
+        losses = []
+        for epoch in range(3):
+            for inputs, labels in loader() if name == 'frskd' else method.batches():
+                inputs, labels = put(inputs), put(labels.flatten())
+                look(-1)
+                loss = method.loss(model(inputs), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                look(epoch)
+                losses.append(loss.detach())
     return losses
 
 
@@ -101,6 +104,20 @@ def test_a_step_does_not_wait(name):
 
         losses = train(name, gpu.put, look)
     expected = train(name, lambda value: value)
+    torch.testing.assert_close([loss.values for loss in losses], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['bank', 'bank, top-2', 'bank on the CPU', 'bank of bytes', 'cskd', 'tokens'])
+def test_the_default_device_does_not_move_what_is_kept_on_the_host(name):
+    """With ``torch.set_default_device('cuda')`` the losses are the same, and a step does not wait either."""
+    expected = train(name, lambda value: value)
+    with SimulatedGPU() as gpu:
+
+        def look(epoch):
+            assert epoch < 1 or not gpu.waits
+            gpu.waits.clear()
+
+        losses = train(name, gpu.put, look, default=torch.device('cuda'))
     torch.testing.assert_close([loss.values for loss in losses], expected, rtol=1e-3, atol=1e-6)
 
 

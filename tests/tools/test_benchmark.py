@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from costs import compare, peak_bytes, write_section
+from costs import compare, held_bytes, peak_bytes, to_markdown, write_section
 from helpers import ROOT
 from mmengine.registry import MODELS, DefaultScope
 
@@ -35,7 +35,9 @@ def test_benchmark_ratios_and_sections(tmp_path, monkeypatch):
     assert (one.time_ratio, one.memory_ratio, four.memory_ratio) == (1, 1, 4)
     assert one.milliseconds == 1000 * 10  # the median: the third that is timed
     assert four.time_ratio == 4 * 11 / 10  # the median over the pairs
+    assert four.milliseconds == one.milliseconds * four.time_ratio  # its own median would contradict the ratio
     assert peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000)) == 3 * 4000
+    assert held_bytes(lambda: torch.zeros(1000, device='meta').view(10, 100) + 1) == 2 * 4000
     page = tmp_path / 'page.md'
     page.write_text('a\n<!-- loss -->\nold\n<!-- end loss -->\nb\n')
     write_section(str(page), 'loss', 'new')
@@ -89,6 +91,26 @@ def test_each_suite_measures_what_the_full_size_does(name, toolkit):
             assert 0 < cost.time_ratio < math.inf, cost
             assert 0 < cost.memory_ratio < math.inf, cost
         assert table.costs[0].time_ratio == table.costs[0].memory_ratio == 1
+
+
+COUNTED = {'memory': 7, 'kernels': 8, 'syncs': 8}  # rows
+
+
+@pytest.mark.parametrize('name', COUNTED)
+def test_what_is_counted_meets_the_targets(name, toolkit):
+    toolkit('torch')
+    module, function = suites()[name]
+    (table,) = getattr(import_module(module), function)()
+    assert len(table.rows) == COUNTED[name]
+    found = {row[0]: float(row[1]) for row in table.rows}
+    if name == 'kernels':
+        assert found['FRSKD'] < 500
+    if name == 'syncs':
+        assert not any(found.values())
+    if name == 'memory':
+        assert max(found[row[0]] / float(row[2]) for row in table.rows if row[2]) < 1.06
+        assert found['pskd_loss, dense past'] < found['F.cross_entropy'] / 2
+    assert to_markdown(table).count('\n') == len(table.rows) + 3
 
 
 def parameters(model):
@@ -156,12 +178,11 @@ def test_full_sizes_of_the_core(toolkit):
     assert (network, batch, pixels) == ('resnet50', 128, 224)
 
 
-@pytest.mark.parametrize('size', ['', '-full'])
-@pytest.mark.parametrize('name', ROWS)
-def test_the_page_has_a_section_for_each_suite(name, size, tmp_path):
+@pytest.mark.parametrize('name', [*COUNTED, *ROWS, *(f'{name}-full' for name in ROWS)])
+def test_the_page_has_a_section_for_each_suite(name, tmp_path):
     page = tmp_path / 'page.md'
     page.write_text(PAGE.read_text())
-    write_section(str(page), name + size, 'measured')
+    write_section(str(page), name, 'measured')
 
 
 @pytest.mark.parametrize('option', [['--device', 'cuda'], ['--size', 'full']])
