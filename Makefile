@@ -4,7 +4,7 @@ LATEST ?=
 VENV ?= $(if $(LATEST),.venv-latest,.venv)
 export PYTHON VENV
 
-.PHONY: demo test test-latest test-newest lint docs
+.PHONY: demo test coverage test-latest test-newest lint docs
 demo:
 	@bash tools/setup.sh $(if $(LATEST),latest,demo)
 	@$(VENV)/bin/python tools/demo.py $(ARGS)
@@ -12,6 +12,14 @@ demo:
 test:
 	@bash tools/setup.sh test
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The share of plugins/ that the suite runs, with what it starts and forks (pyproject.toml: tool.coverage).
+coverage:
+	@bash tools/setup.sh test
+	@$(VENV)/bin/coverage erase
+	@$(VENV)/bin/coverage run -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(VENV)/bin/coverage combine --quiet
+	@$(VENV)/bin/coverage report
 
 # What needs neither mmcv's operators nor fairseq, which are built for older versions of torch.
 LATEST_TESTS = plugins/selfkd plugins/selfkd_torch plugins/selfkd_lightning plugins/selfkd_transformers tests/selfkd \
@@ -30,6 +38,7 @@ test-newest:
 lint:
 	@bash tools/setup.sh test
 	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+	@if command -v actionlint >/dev/null; then actionlint; else echo 'no actionlint here: .github/workflows was not checked'; fi
 
 # The documentation site, in site/; an error for each broken link and missing reference.
 docs: .venv-docs/.made

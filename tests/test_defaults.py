@@ -84,7 +84,7 @@ PLACES = {
         fields('selfkd_fairseq.criterions:PSKDConfig', 'pskd_'),
         'PSKD',
         'translation',
-        ('ema_decay', 'background', 'bank_dtype', 'bank_device', 'bank_momentum'),  # fairseq has --ema-decay
+        ('ema_decay', 'background', 'bank_device', 'bank_momentum'),  # fairseq has --ema-decay
     ),
     'torch PSKD': Place(
         'torch', constructor('selfkd_torch:PSKD', positional=2), 'PSKD', 'classification', ['background']
@@ -118,6 +118,12 @@ PLACES = {
     ),
     'mmseg FRSKD': Place(
         'mmseg', constructor('selfkd_mmseg.frskd:SelfTeacher', positional=20), 'FRSKD', 'segmentation'
+    ),
+    'transformers CSKD': Place(
+        'transformers', fields('selfkd_transformers:CSKDArguments', 'cskd_'), 'CSKD', 'classification'
+    ),
+    'transformers FRSKD': Place(
+        'transformers', fields('selfkd_transformers:FRSKDArguments', 'frskd_'), 'FRSKD', 'classification'
     ),
     'torch FRSKD': Place('torch', constructor('selfkd_torch:FRSKD', positional=3), 'FRSKD', 'classification'),
     'detectron2 SELFKD.FRSKD': Place(

@@ -131,3 +131,14 @@ def test_readme_is_short_and_says_how_to_begin():
     lines = (ROOT / 'README.md').read_text().split('\n')
     assert len(lines) <= 91
     assert lines.index('```python') < 25
+
+
+def test_the_version_is_the_same_everywhere():
+    places = {
+        'pyproject.toml': 'version = "',
+        'CITATION.cff': r'\nversion: ',
+        'plugins/selfkd/__init__.py': "version__ = '",
+    }
+    found = {re.search(rf'{text}([\w.]+)', (ROOT / name).read_text())[1] for name, text in places.items()}
+    assert len(found) == 1
+    assert f'({found.pop()})' in (ROOT / 'CHANGELOG.md').read_text()

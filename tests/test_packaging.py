@@ -1,5 +1,6 @@
 """What is built installs, imports and trains, and the core brings in no toolkit."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -79,6 +80,21 @@ def test_a_plugin_imports_no_other_toolkit():
         for names in ('mmpretrain.models', 'mmpretrain.models, selfkd_mmpretrain')
     )
     assert before == after
+
+
+def test_what_other_packages_use_is_public():
+    used, public = set(), set()
+    for path in sorted((ROOT / 'plugins').rglob('*.py')):
+        module = '.'.join(path.relative_to(ROOT / 'plugins').with_suffix('').parts).replace('.__init__', '')
+        public.add(module)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('selfkd') and not node.level:
+                if node.module.split('.')[0] != module.split('.')[0]:
+                    used |= {f'{node.module}.{alias.name}' for alias in node.names}
+            elif isinstance(node, (ast.Assign, ast.AugAssign)) and '__all__' in ast.unparse(node):
+                public |= {f'{module}.{name.value}' for name in ast.walk(node.value) if isinstance(name, ast.Constant)}
+    assert used
+    assert used <= public, sorted(used - public)
 
 
 @pytest.mark.parametrize(('python', 'constraints'), [('3.11', 'constraints.txt'), ('3.10', 'constraints-py310.txt')])

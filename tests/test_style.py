@@ -45,3 +45,14 @@ def test_messages_are_split_where_a_clause_ends_or_the_line_is_full(folder):
         for split in early_splits(path.read_text())
     ]
     assert not found, '\n'.join(found)
+
+
+def test_a_paragraph_of_a_page_is_one_line():
+    """No wrapped lines, outside code and tables, on any page."""
+    for path in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]:
+        text = re.sub(r'^ *```.*?^ *```$', '', path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        prose = r'(?![ ]{4}|\||#|<| *[-*] | *\d+\. )'
+        wrapped = re.search(rf'^{prose}.*\S\n {{0,3}}(?=\w){prose}.*', text, re.MULTILINE)
+        item = re.search(r'^ *(?:[-*]|\d+\.) .*\n {2,3}\w.*', text, re.MULTILINE)
+        assert not wrapped, f'{path.name}: {wrapped[0]}'
+        assert not item, f'{path.name}: {item[0]}'

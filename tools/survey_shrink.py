@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
     """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step."""
     cfg = copy.deepcopy(cfg)
     forget_weights(cfg._cfg_dict)
+    teacher = cfg.model.get('teacher_config')
+    if isinstance(teacher, str):  # a path in the toolkit's own repository
+        cfg.model.teacher_config = str(Path(__import__(toolkit).__file__).parent / '.mim' / teacher)
     # Its pooling windows are as large as the maps of this size.
     size = 512 if 'LRASPPHead' in str(cfg.model.get('decode_head')) else SIZE[toolkit]
     if toolkit != 'mmpretrain':  # whose pipelines crop to the size that the network is made for
@@ -108,15 +112,21 @@ def _detection(folder: Path, classes: int, pipeline: list, size: int) -> dict:
     (folder / 'train.json').write_text(json.dumps(file))
     kinds = ' '.join(step['type'] for step in pipeline if isinstance(step, dict) and 'type' in step)
     load = next((step for step in pipeline if isinstance(step, dict) and step.get('type') == 'LoadAnnotations'), {})
-    load = dict(type='LoadAnnotations', with_bbox=True, with_mask=bool(load.get('with_mask') or 'Panoptic' in kinds))
-    return dict(
+    parts = {part: bool(load.get(part) or 'Panoptic' in kinds) for part in ('with_mask', 'with_seg')}
+    steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, **parts)]
+    dataset = dict(
         type='CocoDataset',
         data_root=str(folder),
         ann_file='train.json',
-        data_prefix=dict(img=''),
+        data_prefix=dict(img='', seg=''),
         metainfo=dict(classes=[str(i) for i in range(classes)]),
-        pipeline=[dict(type='LoadImageFromFile'), load, dict(type='PackDetInputs')],
     )
+    if 'LoadProposals' in kinds:
+        proposals = dict(bboxes=np.array([[8, 8, 60, 60], [50, 50, 120, 120]]), scores=np.ones(2))
+        (folder / 'proposals.pkl').write_bytes(pickle.dumps({f'{folder.name}/{i}.jpg': proposals for i in range(4)}))
+        dataset['proposal_file'] = 'proposals.pkl'
+        steps.append(dict(type='LoadProposals'))
+    return dict(dataset, pipeline=[*steps, dict(type='PackDetInputs')])
 
 
 def _segmentation(folder: Path, classes: int, pipeline: list, size: int) -> dict:

@@ -26,5 +26,5 @@ True
 
 from . import bank, losses, metrics, schedule, teacher
 
-__version__ = '0.2.0.dev0'
+__version__ = '0.3.0'
 __all__ = ['bank', 'losses', 'metrics', 'schedule', 'teacher']

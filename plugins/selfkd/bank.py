@@ -3,8 +3,10 @@
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from .memory import free_memory, processes_sharing
 from .row_labels import RowLabels
 from .storage import Storage
 from .topk import TopK, draw_top_k
@@ -70,19 +72,23 @@ class PredictionBank:
         shapes = self.storage.tables.values()
         self._tables = tuple(torch.zeros(num_samples, columns, dtype=d, device=self.device) for d, columns in shapes)
         self._seen = torch.zeros(num_samples, dtype=torch.bool)
+        # As written() says, since the last exchange; None until the first write in one of several processes.
+        self._written: Optional[Tensor] = None
         # What is on its way from an accelerator, oldest first: (indices, rows, for each 1 if finite + 2 if given,
-        # event). With the table on the accelerator there are no rows.
-        self._pending: List[Tuple[Tensor, Tuple[Tensor, ...], Tensor, Optional[torch.cuda.Event]]] = []
+        # step, event). With the table on the accelerator there are no rows.
+        self._pending: List[Tuple[Tensor, Tuple[Tensor, ...], Tensor, int, Optional[torch.cuda.Event]]] = []
         self._skipped = 0
         self.labels = RowLabels(num_samples)
 
     def _refuse_if_too_large(self, nbytes: int) -> None:
-        free = _free_memory(self.device)
-        if free is None or nbytes <= free / 2:
+        free, processes = free_memory(self.device), processes_sharing(self.device)
+        if free is None or nbytes * processes <= free / 2:
             return
+        each = f' in each of {processes} processes' if processes > 1 else ''
         raise MemoryError(
-            f'PredictionBank: {self.num_samples} x {self.num_classes} probabilities take {nbytes / 2**30:.1f} GiB, '
-            f'more than half of the {free / 2**30:.1f} GiB free on {self.device}: {" or ".join(self.storage.smaller())}'
+            f'PredictionBank: {self.num_samples} x {self.num_classes} probabilities take {nbytes / 2**30:.1f} GiB'
+            f'{each}, more than half of the {free / 2**30:.1f} GiB free on {self.device}: '
+            f'{" or ".join(self.storage.smaller())}'
         )
 
     def check_labels(self, indices: Tensor, target: Tensor, *, way_out: str = "use teacher='snapshot'") -> None:
@@ -154,7 +160,8 @@ class PredictionBank:
             probs: ``[B, C]``, any floating dtype, on any device; or :class:`~selfkd.topk.TopK` with the bank's
                 ``top_k``.
             given: which of the rows are to be replaced, bool ``[B]``, on the device of ``probs``. By default all.
-            step: of the training, another one each time that a row is written: random rounding follows from it.
+            step: of the training, another one each time that a row is written: random rounding follows from it, and
+                which of several processes' rows stays (:func:`~selfkd.bank_sync.exchange_rows`).
 
         Raises:
             ValueError: shapes that do not match; on the CPU, where looking is free, rows that are not distributions or
@@ -172,14 +179,32 @@ class PredictionBank:
             indices, finite, rows = indices[last], finite[there], tuple(row[there] for row in rows)
             given = given if given is None else given[there]
         if finite.device.type != 'cpu':
-            self._write_later(indices, rows, finite, given)
-        elif given is None:  # the storage has looked at them
-            self.write_encoded(indices, rows)
-        else:
-            self.write_encoded(indices[given], tuple(row[given] for row in rows))
+            self._write_later(indices, rows, finite, given, step)
+            return
+        if given is not None:
+            indices, rows = indices[given], tuple(row[given] for row in rows)
+        self.write_encoded(indices, rows)  # the storage has looked at them
+        self._note_written(indices, step)
+
+    def _note_written(self, indices: Tensor, step: int) -> None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._steps()[indices] = step + 1
+
+    def _steps(self) -> Tensor:
+        if self._written is None:
+            self._written = torch.zeros(self.num_samples, dtype=torch.int32)
+        return self._written
+
+    def written(self) -> Tensor:
+        """1 + the step in which this process last wrote each row, int32 ``[N]``, and 0 for rows that it did not write.
+
+        Book-kept where training is in several processes. :func:`~selfkd.bank_sync.exchange_rows` sets it to 0.
+        """
+        self._land()
+        return self._steps()
 
     def _write_later(
-        self, indices: Tensor, rows: Tuple[Tensor, ...], finite: Tensor, given: Optional[Tensor] = None
+        self, indices: Tensor, rows: Tuple[Tensor, ...], finite: Tensor, given: Optional[Tensor] = None, step: int = 0
     ) -> None:
         """Takes rows of an accelerator without waiting for it: whether they are finite is known when they arrive."""
         self._land(indices[:0])
@@ -191,7 +216,7 @@ class PredictionBank:
             self._put(where, tuple(torch.where(here, row, old) for row, old in zip(rows, self._stored(where))))
             arriving = ()
         (state, *arrived), event = to_host((finite + 2 * given).to(torch.uint8), *arriving)
-        self._pending.append((indices, tuple(arrived), state, event))
+        self._pending.append((indices, tuple(arrived), state, step, event))
 
     def write_encoded(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
         """Takes over rows as :meth:`read_encoded` gave them, each index once; of another process, say."""
@@ -218,11 +243,13 @@ class PredictionBank:
     def _land(self, wanted: Optional[Tensor] = None) -> None:
         """Takes in what has arrived; waits for what is under way only if it is of a wanted sample (None: of any)."""
         last = -1
-        for i, (indices, _, _, event) in enumerate(self._pending):
+        for i, (indices, *_, event) in enumerate(self._pending):
             arrived = event is None or event.query()
             if arrived or wanted is None or bool(torch.isin(wanted, indices).any()):
                 last = i
-        for indices, rows, state, event in self._pending[: last + 1]:  # in order: the newest row of a sample stays
+        for indices, rows, state, step, event in self._pending[
+            : last + 1
+        ]:  # in order: the newest row of a sample stays
             if event is not None:
                 event.synchronize()
             good = state == 3
@@ -231,6 +258,7 @@ class PredictionBank:
                 indices, rows = indices[good], tuple(row[good] for row in rows)
             self._put(indices, rows)
             self._seen[indices] = True
+            self._note_written(indices, step)
         del self._pending[: last + 1]
 
     @property
@@ -254,14 +282,18 @@ class PredictionBank:
     @property
     def nbytes(self) -> int:
         """Bytes that the table takes, its flags included."""
-        tables = [*self._tables, self._seen, *([] if self.labels.kept is None else [self.labels.kept])]
+        tables = [*self._tables, self._seen, *(t for t in (self.labels.kept, self._written) if t is not None)]
         return sum(t.numel() * t.element_size() for t in tables)
 
-    def state_dict(self) -> Dict[str, Any]:
-        """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``."""
+    def state_dict(self, *, copy: bool = True) -> Dict[str, Any]:
+        """Everything there is to save: CPU tensors and numbers, loadable with ``weights_only=True``.
+
+        ``copy=False``: rows of a table on the CPU are not copied, and change with the bank. For a state that is written
+        to a file at once.
+        """
         self._land()
-        tables = {name: table.cpu().clone() for name, table in zip(self.storage.tables, self._tables)}
-        state = {'num_classes': self.num_classes, 'seen': self._seen.clone(), **tables}
+        tables = {name: table.to('cpu', copy=copy) for name, table in zip(self.storage.tables, self._tables)}
+        state = {'num_classes': self.num_classes, 'dtype': self.storage.name, 'seen': self._seen.clone(), **tables}
         labels = self.labels.state()
         return state if labels is None else {**state, 'labels': labels}
 
@@ -280,6 +312,7 @@ class PredictionBank:
                 )
         self._refuse_if_damaged(state)
         self._pending.clear()
+        self._written = None
         for name, table in zip(self.storage.tables, self._tables):
             table.copy_(state[name])
         self._seen.copy_(state['seen'])
@@ -296,10 +329,10 @@ class PredictionBank:
                     f'PredictionBank: the saved bank is damaged: it has a table {tuple(rows.shape)}, and needs '
                     f'{tuple(shape)}: resume from another checkpoint'
                 )
-        if self.storage.is_damaged(saved):
+        if saved[0].dtype != self._tables[0].dtype or self.storage.is_damaged(saved):
             raise ValueError(
-                'PredictionBank: the saved bank is damaged: it holds probabilities that are not finite, or class ids '
-                'out of range: resume from another checkpoint'
+                'PredictionBank: the saved bank is damaged: it holds probabilities of another type or that are not '
+                'finite, or class ids out of range: resume from another checkpoint'
             )
 
     def _check_indices(self, indices: Tensor) -> Tensor:
@@ -322,15 +355,3 @@ def _last_of_each(indices: Tensor) -> Tensor:
     positions = torch.arange(len(indices))
     last = torch.zeros(len(values), dtype=torch.long).scatter_reduce_(0, inverse, positions, 'amax')
     return last.sort().values
-
-
-def _free_memory(device: torch.device) -> Optional[int]:
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != 'cpu':
-        return None
-    try:  # what the system could still hand out, page cache included
-        with open('/proc/meminfo') as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
-    except (OSError, StopIteration):
-        return None

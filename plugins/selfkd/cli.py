@@ -17,7 +17,6 @@ COMMANDS = {  # name: the function, what it does
     'config': ('selfkd_mmengine.configs:main', 'list the configs that come with the packages, or find one'),
     'compare': ('selfkd.runs:main', 'compare finished runs of OpenMMLab or Detectron2 by what they logged'),
     'report': ('selfkd_mmpretrain.report:main', 'test finished runs of MMPretrain and compare them'),
-    'report-detection': ('selfkd_mmdet.report:main', 'test finished runs of MMDetection and compare them'),
     'report-translation': ('selfkd_fairseq.report:main', 'translate with models of fairseq and compare them'),
     'publish': ('selfkd.publish:main', 'keep what inference needs of a checkpoint'),
     'convert-backbone': ('selfkd_mmpretrain.backbone:main', "turn MMPretrain's ResNet into the start of a detector"),

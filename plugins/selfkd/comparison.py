@@ -30,7 +30,7 @@ Run = Dict[str, float]
 BY_SEED, BY_ORDER = 'with the same seed', 'in the order given, as not every run has a seed'
 NOTE = (  # what stands below such tables
     f'[...]: 95 % interval of the mean difference over the pairs of runs {BY_SEED} (paired t). Each interval stands '
-    'for itself: of 40 comparisons between equals, about one comes out better and one worse.'
+    'for itself: at 95 %, about 1 in 20 comparisons looks significant by chance.'
 )
 
 

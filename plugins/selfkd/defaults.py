@@ -20,7 +20,7 @@ PSKD: Dict[str, Any] = {
     'keep_hard': {task: task == 'detection' for task in TASKS},
     'background': True,
     'top_k': {'classification': None, 'translation': 8, 'language models': 8},
-    'bank_dtype': {'classification': 'float32', 'language models': 'float16'},
+    'bank_dtype': {'classification': 'float32', 'translation': 'float16', 'language models': 'float16'},
     'bank_device': None,
     'bank_momentum': 0.0,
 }

@@ -1,5 +1,6 @@
 """FRSKD's self-teacher: a small two-way feature pyramid on a classifier's own feature maps, with its own classifier."""
 
+import functools
 from contextlib import contextmanager
 from typing import Iterator, List, Sequence, Tuple
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import tracing
+from .checks import tracing, wide
 from .depthwise import Depthwise3x3
 
 __all__ = ['BiFPN', 'SelfTeacherPyramid', 'dry_run']
@@ -78,6 +79,9 @@ class BiFPN(nn.Module):
             ValueError: another number of maps or channels than promised, or maps that are not fine to coarse.
         """
         self._check(feats)
+        counts = [m.num_batches_tracked for m in self.modules() if isinstance(m, _Norm) and m.counted_by_others()]
+        if counts:
+            torch._foreach_add_(counts, 1)
         maps = list(feats)
         for i, layer in enumerate(self.layers):
             maps = layer(maps, preact and i + 1 == len(self.layers))
@@ -152,17 +156,19 @@ class _Pass(nn.Module):
 
     def forward(self, feats: Sequence[Tensor], preact: bool) -> List[Tensor]:
         last = len(feats) - 1
-        feats = [F.relu(feat) for feat in feats]
+        feats = [_relu(feat) for feat in feats]
         laterals = [lateral(feat) for lateral, feat in zip(self.laterals, feats)]
         first_way, second_way = feats, laterals  # L_i and M_i
         if self.first:
             pieces = [lateral.split(c, dim=1) for lateral, c in zip(laterals, self.channels)]
             first_way, second_way = [p[0] for p in pieces], [p[-1] for p in pieces]
 
+        down = self.top_down_weights
+        shares = _shares([*down, *(self.bottom_up_weights if self.way_up else [])])
         out, refined = [first_way[last]], [first_way[last]]  # P_i and relu(P_i), the finest first
         for i in range(last - 1, -1, -1):
             coarse = _upsampled_conv(self.from_coarser[i], refined[0], first_way[i].shape[2:])
-            out.insert(0, self.top_down[i](_weighted_sum(self.top_down_weights[i], first_way[i], coarse)))
+            out.insert(0, self.top_down[i](_weighted_sum(shares[i], first_way[i], coarse)))
             refined.insert(0, F.relu(out[0]))
         if not self.way_up:
             return out if preact else refined
@@ -171,9 +177,23 @@ class _Pass(nn.Module):
         for i in range(1, last + 1):
             fine = self.from_finer[i - 1](_pool(activated[-1], feats[i].shape[2:]))
             maps = (second_way[i], fine) if i == last else (second_way[i], refined[i], fine)
-            out.append(self.bottom_up[i - 1](_weighted_sum(self.bottom_up_weights[i - 1], *maps)))
+            out.append(self.bottom_up[i - 1](_weighted_sum(shares[len(down) + i - 1], *maps)))
             activated.append(F.relu(out[-1]))
         return out if preact else activated
+
+
+class _Norm(nn.BatchNorm2d):
+    """A batch norm whose batches the pyramid counts, those of all its norms at once."""
+
+    def counted_by_others(self) -> bool:
+        return self.training and self.track_running_stats and self.momentum is not None and not tracing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.counted_by_others():
+            return super().forward(x)
+        self._check_input_dim(x)
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, True, self.momentum, self.eps)
 
 
 def _pointwise(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -181,7 +201,7 @@ def _pointwise(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _conv1x1(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(_pointwise(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+    return nn.Sequential(_pointwise(in_channels, out_channels), _Norm(out_channels), nn.ReLU(inplace=True))
 
 
 def _separable3x3(channels: int, depth: int) -> nn.Sequential:
@@ -190,48 +210,82 @@ def _separable3x3(channels: int, depth: int) -> nn.Sequential:
         layers += [
             Depthwise3x3(channels),
             _pointwise(channels, channels),
-            nn.BatchNorm2d(channels),
+            _Norm(channels),
             nn.ReLU(inplace=True),
         ]
     return nn.Sequential(*layers[:-1])
 
 
+def _shares(weights: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+    """The weights of each sum, 2 or 3, as shares of their total: of all sums at once."""
+    none = weights[0].new_zeros(1)
+    rows = torch.cat([part for w in weights for part in (w, none)[: 4 - len(w)]]).view(-1, 3)
+    rows = F.relu(rows)
+    return (rows / (rows.sum(1, keepdim=True) + 1e-6)).unbind()
+
+
 def _weighted_sum(weights: Tensor, *maps: Tensor) -> Tensor:
-    """sum_k w_k maps_k with normalised weights; a last map that is smaller than the first is upsampled (nearest)."""
-    weights = F.relu(weights)
-    terms = [w * m for w, m in zip(weights / (weights.sum() + 1e-6), maps)]
-    if terms[-1].shape != terms[0].shape:
-        terms[-1] = F.interpolate(terms[-1], terms[0].shape[2:], mode='nearest')
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    """sum_k w_k maps_k; a last map that is smaller than the first is upsampled (nearest)."""
+    if maps[-1].shape != maps[0].shape:
+        maps = (*maps[:-1], F.interpolate(maps[-1], maps[0].shape[2:], mode='nearest'))
+    if not tracing():
+        return _WeightedSum.apply(weights, *maps)
+    return functools.reduce(torch.add, (w * m for w, m in zip(weights, maps)))
+
+
+class _WeightedSum(torch.autograd.Function):
+    """In one pass over each map, and one for each gradient."""
+
+    @staticmethod
+    def forward(ctx, weights, *maps):
+        ctx.save_for_backward(weights, *maps)
+        weights = weights.to(maps[0].dtype)
+        total = maps[0] * weights[0]
+        for w, m in zip(weights[1:], maps[1:]):
+            total.addcmul_(m, w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, *maps = ctx.saved_tensors
+        of_weights = [_dot(grad, m) for m in maps]
+        of_weights += of_weights[-1:] * (len(weights) - len(maps))  # of a share of nothing, which has no weight
+        return (torch.stack(of_weights), *(grad * w for w, _ in zip(weights, maps)))
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    plain = x.dtype == y.dtype == torch.float32 and x.is_contiguous() and y.is_contiguous()
+    if plain and x.numel() < 2**31:  # torch's limit
+        return torch.dot(x.view(-1), y.view(-1))
+    return (x * y).sum(dtype=wide(x.dtype))
+
+
+def _relu(maps: Tensor) -> Tensor:
+    """Of maps that a ReLU made: they themselves, a copy less."""
+    made_by = None if tracing() else type(maps.grad_fn).__name__
+    return maps if made_by == 'ReluBackward0' else F.relu(maps)
 
 
 def _upsampled_conv(conv: nn.Sequential, x: Tensor, size: Sequence[int]) -> Tensor:
     """What ``conv`` gives on x upsampled (nearest) to ``size``, but perhaps on fewer pixels: upsample the result."""
     copies = size[0] * size[1] // (x.shape[2] * x.shape[3])
     even = size[0] % x.shape[2] == 0 and size[1] % x.shape[3] == 0
-    convolution, norm, relu = conv[0], conv[1], conv[2]
+    norm = conv[1]
     pixels = len(x) * x.shape[2] * x.shape[3]
     if even and (not norm.training or copies == 1):
         return conv(x)
-    plain = type(norm) is nn.BatchNorm2d and norm.running_var is not None and norm.momentum is not None
+    plain = isinstance(norm, _Norm) and norm.running_var is not None and norm.momentum is not None
     if not even or not plain or pixels == 1 or tracing():
         # Pixels repeated unequally change the statistics; a SyncBatchNorm counts other ranks' pixels as well.
         return conv(F.interpolate(x, size, mode='nearest'))
     # A 1x1 convolution and a batch norm commute with repeating every pixel equally often, except that the running
     # variance is the unbiased one: n / (n - 1) of the pixels after repetition, not before.
-    variance = torch.zeros_like(norm.running_var)
-    out = F.batch_norm(
-        convolution(x), norm.running_mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps
-    )
     repeated = copies * pixels
-    with torch.no_grad():
-        ratio = (repeated / (repeated - 1)) / (pixels / (pixels - 1))
-        norm.running_var.mul_(1 - norm.momentum).add_(variance, alpha=ratio)
-        norm.num_batches_tracked.add_(1)
-    return relu(out)
+    ratio = (repeated / (repeated - 1)) / (pixels / (pixels - 1))
+    norm.running_var.data.div_(ratio)  # .data: autograd takes a change of what the norm does not use for one
+    out = conv(x)
+    norm.running_var.data.mul_(ratio)
+    return out
 
 
 def _pool(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Old names of options: for one release they work, and say the new one."""
+"""Old names of options: they work for one minor version, with a warning that says the new one."""
 
 import functools
 import logging

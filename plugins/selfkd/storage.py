@@ -189,9 +189,9 @@ class Storage:
     def settings_of(state: Mapping[str, Any]) -> Dict[str, Any]:
         """:meth:`settings` by which a bank's state was stored."""
         top_k = state['classes'].shape[1] if 'classes' in state else None
-        saved = state['values'].dtype
+        saved = state['values'].dtype  # tells it in states of versions that did not write the name
         dtype = next((name for name, kind in KINDS.items() if kind.dtype == saved), str(saved))
-        return {'num_classes': state['num_classes'], 'top_k': top_k, 'dtype': dtype}
+        return {'num_classes': state['num_classes'], 'top_k': top_k, 'dtype': state.get('dtype', dtype)}
 
     def is_damaged(self, tables: Rows) -> bool:
         """Whether values are not finite, or class ids out of range."""

@@ -25,6 +25,7 @@ from selfkd.metrics import calibration_gaps, confidence_of
 from selfkd.options import TEACHERS, choose_teacher
 from selfkd.past import BankPast
 from selfkd.renamed import warn_renamed
+from selfkd.storage import KINDS
 
 from .training import Training
 
@@ -75,6 +76,10 @@ class PSKDConfig(FairseqDataclass):
             'others, drawn in proportion to their probability'
         },
     )
+    pskd_bank_dtype: ChoiceEnum(list(KINDS)) = field(  # type: ignore[valid-type]
+        default=PSKD['bank_dtype']['translation'],
+        metadata={'help': 'how the bank keeps probabilities; log8: a byte each, right on average'},
+    )
     report_ece: bool = field(
         default=False,
         metadata={
@@ -91,6 +96,7 @@ class PSKDConfig(FairseqDataclass):
     stop_min_lr: float = II('optimization.stop_min_lr')
     patience: int = II('checkpoint.patience')
     save_interval_updates: int = II('checkpoint.save_interval_updates')
+    save_dir: str = II('checkpoint.save_dir')
     train_subset: str = II('dataset.train_subset')
     store_ema: bool = II('ema.store_ema')
     ema_decay: float = II('ema.ema_decay')
@@ -262,6 +268,7 @@ def take_options(cfg, vocabulary) -> None:
         'pskd_interval': (cfg.pskd_interval is not None, ['snapshot']),
         'pskd_teacher_mode': (cfg.pskd_teacher_mode != PSKD['teacher_mode'], ['snapshot', 'ema']),
         'pskd_top_k': (cfg.pskd_top_k != PSKD['top_k']['translation'], ['bank']),
+        'pskd_bank_dtype': (cfg.pskd_bank_dtype != PSKD['bank_dtype']['translation'], ['bank']),
     }
     for option, (given, teachers) in others.items():
         if given and teacher not in teachers:

@@ -1,18 +1,18 @@
 """Where PS-KD's past predictions come from in fairseq: the core's sources, fed with fairseq's data sets and models."""
 
 import logging
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
 import torch
-from fairseq.data import LanguagePairDataset, MonolingualDataset
 
 from selfkd.past import CopyPast, Past, SnapshotPast, TokenBankPast, check_kind
-from selfkd.teacher import SnapshotTeacher
+from selfkd.teacher import SnapshotTeacher, random_state
 
 logger = logging.getLogger(__name__)
 
 OTHERS = 'use --pskd-teacher snapshot or ema'
+LOOKED_AT = 8  # samples that show what ids and sizes of a data set are
 
 
 class TokenBank(TokenBankPast):
@@ -20,11 +20,14 @@ class TokenBank(TokenBankPast):
 
     def state_dict(self, mid_period=True):
         bank = super().state_dict()['bank']
+        if 'file' in bank:
+            return {'bank': bank}
         return {'bank': {**bank, 'classes': as_float16(bank['classes']), 'seen': bank['seen'].byte()}}
 
     def load_state_dict(self, state):
-        bank = state.get('bank')
-        super().load_state_dict({'bank': {**bank, 'classes': as_integer(bank['classes'])}} if bank else state)
+        bank = state.get('bank', {})
+        inside = 'classes' in bank
+        super().load_state_dict({'bank': {**bank, 'classes': as_integer(bank['classes'])}} if inside else state)
 
 
 class StoredAverage(CopyPast):
@@ -47,12 +50,8 @@ class StoredAverage(CopyPast):
         check_kind(state, 'average')
 
 
-def make_past(cfg, task, model) -> Past:
-    """What --pskd-teacher says.
-
-    Raises:
-        ValueError: the bank, for data in which a sentence id is not that of one sentence.
-    """
+def make_past(cfg, task, model, lengths: Optional[np.ndarray]) -> Past:
+    """What --pskd-teacher says; ``lengths`` are a bank's, of :func:`target_lengths`."""
     mode = str(cfg.pskd_teacher_mode)
     if cfg.pskd_teacher == 'ema':
         return StoredAverage(mode)
@@ -60,18 +59,46 @@ def make_past(cfg, task, model) -> Past:
         past = SnapshotPast(model, mode=mode)
         use_current_weights(past.model)
         return past
-    dataset, words = task.datasets[cfg.train_subset], task.target_dictionary
+    words = task.target_dictionary
+    return TokenBank(
+        lengths,
+        len(words),
+        top_k=cfg.pskd_top_k,
+        dtype=str(cfg.pskd_bank_dtype),
+        ignore_index=words.pad(),
+        way_out=OTHERS,
+    )
+
+
+def target_lengths(task, dataset) -> np.ndarray:
+    """How many target tokens each sample has: what the data set says of its sizes, and a few samples confirm.
+
+    Call it before an iterator over the data set begins, which may prefetch other samples.
+
+    Raises:
+        ValueError: a sentence id does not stand for one sample, or not for the same tokens each time.
+    """
     obstacle = why_no_bank(task, dataset)
-    if obstacle:
-        raise ValueError(f'--pskd-teacher bank: {obstacle}; {OTHERS}')
-    pairs = isinstance(dataset, LanguagePairDataset)
-    lengths: Any = dataset.tgt_sizes if pairs else dataset.sizes + int(dataset.add_bos_token)
-    lengths = np.asarray(lengths, np.int64)  # uint16 of some data sets, which torch does not take
-    return TokenBank(lengths, len(words), top_k=cfg.pskd_top_k, ignore_index=words.pad(), way_out=OTHERS)
+    if obstacle is None:
+        looked_at = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
+        batch = look_at(dataset, looked_at)
+        target, ids = batch.get('target'), batch.get('id')
+        if not torch.is_tensor(ids) or not torch.is_tensor(target) or target.dim() != 2:
+            obstacle = 'its batches have no "id", or no "target" [sentences, tokens] for it'
+        elif sorted(ids.tolist()) != looked_at.tolist():
+            obstacle = 'in it an id is not that of one sample (several corpora, resampled ones?)'
+        else:
+            sizes = np.array([target_size(dataset, i) for i in range(len(dataset))], np.int64)
+            found = target.ne(task.target_dictionary.pad()).sum(1).numpy()
+            special = np.unique(found - sizes[ids.numpy()])  # tokens that sizes leave out: the end, a language's tag
+            if len(special) == 1:
+                return sizes + special
+            obstacle = 'its sizes do not say how many tokens a target has'
+    raise ValueError(f'--pskd-teacher bank: not with this {type(dataset).__name__}: {obstacle}; {OTHERS}')
 
 
 def why_no_bank(task, dataset) -> Optional[str]:
-    """Why a sentence id would not stand for the same tokens each time; None: it does."""
+    """Why a sentence id is known not to stand for the same tokens each time."""
     if getattr(task.cfg or task.args, 'shorten_method', None) == 'random_crop':
         return '--shorten-method random_crop cuts other tokens each time'
     if task.has_sharded_data('train'):
@@ -79,13 +106,23 @@ def why_no_bank(task, dataset) -> Optional[str]:
             "sentence ids start again in each shard of data split by ':', so a row would belong to several sentences; "
             'join the shards'
         )
-    pairs = isinstance(dataset, LanguagePairDataset) and dataset.tgt_sizes is not None
-    if not pairs and not isinstance(dataset, MonolingualDataset):
-        return (
-            f'in a {type(dataset).__name__} (several corpora, noise, ...) a sentence id need not always stand for the '
-            'same tokens'
-        )
+    transforms = getattr(getattr(dataset, 'dataset_transforms', None), 'transforms', [])
+    if any(hasattr(transform, 'find_indices') for transform in transforms):
+        return 'concataugment joins other sentences each time'
     return None
+
+
+def look_at(dataset, indices) -> dict:
+    """A batch of these samples, for which nothing is drawn that training would have drawn."""
+    if getattr(dataset, 'supports_prefetch', False):
+        dataset.prefetch(indices)
+    with random_state(0, torch.device('cpu')):
+        return dataset.collater([dataset[i] for i in indices])
+
+
+def target_size(dataset, index: int) -> int:
+    size = dataset.size(index)
+    return size[-1] if isinstance(size, (tuple, list)) else size  # (source, target), or of a language model's text
 
 
 def warn_of_slow_average(cfg, total):

@@ -18,7 +18,7 @@ from selfkd.options import refuse_without_past
 from selfkd.past import BankPast
 from selfkd.schedule import linear_growth, may_end_early
 
-from .past import make_past, warn_of_slow_average
+from .past import make_past, target_lengths, warn_of_slow_average
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Training:
             raise ValueError('--pskd-alpha: grows until the end of training, so it needs --max-epoch or --max-update')
         self.cfg, self.task = cfg, task
         self.past: Any = None
+        self.lengths: Any = None  # of the targets, for a bank
         self.saved = self.epoch = self.updates = self.model = self.step_model = None
         self.train_itr: Any = None
         self.started_itr = self.position = None
@@ -63,9 +64,12 @@ class Training:
     # The task's methods: each gets the original one first.
 
     def get_batch_iterator(self, original, dataset, *args, **kwargs):
-        itr = original(dataset, *args, **kwargs)
         # It need not be for training: --valid-subset can name the training set, too.
-        if dataset is self.task.datasets.get(self.cfg.train_subset) and 'state_dict' not in vars(itr):
+        is_training_set = dataset is self.task.datasets.get(self.cfg.train_subset)
+        if is_training_set and self.cfg.pskd_teacher == 'bank' and self.lengths is None:
+            self.lengths = target_lengths(self.task, dataset)
+        itr = original(dataset, *args, **kwargs)
+        if is_training_set and 'state_dict' not in vars(itr):
             for name in ('next_epoch_itr', 'state_dict', 'load_state_dict'):
                 setattr(itr, name, functools.partial(getattr(self, name), getattr(itr, name), itr))
         return itr
@@ -80,7 +84,9 @@ class Training:
             self.warn_of_early_stops()
             if epoch == 1 and not mid_epoch:
                 self.check_length()
-            self.past = make_past(self.cfg, self.task, model)
+            self.past = make_past(self.cfg, self.task, model, self.lengths)
+            if isinstance(self.past, BankPast):
+                self.past.side.place = (self.cfg.save_dir, '')
             self.past.load_state_dict(self.saved or {})
         if epoch > 1 and not mid_epoch and not self.cfg.pskd_interval:
             self.past.begin_period(model)
@@ -135,8 +141,11 @@ class Training:
                 'PS-KD: this checkpoint was not foreseen (--stop-time-hours, --patience), so its token bank lacks what '
                 'the other processes predicted in this epoch'
             )
+        state = original()
+        if isinstance(self.past, BankPast) and '://' not in self.cfg.save_dir:
+            self.past.side.place = (self.cfg.save_dir, f'epoch {state["epoch"]}, batch {state["iterations_in_epoch"]}')
         past = self.past.state_dict(mid_period=bool(self.cfg.pskd_interval) or not itr.end_of_epoch())
-        return {**original(), STATE_KEY: {'totals': self.totals, 'past': past}}
+        return {**state, STATE_KEY: {'totals': self.totals, 'past': past}}
 
     def load_state_dict(self, original, itr, state):
         original(state)

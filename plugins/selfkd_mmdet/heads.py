@@ -1,7 +1,6 @@
 """Which of MMDetection's heads the methods support, and where the hooks tap them."""
 
-import inspect
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, RetinaHead
 from mmdet.models.losses import CrossEntropyLoss, FocalLoss
@@ -18,15 +17,13 @@ from mmdet.models.roi_heads import (
     StandardRoIHead,
 )
 from mmdet.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = [
     'check_box_heads',
-    'check_past_of_regions',
     'check_region_heads',
     'check_region_loss',
     'check_replaced_head',
-    'feats_of_image',
     'has_focal_loss',
     'per_stage',
     'region_heads',
@@ -39,8 +36,6 @@ DENSE_HEADS = (RetinaHead, FCOSHead, ATSSHead)
 # Exactly these classify regions as StandardRoIHead or CascadeRoIHead does; others read them otherwise, classify them
 # twice, or weigh them.
 ROI_HEADS = (StandardRoIHead, CascadeRoIHead, DynamicRoIHead, MaskScoringRoIHead, PointRendRoIHead)
-OWN_FEATS = ('semantic', 'glbctx')  # a RoI head's heads for the whole image
-REGIONS = ('self', 'stage', 'x', 'rois')  # what the classification of regions is a function of
 
 # What a config with StandardRoIHead has; with CascadeRoIHead also the last two. In train_cfg.rcnn, and as parts' types:
 OPTIONS: Tuple[str, ...] = ('bbox_roi_extractor', 'bbox_head', 'mask_roi_extractor', 'mask_head', 'shared_head')
@@ -147,37 +142,6 @@ def check_box_heads(user: str, options: dict) -> None:
             f"{user}: the self-teacher has a box head like the detector's, which can be one of {names}, got {setting}: "
             f'leave model.roi_head.type as it is, and train this detector without {user}'
         )
-
-
-def check_past_of_regions(hook: str, model: nn.Module) -> None:
-    """Refuses what does not classify the regions that it is given: a past copy is asked about the student's.
-
-    Raises:
-        ValueError: names what the RoI head also needs, or its loss.
-    """
-    roi_head = model.roi_head
-    name = type(roi_head).__name__
-    if not isinstance(roi_head, (StandardRoIHead, CascadeRoIHead)) or not roi_head.with_bbox:
-        raise ValueError(
-            f'{hook}: {type(model).__name__} with the RoI head {name} is not supported: it is no StandardRoIHead or '
-            f'CascadeRoIHead with a bbox_head, nor derived from one; train it without {hook}'
-        )
-    wanted = inspect.signature(roi_head._bbox_forward).parameters
-    others = [part for part in wanted if part not in (*REGIONS, *(f'{own}_feat' for own in OWN_FEATS))]
-    if others:
-        raise ValueError(
-            f'{hook}: {name} classifies regions by {", ".join(others)} as well, which a past copy has of its own, so '
-            f'that it cannot be asked about the same regions; train it without {hook}'
-        )
-    for head in region_heads(model):
-        check_region_loss(hook, head)
-
-
-def feats_of_image(roi_head: nn.Module, feats: Tuple[Tensor, ...]) -> Dict[str, Tensor]:
-    """What a RoI head makes of the whole image before it classifies regions (HTC, SCNet), as arguments for that."""
-    wanted = inspect.signature(roi_head._bbox_forward).parameters
-    makers = {f'{own}_feat': getattr(roi_head, f'{own}_head', None) for own in OWN_FEATS if f'{own}_feat' in wanted}
-    return {name: maker(feats)[1] for name, maker in makers.items() if maker is not None}
 
 
 def check_region_loss(user: str, head: nn.Module) -> None:

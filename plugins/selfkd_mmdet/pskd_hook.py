@@ -1,22 +1,20 @@
 """PS-KD for MMDetection."""
 
-from functools import partial
 from typing import Any, Dict, List, Optional
 
 import torch
-import torch.nn.functional as F
 from mmdet.models.losses.utils import weight_reduce_loss
-from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from selfkd.losses import quality_focal_loss, soft_cross_entropy
+from selfkd.losses import quality_focal_loss
 from selfkd.past import CopyPast, Prediction
 from selfkd_mmengine import PSKDHookBase, only_looks
 
-from .heads import check_past_of_regions, feats_of_image, has_focal_loss, per_stage, region_heads, stage_of
-from .scores import Places, check_places, score_loss, scores
+from .heads import has_focal_loss, region_heads, stage_of
+from .regions import Regions, check_past_of_regions, hard_background, is_softmax, logits_of, past_losses, probs_of
+from .scores import Places, check_places, check_scores, gives_probs, score_loss, scores, scoring_head
 
 __all__ = ['PSKDHook']
 
@@ -33,17 +31,20 @@ class PSKDHook(PSKDHookBase):
 
         default_hooks = dict(pskd=dict(type='selfkd_mmdet.PSKDHook', alpha=0.8))
 
-    Two-stage detectors (Faster, Mask, Cascade R-CNN): it classifies the same regions that the student was given, and
-    the classification loss becomes ``ce(label) + alpha_t * ce(past)``.
+    Two-stage detectors (Faster, Mask, Cascade, Sparse R-CNN): it classifies the same regions that the student was
+    given, and the classification loss becomes ``ce(label) + alpha_t * ce(past)``. Where regions are classified by
+    sigmoids, the past's term is that of a sigmoid for each class; of the Seesaw loss, the product of its two softmaxes
+    is taught.
 
     One-stage detectors with sigmoids (RetinaNet, FCOS, ATSS): it classifies the same anchors or points, and the loss
     becomes ``focal(label) + alpha_t * qfl(past)``, with the quality focal loss: unlike the focal loss of a soft target
     it is least where student and past agree.
 
-    Other one-stage detectors (RTMDet, YOLOX, GFL, TOOD, SSD, ...) and transformers (DETR, Deformable DETR, DINO, ...):
-    it scores the same points, anchors or queries, and the past's term is a loss of its own, ``loss_pskd``: the quality
-    focal loss (softmax heads: the cross-entropy) between the two, summed over all places and divided by the number of
-    objects that the past expects. Where a score is class times objectness (YOLOX, YOLOv3), the product is taught.
+    Other one-stage detectors (RTMDet, YOLOX, GFL, TOOD, SSD, SOLO, ...) and transformers (DETR, Deformable DETR, DINO,
+    ...): it scores the same points, anchors, cells or queries, and the past's term is a loss of its own, ``loss_pskd``:
+    the quality focal loss (softmax heads: the cross-entropy) between the two, summed over all places and divided by the
+    number of objects that the past expects. Where a score is class times objectness (YOLOX, YOLOv3), the product is
+    taught.
 
     The label's term keeps its whole weight: where student and past agree the past's has no gradient, and with
     ``1 - alpha_t`` classification would weigh ever less beside the boxes.
@@ -86,10 +87,15 @@ class PSKDHook(PSKDHookBase):
     ):
         copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
         super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, background=background, **copy)
+        # Of the forward pass under way; the past's are logits of anchors and points.
+        self._inputs: Any = None
+        self._samples: Any = None
+        self._logits: Any = None
+        self._past: Any = None
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         if self.by_scores:
-            return [model.bbox_head]  # what it gives is looked at, and not changed
+            return [scoring_head(model)]  # what it gives is looked at, and not changed
         return [model.bbox_head.loss_cls] if self.many_calls else [head.loss_cls for head in region_heads(model)]
 
     def check(self, runner: Runner, model: nn.Module) -> None:
@@ -113,26 +119,21 @@ class PSKDHook(PSKDHookBase):
             self._places = Places(self.student, self.past)
             self._handles += self._places.attach(self.student, lambda: self._computing_loss and self.teaches)
         elif not self.many_calls:
-            for stage, extractor in enumerate(per_stage(self.student.roi_head.bbox_roi_extractor)):
-                self._handles.append(extractor.register_forward_pre_hook(partial(self._classify, stage)))
+            self._regions = Regions(self.student, self.past)
+            self._handles += self._regions.attach(lambda: self._computing_loss)
 
     @property
     def teaches(self) -> bool:
         return self.past.ready and self.current_alpha > 0
 
     def _before_model(self, model, args, kwargs) -> None:
+        self._samples = kwargs.get('data_samples', args[1] if len(args) > 1 else None)
         super()._before_model(model, args, kwargs)
-        if self._computing_loss:
-            self._batch: Any = (
-                args[0] if args else kwargs['inputs'],
-                kwargs.get('data_samples', args[-1] if args else None),
-            )
 
     def _after_model(self, model, args, output):
         if self._computing_loss and self.by_scores and self._taps:
             output = self._with_score_loss(output)
-        self._batch = None
-        self._logits: Any = None
+        self._inputs = self._samples = self._logits = None
         return super()._after_model(model, args, output)
 
     def _with_score_loss(self, output: Dict[str, Any]) -> Dict[str, Any]:
@@ -141,81 +142,66 @@ class PSKDHook(PSKDHookBase):
         self.logs['pskd_soft'] = torch.zeros(())
         if not self.teaches:
             return output
-        past = self._places.scores(*self._batch)
-        loss = self.current_alpha * score_loss(self.student.bbox_head, self._logits, past)
+        past = self._places.scores(self._inputs, self._samples)
+        loss = self.current_alpha * score_loss(scoring_head(self.student), self._logits, past)
         self.logs['pskd_soft'] = loss.detach()
         return {**output, 'loss_pskd': loss}
 
     def before_forward(self, inputs: Tensor) -> None:
-        self._feats: Any = None
-        # The past's: logits of all places, or probs of each stage's regions.
-        self._past: Any = {}
-        # The regions that each stage has read last, and those that the past has classified.
-        self._read: Dict[int, Tensor] = {}
-        self._classified: Dict[int, Tensor] = {}
-        if not self.teaches or self.by_scores:
-            return
-        run, teacher = self.past.run, self.past.model
-        feats = run(teacher.extract_feat, inputs)
-        if self.many_calls:
+        self._inputs, self._past = inputs, None
+        if self.many_calls and self.teaches:
+            run, teacher = self.past.run, self.past.model
             # In the order in which the heads hand their logits over: level by level, or all levels at once.
-            scores, classes = run(teacher.bbox_head, feats)[0], teacher.bbox_head.cls_out_channels
-            self._past = torch.cat([score.permute(0, 2, 3, 1).reshape(-1, classes) for score in scores])
-        else:
-            self._feats, self._of_image = feats, run(feats_of_image, teacher.roi_head, feats)
-
-    def _classify(self, stage: int, extractor: nn.Module, args) -> None:
-        """The past copy classifies the regions that the student is about to read.
-
-        Here and not at the loss, which mmdet leaves out of a batch without regions, and always all of them: batch norms
-        in the copy's box head see what the student's see, and wait for no rank that has none.
-        """
-        if not self._computing_loss or not torch.is_grad_enabled():  # a sampler looks for hard regions (PISA)
-            return
-        self._read[stage] = args[1]
-        if self._feats is None or stage in self._past:
-            return
-        self._classified[stage] = args[1]
-        roi_head = self.past.model.roi_head
-        stage_argument = (stage,) if isinstance(roi_head, CascadeRoIHead) else ()
-        past = self.past.run(roi_head._bbox_forward, *stage_argument, self._feats, args[1], **self._of_image)
-        self._past[stage] = past['cls_score'].float().softmax(1)
-        if len(self._past) == len(region_heads(self.student)):
-            self._feats = self._of_image = None  # not to be held through the backward pass
+            found = run(teacher.bbox_head, run(teacher.extract_feat, inputs))[0]
+            classes = teacher.bbox_head.cls_out_channels
+            self._past = torch.cat([score.permute(0, 2, 3, 1).reshape(-1, classes) for score in found])
+        elif not self.many_calls and not self.by_scores:
+            self._regions.begin(inputs if self.teaches else None, self._samples)
 
     def _tap(self, module, args, kwargs, output):
         return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)
 
-    def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
+    def rewrite_loss(self, arguments: Dict[str, Any], loss: Any) -> Any:
         if self.by_scores:  # what is tapped is the head, and what it gives are scores
             self._logits = scores(self.tapped, loss, self._places.queries)
+            if self._looking and not gives_probs(self.tapped):
+                check_scores('PSKDHook', self.tapped, self._logits.detach())
             return loss
-        stage, prefix = (0, '') if self.many_calls else stage_of(self.student, self.tapped)
-        if self.many_calls:
-            soft = self._dense_losses(arguments['pred']) if self.teaches else None
-        else:
-            past = self._past[stage] if self.teaches else torch.zeros(1, 1)
-            self.logs[f'{prefix}pskd_entropy'] = Prediction(past, True).entropy(past.shape[1])
-            soft = self._region_losses(stage, arguments) if self.teaches else None
-        return self.mix(loss, soft if soft is None else self.reduced(weight_reduce_loss, soft, arguments), prefix)
+        if not self.many_calls:
+            return self._with_past_of_regions(arguments, loss)
+        return self.mix(loss, self._dense_loss(arguments) if self.teaches else None)
 
-    def _dense_losses(self, logits: Tensor) -> Tensor:
+    def _dense_loss(self, arguments: Dict[str, Any]) -> Tensor:
+        logits = arguments['pred']
         past, self._past = self._past[: len(logits)], self._past[len(logits) :]
-        return quality_focal_loss(logits, past.float().sigmoid(), reduction='none').sum(1)
+        losses = quality_focal_loss(logits, past.float().sigmoid(), reduction='none').sum(1)
+        return self.reduced(weight_reduce_loss, losses, arguments)
 
-    def _region_losses(self, stage: int, arguments: Dict[str, Any]) -> Tensor:
-        logits, label = arguments['cls_score'], arguments['label']
-        past, self._past[stage] = self._past[stage], None
-        read, classified = self._read.pop(stage), self._classified.pop(stage)
-        if past.shape != logits.shape or not (read is classified or torch.equal(read, classified)):
-            raise RuntimeError(
-                f'PSKDHook: {type(self.student.roi_head).__name__} is trained on scores {tuple(logits.shape)} of its '
-                f'regions, and gives {tuple(past.shape)} for those that it reads first; train it without PSKDHook'
-            )
+    def _with_past_of_regions(self, arguments: Dict[str, Any], loss: Any) -> Any:
+        """The loss of a stage's regions; one of several parts (the Seesaw loss's) takes the past's term in."""
+        stage, prefix = stage_of(self.student, self.tapped)
+        parts = loss if isinstance(loss, dict) else {'': loss}
+        total = sum(parts.values())
+        self.logs[f'{prefix}pskd_entropy'] = torch.zeros(())
+        if not self.teaches:
+            self.mix(total, None, prefix)
+            return loss
+        cls_score, label = list(arguments.values())[:2]  # which the losses name differently
+        weight = arguments.get('label_weights', arguments.get('weight'))
+        past = probs_of(self.tapped, logits_of(self.tapped, self._regions.take(stage, cls_score)))
+        both = past if is_softmax(self.tapped) else torch.stack([past, 1 - past], 1)
+        self.logs[f'{prefix}pskd_entropy'] = Prediction(both, True).entropy(past.shape[1])
         if not self.background:
-            hard = label == region_heads(self.student)[stage].num_classes
-            past[hard] = F.one_hot(label[hard], logits.shape[1]).to(past)
-        return soft_cross_entropy(logits, past, class_weight=self.tapped.class_weight, reduction='none')
+            past = hard_background(past, label, region_heads(self.student)[stage].num_classes)
+        losses = past_losses(self.tapped, logits_of(self.tapped, cls_score), past)
+        soft = self.reduced(
+            weight_reduce_loss, losses, arguments if weight is None else {**arguments, 'weight': weight}
+        )
+        mixed = self.mix(total, soft, prefix)
+        if loss is not parts:
+            return mixed
+        name = next(iter(parts))
+        return {**parts, name: parts[name] + mixed - total}
 
 
 def _total(loss) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
-from mmdet.models.detectors import DetectionTransformer
+from mmdet.models.dense_heads import AutoAssignHead, CenterNetHead, CornerHead, DecoupledSOLOHead, SOLOHead
+from mmdet.models.detectors import DetectionTransformer, SemiBaseDetector
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,10 +17,16 @@ from torch.utils.hooks import RemovableHandle
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd.past import CopyPast
 
-__all__ = ['Places', 'check_places', 'score_loss', 'scores']
+__all__ = ['Places', 'check_places', 'check_scores', 'score_loss', 'scores', 'scoring_head']
 
 # What decides which query is which, in a decoder's call.
 ASKED = ('query', 'query_pos', 'reference_points', 'self_attn_mask', 'attn_mask', 'self_attn_masks')
+
+
+def scoring_head(model: nn.Module) -> Any:
+    """The head that scores classes at places: a ``bbox_head``, or SOLO's mask head; else None."""
+    masks = getattr(model, 'mask_head', None)
+    return getattr(model, 'bbox_head', None) or (masks if isinstance(masks, SOLOHead) else None)
 
 
 def check_places(hook: str, model: nn.Module) -> None:
@@ -28,25 +35,49 @@ def check_places(hook: str, model: nn.Module) -> None:
     Raises:
         ValueError: says what the detector has instead.
     """
-    head, name = getattr(model, 'bbox_head', None), type(model).__name__
+    head, name = scoring_head(model), type(model).__name__
     if head is None:
-        instead = next(
-            (part for part in ('mask_head', 'panoptic_head', 'detector', 'head') if hasattr(model, part)), None
-        )
-        has = f' (it has a {instead}, {type(getattr(model, instead)).__name__})' if instead else ''
-        raise ValueError(
-            f'{hook}: {name} has no bbox_head or roi_head that scores boxes{has}, so there is no classification of '
-            f'boxes to distil: train it without {hook}'
-        )
+        raise ValueError(f'{hook}: {name} {_instead(model)}')
     if _classes(head) is None:
         raise ValueError(f'{hook}: {name} with {type(head).__name__} does not say how many classes it scores')
-    if isinstance(model, DetectionTransformer):
-        wanted = list(inspect.signature(model.forward_transformer).parameters)
-        if wanted != ['img_feats', 'batch_data_samples']:
-            raise ValueError(
-                f'{hook}: the transformer of {name} is asked with {", ".join(wanted)}: where it reads texts, a past '
-                f'copy is not asked the same; train it without {hook}'
-            )
+    transformer = isinstance(model, DetectionTransformer)
+    asked = model.forward_transformer if transformer else head.forward
+    known = ['img_feats', 'batch_data_samples'] if transformer else []
+    given = inspect.signature(asked).parameters.values()
+    others = [part.name for part in given if part.name not in known and part.default is part.empty][not transformer :]
+    if others:
+        raise ValueError(
+            f'{hook}: {name} scores boxes by {", ".join(others)} as well as by images: where it reads texts, a past '
+            f'copy is not asked the same; train it without {hook}'
+        )
+
+
+def _instead(model: nn.Module) -> str:
+    """The end of the sentence that begins with the name of a model that scores no boxes."""
+    parts = {name: type(part).__name__ for name, part in model.named_children()}
+    way_out = 'train it without PSKDHook'
+    if 'detector' in parts:
+        return (
+            f'is a tracker around a detector ({parts["detector"]}): train the detector with PSKDHook, from its own '
+            f'config, and load its weights here; or {way_out}'
+        )
+    if isinstance(model, SemiBaseDetector):
+        return (
+            'has a teacher already, a moving average of the student, whose labels it trains on: train its detector '
+            f'with PSKDHook, from its own config, or {way_out}'
+        )
+    queries = next((name for name in ('panoptic_head', 'track_head') if name in parts), None)
+    if queries:
+        return (
+            f'classifies the masks that its queries draw ({queries}, {parts[queries]}). The past may draw another mask '
+            f'for a query, so there is no place that both classify: {way_out}'
+        )
+    head = next((name for name in parts if name.endswith('head')), None)
+    has = f' (it has a {head}, {parts[head]})' if head else ''
+    return (
+        f'has no bbox_head or roi_head that scores boxes{has}, so there is no classification of boxes to distil: '
+        f'{way_out}'
+    )
 
 
 def _classes(head: nn.Module) -> Optional[int]:
@@ -63,13 +94,14 @@ def scores(head: nn.Module, output, queries: bool = False) -> Tensor:
     """Logits of classes at all places, ``[places, C]``, from what a head's ``forward`` gives.
 
     The first thing that it gives is the classes': a map ``[B, A * C, H, W]`` of each level, or ``[layers, B, Q, C]`` of
-    queries. Where a score is class times objectness (YOLOX, YOLOv3), it is the logit of the product.
+    queries. Heads that give probabilities (CenterNet, TOOD) have their logits taken. Where a score is class times
+    objectness (YOLOX, YOLOv3, AutoAssign), it is the logit of the product.
 
     Raises:
         ValueError: the first output is something else.
     """
     parts = output if isinstance(output, (tuple, list)) else [output]
-    maps = list(parts[0]) if isinstance(parts[0], (tuple, list)) else [parts[0]]
+    maps = _class_maps(head, parts)
     classes, attributes = _classes(head), getattr(head, 'num_attrib', None)
     assert classes is not None  # check_places has refused other heads
     if attributes:  # YOLOv3's boxes, objectness and classes are one map
@@ -87,9 +119,40 @@ def scores(head: nn.Module, output, queries: bool = False) -> Tensor:
     if queries:
         return torch.cat([level.flatten(0, -2) for level in maps])
     logits = torch.cat([_of_places(level, classes) for level in maps])
-    if hasattr(head, 'loss_obj'):
+    if gives_probs(head):
+        return logits.float().logit(eps=1e-6)
+    if hasattr(head, 'loss_obj') or isinstance(head, AutoAssignHead):
         return _logit_of_product(logits, torch.cat([_of_places(level, 1) for level in parts[2]]))
     return logits
+
+
+def _class_maps(head: nn.Module, parts) -> list:
+    """What a head says of classes, for each level, among the parts of its output."""
+    if isinstance(head, SOLOHead):  # masks come first
+        return list(parts[2 if isinstance(head, DecoupledSOLOHead) else 1])
+    if isinstance(head, CornerHead):  # both kinds of corners have a class
+        return [*parts[0], *parts[1]]
+    return list(parts[0]) if isinstance(parts[0], (tuple, list)) else [parts[0]]
+
+
+def gives_probs(head: nn.Module) -> bool:
+    """Whether a head gives probabilities instead of logits."""
+    return isinstance(head, CenterNetHead) or getattr(getattr(head, 'loss_cls', None), 'activated', False)
+
+
+def check_scores(hook: str, head: nn.Module, logits: Tensor) -> None:
+    """Refuses a batch's scores that look like probabilities, of a head that is not known to give them.
+
+    Raises:
+        ValueError: names the head.
+    """
+    least, most = float(logits.min()), float(logits.max())
+    if len(logits) > 1 and 0 <= least < most <= 1:
+        raise ValueError(
+            f'{hook}: what {type(head).__name__} gives for classes lies between {least:.3g} and {most:.3g}, so it '
+            'seems to be probabilities, and logits are needed: have its forward give logits (or its loss_cls say '
+            f'activated=True), or train it without {hook}'
+        )
 
 
 def _of_places(level: Tensor, channels: int) -> Tensor:
@@ -111,7 +174,15 @@ def score_loss(head: nn.Module, logits: Tensor, past: Tensor) -> Tensor:
     Args:
         logits: ``[places, C]``, the student's.
         past: the same of the copy.
+
+    Raises:
+        RuntimeError: they are not of the same places.
     """
+    if logits.shape != past.shape:
+        raise RuntimeError(
+            f'PSKDHook: {type(head).__name__} scores {tuple(logits.shape)} of the student, but {tuple(past.shape)} of '
+            'the past copy, so that they are not of the same places; train it without PSKDHook'
+        )
     known = (logits.isfinite() & past.isfinite()).all(1)  # heads that rule out places
     logits, past = logits[known], past[known].float()
     if _is_softmax(head):
@@ -152,13 +223,17 @@ class Places:
 
     def scores(self, inputs: Tensor, data_samples: list) -> Tensor:
         """The copy's logits ``[places, C]``."""
-        return scores(self.past.model.bbox_head, self.past.run(self._forward, inputs, data_samples), self.queries)
+        return scores(scoring_head(self.past.model), self.past.run(self._forward, inputs, data_samples), self.queries)
 
     def _forward(self, inputs: Tensor, data_samples: list):
         model = self.past.model
+        head = scoring_head(model)
+        # Also where the layers below are in evaluation mode: heads and decoders then give what they do for inference.
+        for part in (model, model.decoder, head) if self.queries else (head,):
+            part.training = True
         feats = model.extract_feat(inputs)
         if not self.queries:
-            return model.bbox_head(feats)
+            return head(feats)
         if 'query' not in self._asked:
             raise RuntimeError(
                 f'PSKDHook: {type(model).__name__} does not call its decoder with query=, so the past copy cannot be '
@@ -166,5 +241,5 @@ class Places:
             )
         found = model.forward_transformer(feats, data_samples)
         self._asked = {}  # not to be held through the backward pass
-        wanted = inspect.signature(model.bbox_head.forward).parameters
-        return model.bbox_head(**{name: value for name, value in found.items() if name in wanted})
+        wanted = inspect.signature(head.forward).parameters
+        return head(**{name: value for name, value in found.items() if name in wanted})

@@ -7,6 +7,7 @@ untouched.
 
 import inspect
 import math
+import os
 import re
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -14,12 +15,12 @@ import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import Tensor, nn
 
 from selfkd.teacher import unwrap
 
-__all__ = ['SelfKDHook', 'epoch_length', 'only_looks', 'training_progress']
+__all__ = ['SelfKDHook', 'epoch_length', 'is_iter_based', 'only_looks', 'training_progress']
 
 CHECKPOINT_KEY = 'selfkd'
 STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of FlexibleRunner: plain calls of a torch module
@@ -253,6 +254,18 @@ def saves_after_this_iter(runner: Runner) -> bool:
         )
         for hook in runner.hooks
     )
+
+
+def checkpoint_folder(runner: Runner) -> str:
+    """Where the run's checkpoints go."""
+    folders = [hook.out_dir for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.out_dir]
+    return str((folders or [runner.work_dir])[0])
+
+
+def loaded_folder(runner: Runner) -> str:
+    """Where the checkpoint lies that the run was loaded or resumed from."""
+    path = runner._load_from or find_latest_checkpoint(runner.work_dir) if runner._resume else None
+    return os.path.dirname(path or '')
 
 
 def epoch_length(runner: Runner) -> int:

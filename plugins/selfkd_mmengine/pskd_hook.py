@@ -14,7 +14,16 @@ from selfkd.past import BankPast, Past, Prediction, copy_past
 from selfkd.schedule import linear_growth, may_end_early
 from selfkd.teacher import unwrap
 
-from .hook import SelfKDHook, epoch_length, is_iter_based, is_sharded, saves_after_this_iter, training_progress
+from .hook import (
+    SelfKDHook,
+    checkpoint_folder,
+    epoch_length,
+    is_iter_based,
+    is_sharded,
+    loaded_folder,
+    saves_after_this_iter,
+    training_progress,
+)
 
 __all__ = ['PSKDHookBase', 'is_sigmoid', 'probs_of']
 
@@ -128,7 +137,8 @@ class PSKDHookBase(SelfKDHook):
             period_is, way_out = 'the past is that of the epoch before', 'raise max_epochs'
             refuse_without_past('PSKDHook', 1, runner.max_epochs, 'epoch(s)', period_is=period_is, way_out=way_out)
         if self.source == 'bank':
-            self.past = self.make_bank(runner, model)
+            self.past = bank = self.make_bank(runner, model)
+            bank.side.place = (loaded_folder(runner), '')
         else:
             assert self.source is not None  # check has chosen it
             model.train()  # as the loop is about to do: norms that a model keeps frozen stay so in the copy
@@ -174,6 +184,9 @@ class PSKDHookBase(SelfKDHook):
 
     def state_dict(self, runner: Runner, next_iter: int) -> dict:
         mid_period = is_iter_based(runner) and next_iter % self.period != 0
+        if isinstance(self.past, BankPast):
+            folder = checkpoint_folder(runner)
+            self.past.side.place = None if '://' in folder else (folder, f'iteration {next_iter}')
         return {'source': self.source, **self.past.state_dict(mid_period=mid_period)}
 
     def load_state_dict(self, state: dict) -> None:

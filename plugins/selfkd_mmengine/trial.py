@@ -170,10 +170,11 @@ def forget_weights(node) -> None:
             forget_weights(child)
     if not isinstance(node, dict):
         return
-    if isinstance(node.get('init_cfg'), dict) and node['init_cfg'].get('type') == 'Pretrained':
+    if isinstance(node.get('init_cfg'), dict) and 'checkpoint' in node['init_cfg']:
         node['init_cfg'] = None
-    if isinstance(node.get('pretrained'), str):
-        node['pretrained'] = None
+    for name in ('pretrained', 'teacher_ckpt'):
+        if isinstance(node.get(name), str):
+            node[name] = None
     for key, child in list(node.items()):
         if key not in ('init_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
             forget_weights(child)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from selfkd.checks import at_least_zero, one_of, positive
 from selfkd.losses import FEATURE_LOSSES, frskd_loss, sla_loss
+from selfkd.maps import as_map
 from selfkd.pyramid import SelfTeacherPyramid
 from selfkd_mmengine.base_type import derived_from, find_base_type
 
 from .heads import check_head, check_head_type, has_plain_loss
-from .stages import as_map, find_stages
+from .stages import find_stages
 
 __all__ = ['FRSKDImageClassifier', 'SelfTeacher']
 

@@ -3,9 +3,10 @@
 import copy
 import json
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.utils import import_modules_from_strings
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from selfkd import metrics
 from selfkd.cli import command_parser, refusing
-from selfkd.comparison import Column, comparison_table, note, write_runs
-from selfkd.files import output_folder, replacing
+from selfkd.comparison import Column, check_seeds, comparison_table, note, write_runs
+from selfkd.files import load, output_folder, replacing
 from selfkd.runs import parse_groups
-from selfkd_mmengine.report import check_runs, finished_run, seed_of
+from selfkd_mmengine.configs import load_config
 
-__all__ = ['Predictions', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc', 'predict', 'table', 'tables']
+__all__ = ['Predictions', 'check_runs', 'finished_run', 'measure', 'plot_reliability', 'plot_risk_coverage', 'plot_roc']
+__all__ += ['predict', 'table', 'tables']
 
 MEASURES = {  # column title: (key, factor, decimals, which is better); as in the papers' tables
     'error %': ('error', 100, 2, 'lower'),
@@ -230,6 +232,47 @@ def _plot(panels, path, draw, finish, ood: bool = False) -> None:
     output_folder(Path(path).parent)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=130)
+
+
+def finished_run(work_dir: str, checkpoint: Optional[str] = None) -> Tuple[Config, str]:
+    """The config of a finished run (the one ``*.py`` in its folder) and its checkpoint, by default the last one.
+
+    Raises:
+        FileNotFoundError: no config, several, or no checkpoint in ``work_dir``.
+        ValueError: a config that cannot be read.
+    """
+    configs, pointer = sorted(Path(work_dir).glob('*.py')), Path(work_dir, 'last_checkpoint')
+    named = pointer.read_text().strip() if pointer.exists() else ''  # empty, if the run was killed at the wrong time
+    if len(configs) != 1 or not (checkpoint or named):
+        raise FileNotFoundError(
+            f'{work_dir}: a finished run has one config (*.py) and last_checkpoint; found {len(configs)} configs, '
+            f'last_checkpoint {"present" if named else "empty" if pointer.exists() else "missing"}'
+        )
+    checkpoint = checkpoint or named
+    if not Path(checkpoint).is_file() and '://' not in checkpoint:
+        raise FileNotFoundError(f'{work_dir}: its checkpoint is not there any more: {checkpoint}')
+    return load_config(str(configs[0])), checkpoint
+
+
+def check_runs(groups: Mapping[str, Sequence[str]]) -> None:
+    """Looks at all runs of a report, by name, before the first is tested: what would end it in the middle.
+
+    Raises:
+        FileNotFoundError: no config, several, or no checkpoint in one of the work dirs.
+        ValueError: a config or checkpoint that cannot be read, or two runs of a group with the same seed.
+    """
+    seeds: Dict[str, List[Dict[str, float]]] = {}
+    for name, folders in groups.items():
+        for cfg, checkpoint in map(finished_run, folders):
+            load(checkpoint)
+            seed = seed_of(cfg)
+            seeds.setdefault(name, []).append({} if seed is None else {'seed': seed})
+    check_seeds(seeds)
+
+
+def seed_of(cfg: Config) -> Optional[int]:
+    """The seed that a config asks for, if it does: it says which runs of two methods make a pair."""
+    return cfg.get('randomness', {}).get('seed')
 
 
 def write_report(

@@ -1,15 +1,16 @@
 """The feature maps of a classifier's backbone: where they are, found by looking at the network."""
 
-import math
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmpretrain.models.classifiers import ImageClassifier
-from torch import Tensor, nn
+from torch import nn
 
+from selfkd.maps import as_map, last_of_each_size, outputs_of
 from selfkd.pyramid import dry_run
 
-__all__ = ['Stage', 'as_map', 'find_stages']
+__all__ = ['Stage', 'find_stages']
 
 MAX_STAGES = 4  # the released networks have three or four; finer maps cost most and say least of the class
 
@@ -57,18 +58,10 @@ def find_stages(model: ImageClassifier, names: Optional[Sequence[str]] = None) -
             'print(model.backbone) shows them'
         )
     size, outputs, relus, num_classes = _watched(model, names)
-    found: Dict[Tuple[int, int], Stage] = {}
-    for module, output in outputs:
-        several = isinstance(output, (tuple, list))
-        for index, x in enumerate(output) if several else [(None, output)]:
-            feature_map = as_map(x, size)
-            if feature_map is None:
-                continue
-            height, width = feature_map.shape[2:]
-            if len(feature_map) > 1 or height * width == 1 or height * size[1] != width * size[0]:
-                continue  # maps of parts of an image, pooled, or channels last
-            relu = next((relu for relu, y in reversed(relus) if y is x and not several), None)
-            found[height, width] = Stage(module, index, feature_map.shape[1], relu)
+    found = {}
+    for shape, (module, index, x) in last_of_each_size(outputs, size).items():
+        relu = next((relu for relu, y in reversed(relus) if y is x and index is None), None)
+        found[shape] = Stage(module, index, as_map(x, size).shape[1], relu)  # type: ignore[union-attr]
     stages = [found[size] for size in sorted(found, reverse=True)]
     if len(stages) < 2 or (names and len(stages) != len(names)):
         sizes = ', '.join(f'{height} x {width}' for height, width in found)
@@ -86,53 +79,30 @@ def _watched(model: ImageClassifier, names: Optional[Sequence[str]]):
     backbone = model.backbone
     channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
     own = getattr(backbone, 'img_size', None)
-    outputs, relus, inside = [], [], []
+    for side in [own] if own else [64, 224, 256, 384, 32]:  # small is fast, and too small for some
+        size = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
+        try:
+            with outputs_of(backbone, names) as outputs, _relus_of(backbone) as relus, torch.no_grad(), dry_run(model):
+                logits = model.head(model.extract_feat(torch.zeros(1, channels, *size)))
+            return size, outputs, relus, logits.shape[-1]
+        except Exception as error:
+            failed = error
+    raise ValueError(
+        f'FRSKDImageClassifier: {type(backbone).__name__} fails on an image of {size}: {failed}'
+    ) from failed
 
-    def enter(module, args) -> None:
-        inside.append(module)
 
-    def leave(module, args, output, name: str) -> None:
-        inside.pop()
-        if name in names if names else not inside:
-            outputs.append((name, output))
-        if type(module) is nn.ReLU:
-            relus.append((name, output))
-
-    handles = []
-    for name, module in backbone.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(lambda m, args, out, name=name: leave(m, args, out, name)))
+@contextmanager
+def _relus_of(backbone: nn.Module) -> Iterator[List[Tuple[str, Any]]]:
+    """A list that gets what the ReLUs give, by name and in order."""
+    relus: List[Tuple[str, Any]] = []
+    handles = [
+        module.register_forward_hook(lambda m, args, out, name=name: relus.append((name, out)))
+        for name, module in backbone.named_modules()
+        if type(module) is nn.ReLU
+    ]
     try:
-        for side in [own] if own else [64, 224, 256, 384, 32]:  # small is fast, and too small for some
-            size = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
-            try:
-                with torch.no_grad(), dry_run(model):
-                    logits = model.head(model.extract_feat(torch.zeros(1, channels, *size)))
-                return size, outputs, relus, logits.shape[-1]
-            except Exception as error:
-                failed = error
-                outputs.clear()
-                relus.clear()
-                inside.clear()
-        raise ValueError(
-            f'FRSKDImageClassifier: {type(backbone).__name__} fails on an image of {size}: {failed}'
-        ) from failed
+        yield relus
     finally:
         for handle in handles:
             handle.remove()
-
-
-def as_map(x, size: Sequence[int]) -> Optional[Tensor]:
-    """A module's output for images of ``size`` as ``[B, C, H, W]``: a map, or tokens of one; None if it is neither."""
-    if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5):
-        return None
-    if x.dim() == 4:
-        return x
-    for halvings in range(1, 7):
-        height, width = (math.ceil(s / 2**halvings) for s in size)
-        if height * width == x.shape[1]:
-            if x.dim() == 5:
-                return x.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-            return x.transpose(1, 2).unflatten(2, (height, width))
-    return None

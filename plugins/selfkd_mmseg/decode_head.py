@@ -8,12 +8,23 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-__all__ = ['ConvHead', 'losses_of', 'place_of_prediction', 'plain_loss', 'predicting_head']
+__all__ = ['WHY_NOT', 'ConvHead', 'losses_of', 'place_of_prediction', 'plain_loss', 'predicting_head']
 
 # Where the prediction is among the outputs of a head in training, by what computes its loss.
 PLACES = {
     head.loss_by_feat: place
     for head, place in ((BaseDecodeHead, 0), (DAHead, 0), (DDRHead, 0), (EncHead, 0), (PIDHead, 1), (PointHead, 0))
+}
+
+
+# What the outputs of other heads are, where a message can say it.
+_OF_QUERIES = 'it classifies the masks that its queries draw, and the past may draw another mask for a query'
+WHY_NOT = {
+    'IterativeDecodeHead': 'its kernels, as in K-Net, are refined from stage to stage, each with a loss of its own',
+    'MaskFormerHead': _OF_QUERIES,
+    'Mask2FormerHead': _OF_QUERIES,
+    'SideAdapterCLIPHead': _OF_QUERIES,
+    'VPDDepthHead': 'it predicts depth, and no classes',
 }
 
 

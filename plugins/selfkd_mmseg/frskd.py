@@ -16,23 +16,25 @@ from torch import Tensor, nn
 
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import frskd_loss
+from selfkd.maps import as_map, last_of_each_size, outputs_of
 from selfkd.pyramid import BiFPN, dry_run
 from selfkd.schedule import sigmoid_ramp_up
 from selfkd_mmengine import only_looks
 from selfkd_mmengine.base_type import derived_from, find_base_type
 
-from .decode_head import ConvHead, losses_of, plain_loss
+from .decode_head import WHY_NOT, ConvHead, losses_of, plain_loss
 
 __all__ = ['FRSKDEncoderDecoder', 'SelfTeacher']
 
 # Segmentors that model.type replaces without a trace, known by what only they have.
 OTHERS_OPTIONS = {'num_stages': 'CascadeEncoderDecoder', 'image_encoder': 'MultimodalEncoderDecoder'}
+MAX_MAPS = 4  # inside a backbone; finer ones cost most
 OTHERS_HEADS = {'SideAdapterCLIPHead': 'MultimodalEncoderDecoder', 'VPDDepthHead': 'DepthEstimator'}
 
 
 @MODELS.register_module()
 class FRSKDEncoderDecoder(EncoderDecoder):
-    """An ``EncoderDecoder`` that in training has a self-teacher on the feature maps that its decode head reads.
+    """An ``EncoderDecoder`` that in training has a self-teacher on the feature maps that reach its decode head.
 
     Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
     https://arxiv.org/abs/2103.08273
@@ -43,11 +45,14 @@ class FRSKDEncoderDecoder(EncoderDecoder):
 
         model = dict(type='selfkd_mmseg.FRSKDEncoderDecoder')
 
+    Where these are not fine to coarse, one of each size is taken (U-Net, ICNet, BiSeNetV2: the one that the decode head
+    reads, else the last), and where they are of one size only, the last maps of the sizes inside the backbone (ERFNet).
+
     Args:
-        self_teacher: options of :class:`SelfTeacher`, or of the ``type`` that it names. ``in_channels`` are found by
-            running the network once on an empty image unless given; ``num_classes``, ``ignore_index``,
-            ``align_corners``, ``norm_cfg``, ``loss_decode`` and ``sampler`` are the decode head's unless given.
-            And ``base_type``: the type that the config had, where that is a class of your own made from
+        self_teacher: options of :class:`SelfTeacher`, or of the ``type`` that it names. ``in_channels`` and
+            ``in_index`` are found by running the network once on an empty image unless given; ``num_classes``,
+            ``ignore_index``, ``align_corners``, ``norm_cfg``, ``loss_decode`` and ``sampler`` are the decode head's
+            unless given. And ``base_type``: the type that the config had, where that is a class of your own made from
             ``EncoderDecoder``, which then does what it did.
         kwargs: of ``EncoderDecoder``, or ``base_type``.
 
@@ -86,18 +91,20 @@ class FRSKDEncoderDecoder(EncoderDecoder):
                 f'FRSKDEncoderDecoder: self_teacher.num_classes is {options["num_classes"]}, but the decode head has '
                 f'{self.num_classes} classes: leave it out, it is taken from there'
             )
+        self._places: List[Tuple[str, Optional[int]]] = []  # of maps inside the backbone: module, and which output
+        self._inside: Any = None  # these maps, between the backbone and the loss
         if 'in_channels' not in options:
-            options['in_channels'] = self._channels(kwargs, options.get('in_index'))
+            options.update(self._maps(kwargs, options.get('in_index')))
         head = kwargs['decode_head']
         given = {key: head[key] for key in ('norm_cfg', 'loss_decode', 'sampler') if key in head}
         same = {key: getattr(self.decode_head, key) for key in ('num_classes', 'ignore_index', 'align_corners')}
         self.self_teacher = MODELS.build({'type': SelfTeacher, **given, **same, **options})
 
     @torch.no_grad()
-    def _channels(self, kwargs: dict, in_index: Optional[Sequence[int]]) -> List[int]:
-        """Channels of the maps, or of those chosen; refuses maps that a pyramid cannot refine."""
-        with dry_run(self):
-            feats = self._look(kwargs)
+    def _maps(self, kwargs: dict, in_index: Optional[Sequence[int]]) -> Dict[str, Any]:
+        """``in_index`` and ``in_channels`` of the maps to refine; refuses what a pyramid cannot refine."""
+        with dry_run(self), outputs_of(self.backbone) as outputs:
+            feats, size = self._look(kwargs, outputs)
         if not isinstance(feats, (list, tuple)) or not all(isinstance(f, Tensor) and f.dim() == 4 for f in feats):
             raise ValueError(
                 f'FRSKDEncoderDecoder: {type(self.backbone).__name__} does not give a list of feature maps '
@@ -105,28 +112,44 @@ class FRSKDEncoderDecoder(EncoderDecoder):
             )
         shapes = [tuple(f.shape[1:]) for f in feats]
         there = f'the feature maps that reach the decode head are (channels, height, width) {shapes}'
-        chosen = list(range(len(feats)) if in_index is None else in_index)
-        if len(chosen) < 2 or any(not 0 <= i < len(feats) for i in chosen):
+        if in_index is not None and (len(in_index) < 2 or any(not 0 <= i < len(feats) for i in in_index)):
             raise ValueError(
                 f'FRSKDEncoderDecoder: {there}: the self-teacher needs two of them or more; choose them by '
-                'self_teacher.in_index, or have the backbone give more (backbone.out_indices)'
+                'self_teacher.in_index'
             )
-        sizes = [shapes[i][1:] for i in chosen]
-        if len(set(sizes)) == 1 or any(a < b for s, t in zip(sizes, sizes[1:]) for a, b in zip(s, t)):
+        if _fine_to_coarse([shapes[i][1:] for i in in_index or range(len(feats))]):
+            return dict(in_index=in_index, in_channels=[shapes[i][0] for i in in_index or range(len(feats))])
+        if in_index is not None:
             raise ValueError(
                 f'FRSKDEncoderDecoder: {there}: the self-teacher needs maps of several sizes, fine to coarse, but '
-                f'{"those" if in_index is None else f"self_teacher.in_index={chosen}"} are not; name some in that '
-                'order by self_teacher.in_index'
+                f'self_teacher.in_index={in_index} are not; name some in that order'
             )
-        return [shapes[i][0] for i in chosen]
+        read = self.decode_head.in_index if isinstance(self.decode_head.in_index, int) else None
+        by_size = {shapes[i][1:]: i for i in sorted(range(len(feats)), key=lambda i: i == read)}
+        sizes = sorted(by_size, reverse=True)
+        if _fine_to_coarse(sizes):
+            chosen = [by_size[size] for size in sizes]
+            return dict(in_index=chosen, in_channels=[shapes[i][0] for i in chosen])
+        found = last_of_each_size(outputs, size)
+        places = [found[size] for size in sorted(found, reverse=True)][-MAX_MAPS:]
+        if len(places) < 2:
+            raise ValueError(
+                f'FRSKDEncoderDecoder: {there}: the self-teacher needs maps of several sizes, and '
+                f'{type(self.backbone).__name__} has none inside (ViTs and their like have maps of one size): use '
+                'PSKDHook, or have the backbone give more (backbone.out_indices)'
+            )
+        self._places = [(place.module, place.index) for place in places]
+        return dict(in_channels=[as_map(place.output, size).shape[1] for place in places])  # type: ignore[union-attr]
 
-    def _look(self, kwargs: dict) -> Sequence[Tensor]:
-        """The feature maps of an empty image: a small one, or as large as in training for networks of fixed size."""
+    def _look(self, kwargs: dict, outputs: list) -> Tuple[Sequence[Tensor], Tuple[int, int]]:
+        """The feature maps of an empty image, and its size: a small one, or as large as in training for networks of
+        fixed size."""
         channels, crop = kwargs['backbone'].get('in_channels', 3), (kwargs.get('data_preprocessor') or {}).get('size')
         for size in ((128, 128), crop):
             try:
                 if size is not None:
-                    return self.extract_feat(torch.zeros(1, channels, *size))
+                    outputs.clear()
+                    return self.extract_feat(torch.zeros(1, channels, *size)), tuple(size)
             except Exception as error:  # of whatever network
                 reason = error
         raise ValueError(
@@ -135,6 +158,16 @@ class FRSKDEncoderDecoder(EncoderDecoder):
             'another (change detection has networks of two images), name it in self_teacher.base_type; if it was '
             'EncoderDecoder, set self_teacher.in_channels to the channels of the feature maps'
         ) from reason
+
+    def extract_feat(self, inputs: Tensor) -> Any:
+        if not (self._places and self.training and torch.is_grad_enabled()):
+            return super().extract_feat(inputs)
+        with outputs_of(self.backbone, [name for name, _ in self._places]) as outputs:
+            feats = super().extract_feat(inputs)
+        given = dict(outputs)
+        maps = (given[name] if index is None else given[name][index] for name, index in self._places)
+        self._inside = [as_map(x, inputs.shape[2:]) for x in maps]
+        return feats
 
     def _decode_head_forward_train(self, inputs: List[Tensor], data_samples: SampleList) -> dict:
         """The decode head's losses, and under ``self_teacher.`` those of the self-teacher."""
@@ -163,9 +196,15 @@ class FRSKDEncoderDecoder(EncoderDecoder):
                 'training step, and not once: which logits to teach is not known; use another decode head'
             )
         avg_non_ignore = getattr(loss_module, 'avg_non_ignore', False)
-        teachers = self.self_teacher.loss(inputs, data_samples, calls[0], avg_non_ignore)
+        feats, self._inside = (self._inside if self._places else inputs), None
+        teachers = self.self_teacher.loss(feats, data_samples, calls[0], avg_non_ignore)
         losses.update(add_prefix(teachers, 'self_teacher'))
         return losses
+
+
+def _fine_to_coarse(sizes: List[Tuple[int, ...]]) -> bool:
+    """Of two sizes or more, none of which is larger than the one before."""
+    return len(set(sizes)) > 1 and all(a >= b for s, t in zip(sizes, sizes[1:]) for a, b in zip(s, t))
 
 
 def _check_replaces_encoder_decoder(kwargs: dict, own_base: bool) -> None:
@@ -186,6 +225,7 @@ def _check_replaces_encoder_decoder(kwargs: dict, own_base: bool) -> None:
     head = head['type'] if isinstance(head['type'], type) else MODELS.get(head['type'])
     if head is not None and not plain_loss(head):
         reason = f'it is a head of {OTHERS_HEADS[head.__name__]}; ' if head.__name__ in OTHERS_HEADS else ''
+        reason += f'{WHY_NOT[head.__name__]}; ' if head.__name__ in WHY_NOT else ''
         raise ValueError(
             f'FRSKDEncoderDecoder: {head.__name__} is not supported ({reason}it needs a decode head that computes its '
             'loss as BaseDecodeHead does: FCN, PSP, DeepLabV3+, UPerNet, SegFormer, ...)'

@@ -20,7 +20,7 @@ from selfkd.teacher import unwrap
 from selfkd_mmengine import PSKDHookBase, only_looks
 from selfkd_mmengine.pskd_hook import is_sigmoid, probs_of
 
-from .decode_head import PLACES, losses_of, place_of_prediction, predicting_head
+from .decode_head import PLACES, WHY_NOT, losses_of, place_of_prediction, predicting_head
 
 __all__ = ['PSKDHook']
 
@@ -85,12 +85,12 @@ class PSKDHook(PSKDHookBase):
         head = predicting_head(model)
         place = place_of_prediction(type(head))
         if not isinstance(model, BaseSegmentor) or place is None:
+            why = 'its outputs are not known to be one softmax or sigmoid over the classes of each pixel'
             raise ValueError(
-                f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: its outputs are not '
-                'known to be one softmax or sigmoid over the classes of each pixel (masks of queries or kernels, as in '
-                'Mask2Former, MaskFormer and K-Net, and depth are not). Use a decode head with the loss of '
-                'BaseDecodeHead (FCN, PSP, UPerNet, SegFormer, OCR, ...), DAHead, DDRHead, EncHead, PIDHead or '
-                'PointHead, or train without this hook'
+                f'PSKDHook: {type(model).__name__} with {type(head).__name__} is not supported: '
+                f'{WHY_NOT.get(type(head).__name__, why)}. Use a decode head with the loss of BaseDecodeHead (FCN, '
+                'PSP, UPerNet, SegFormer, OCR, ...), DAHead, DDRHead, EncHead, PIDHead or PointHead, or train without '
+                'this hook'
             )
         self.place, self.align_corners, self.ignore_index = place, head.align_corners, head.ignore_index
         self._calls_it_again = isinstance(head, DAHead)

@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from selfkd.pairing import SameClassPairing
+from selfkd.seeds import step_generator
 
 from .noting import Noting
 
@@ -26,8 +27,11 @@ __all__ = ['Batches', 'Method', 'length_of']
 
 logger = logging.getLogger(__name__)
 
+PREFETCHER = 'PrefetchLoader'  # timm's
 # Loaders that hand the batches of a DataLoader inside on, one for one and in its order, and where that is.
-WRAPPERS = {'_FabricDataLoader': '_dataloader', 'DataLoaderShard': 'base_dataloader'}
+WRAPPERS = {'_FabricDataLoader': '_dataloader', 'DataLoaderShard': 'base_dataloader', PREFETCHER: 'loader'}
+# Loaders that hand on something else, and the setting that makes them.
+SETTINGS = {'MultiEpochsDataLoader': "leave out timm's --use-multi-epochs-loader"}
 UNSHARDED = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
 # An epoch that goes over the data more often than this is none.
 PASSES = 10
@@ -39,15 +43,17 @@ class Batches:
 
     The row of each sample, its index in the loader's data set, is noted when the loader's sampler draws it, and batches
     come in the order in which they are drawn, whatever workers do. Data set, collate function and model stay as they
-    are. For all else it is the loader: its length and attributes.
+    are. For all else it is the loader: its length and attributes, which a loop may also set.
 
     An epoch counts when it is finished, or, broken off after batches were trained on, when another one begins: a look
     at a batch is no epoch. One iterator at a time: what is drawn belongs to the latest.
 
     Args:
         loader: a DataLoader; of an IterableDataset, or not a DataLoader at all, for methods that need no rows. One that
-            Fabric or Accelerate has prepared serves as well.
+            Fabric or Accelerate has prepared, and timm's PrefetchLoader, serve as well.
     """
+
+    _made = False
 
     def __init__(self, loader):
         self.loader, self.methods = loader, []
@@ -61,6 +67,7 @@ class Batches:
         self._ending: Optional[str] = None  # the method that counts epochs
         self.way_out: Optional[str] = None  # of a loader whose rows are needed; None: they are not
         self._noting: Optional[Noting] = None
+        self._made = True
 
     @property
     def _wrapper(self) -> Optional[str]:
@@ -91,7 +98,8 @@ class Batches:
         """Asks for the rows of the samples. ValueError: the loader cannot give them."""
         obstacle = self.why_not_numbered()
         if obstacle:
-            raise ValueError(f'{method}: {obstacle}: {way_out}')
+            setting = SETTINGS.get(type(self._inner).__name__)
+            raise ValueError(f'{method}: {obstacle}: {setting + ", or " if setting else ""}{way_out}')
         self.way_out = way_out
 
     def pair(self, method: str, pairing: SameClassPairing, seed: int) -> None:
@@ -99,7 +107,16 @@ class Batches:
         self.number(method, 'use a map-style data set, and a torch DataLoader with in_order=True')
         if self._inner.batch_sampler is None:
             raise ValueError(f'{method}: the loader has batch_size=None: partners need a batch sampler')
+        if type(self.loader).__name__ == PREFETCHER:
+            raise ValueError(
+                f"{method}: timm's {PREFETCHER} normalizes batches after they are collated, which the partners' would "
+                'not be: use --no-prefetcher (create_loader(use_prefetcher=False))'
+            )
         self.pairing, self.seed = pairing, seed
+
+    def partners_generator(self) -> torch.Generator:
+        """Draws the partners of one loop over the loader."""
+        return step_generator(self.seed, self.epoch)
 
     def count_steps(self, method: str) -> int:
         """From now on an epoch is one pass over the data, counted in steps of all processes together.
@@ -251,6 +268,12 @@ class Batches:
             raise AttributeError(name)
         return getattr(self.loader, name)
 
+    def __setattr__(self, name: str, value) -> None:
+        if self._made and name not in vars(self) and not hasattr(type(self), name) and hasattr(self.loader, name):
+            setattr(self.loader, name, value)  # as timm's script sets mixup_enabled
+        else:
+            super().__setattr__(name, value)
+
     def state_dict(self) -> dict:
         return {'epoch': self.epoch, 'step': self.step, 'trained': self.trained and not self._iterating}
 
@@ -269,6 +292,7 @@ class Method:
     """
 
     name, call, way_in = '', '', ''  # as 'PSKD', 'pskd.loss(logits, target)', 'use it in place of ...'
+    learns_labels = False  # whether its term holds a cross-entropy of the labels, with the loss's own options
 
     def __init__(self, loader):
         self.data = loader if isinstance(loader, Batches) else Batches(loader)
@@ -301,6 +325,12 @@ class Method:
 
     def after_update(self) -> None:
         """The loop is through with a batch, its step of the optimizer included."""
+
+    def synchronize(self) -> None:
+        """All processes together, before a checkpoint is saved."""
+
+    def resume_without_past(self, mid_period: bool) -> None:
+        """Training goes on from a checkpoint that holds nothing of the method, within a period or at the end of one."""
 
     def end_epoch(self, finished: bool) -> None:
         if not finished:

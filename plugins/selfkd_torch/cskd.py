@@ -1,5 +1,6 @@
 """CS-KD in a training loop of your own."""
 
+import inspect
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -19,7 +20,7 @@ from .tap import add_terms
 
 __all__ = ['CSKD']
 
-WAY_OUT = 'give the class ids that the loss sees as labels='
+WAY_OUT = 'give the class ids that the loss sees as labels=, and leave out Mixup and CutMix, which have other partners'
 
 
 class CSKD(Method):
@@ -105,7 +106,8 @@ class CSKD(Method):
 
         Args:
             logits: of the batch under way, ``[B, C]``.
-            target: class ids ``[B]``, to be compared with those of the samples drawn.
+            target: class ids ``[B]``, or probs ``[B, C]`` of one class each (smoothed), to be compared with those of
+                the samples drawn.
 
         Raises:
             RuntimeError: outside ``batches()``.
@@ -116,8 +118,8 @@ class CSKD(Method):
         self.used += 1
         if self.weight == 0:
             return self._logged(logits.new_zeros(()))
-        if target is not None and not target.is_floating_point():
-            self._pairing.check_labels(self._rows, target, way_out=WAY_OUT)
+        if target is not None:
+            self._pairing.check_labels(self._rows, _class_ids(target), way_out=WAY_OUT)
         if self._check is not None:
             self._check.refuse_if_other()
             self._end_check()
@@ -196,6 +198,7 @@ class _SameInputs:
         self._random = not _alike(self._expected, again)
         self._calls: List[Tuple[tuple, dict]] = []
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._names = list(inspect.signature(inner.forward).parameters)
         self._hook = inner.register_forward_pre_hook(Hook(self._note), with_kwargs=True)
 
     def _note(self, module: nn.Module, args, kwargs) -> None:
@@ -212,7 +215,8 @@ class _SameInputs:
             )
         expected, seen = self._expected, None
         for args, kwargs in self._calls:
-            seen = kwargs if isinstance(expected, Mapping) else next(iter((*args, *kwargs.values())), None)
+            named = dict(zip(self._names, args), **kwargs)
+            seen = named if isinstance(expected, Mapping) else next(iter((*args, *kwargs.values())), None)
             if _alike(expected, seen, self._random):
                 return
         raise ValueError(
@@ -253,6 +257,15 @@ def _entries(batch) -> List[Tuple[object, Tensor]]:
         for name, entry in named
         if isinstance(entry, Tensor) and entry.dim() == 1 and not entry.is_floating_point() and not entry.is_complex()
     ]
+
+
+def _class_ids(target: Tensor) -> Tensor:
+    """Of probs the class that is above all others, which are alike; -1, the id of no class, where they are mixed."""
+    if not target.is_floating_point():
+        return target
+    best = target.topk(2, 1)
+    smoothed = best.values[:, 1] - target.amin(1) < 1e-4
+    return torch.where(smoothed, best.indices[:, 0], -1)
 
 
 def _first(batch):

@@ -1,6 +1,6 @@
 """FRSKD in a training loop of your own."""
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -202,8 +202,8 @@ class FRSKD:
         options_of: Dict[str, Any] = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
         terms = frskd_loss(logits, teacher_logits, feats, refined, None, **options_of)
         terms = {'loss_teacher': F.cross_entropy(teacher_logits, target, **options), **terms}
-        self.logs = {name: term.detach().mean() for name, term in terms.items()}
-        return sum(terms.values(), logits.new_zeros(()))
+        self.logs = {name: term.detach().mean() if term.dim() else term.detach() for name, term in terms.items()}
+        return reduce(torch.add, terms.values())
 
     def state_dict(self) -> dict:
         """The self-teacher's weights, for a checkpoint that training goes on from."""
@@ -218,16 +218,16 @@ class FRSKDOfBatches(Method):
 
     name, call = 'FRSKD', 'a cross-entropy'
     way_in = 'training must compute torch.nn.functional.cross_entropy'
-    tap = add_terms
+    learns_labels, tap = True, add_terms
 
     def __init__(self, data: Batches, frskd: FRSKD):
         super().__init__(data)
         self.data.methods.append(self)
         self.frskd = frskd
 
-    def term(self, logits: Tensor, target: Tensor) -> Tensor:
+    def term(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         self.used += 1
-        return self.frskd.term(logits, target)
+        return self.frskd.term(logits, target, **options)
 
     @property
     def logs(self) -> Dict[str, Tensor]:
@@ -235,6 +235,9 @@ class FRSKDOfBatches(Method):
 
     def state_dict(self) -> dict:
         return self.frskd.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.frskd.load_state_dict(state)
 
 
 def _run(model: nn.Module, example: Tensor) -> Any:

@@ -1,13 +1,15 @@
 """PS-KD with a bank of tokens: language models and token classification."""
 
 import logging
-from typing import Any, Dict, Mapping, Optional, Union
+import operator
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Union
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from selfkd.defaults import PSKD as DEFAULTS
+from selfkd.losses import TopK, linear_pskd_loss
 from selfkd.past import BankPast, Prediction, TokenBankPast
 from selfkd.renamed import renamed
 from selfkd.teacher import random_state
@@ -50,14 +52,52 @@ class TokenPSKD(PSKD):
         self._ignore_index = options.get('ignore_index', -100)
         return super().loss(logits, target, **options)
 
-    def past_of(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
+    def linear_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        bias: Optional[Tensor] = None,
+        ignore_index: int = -100,
+        reduction: str = 'mean',
+    ) -> Tensor:
+        """:meth:`loss` of ``hidden @ weight.T + bias``, logits that never exist: with a bank of tokens.
+
+        Args:
+            hidden: ``[B * T, D]``, in the dtype of ``weight``.
+            weight, bias: of the output layer, ``[V, D]`` and ``[V]``.
+            target: class ids ``[B * T]``.
+            ignore_index, reduction: as of :func:`selfkd.losses.linear_pskd_loss`.
+
+        Raises:
+            ValueError: the past is not a bank of tokens.
+        """
+        self._ignore_index = ignore_index
+        logits = hidden.new_empty(()).expand(len(hidden), len(weight))  # their shape, and no memory
+        past = self.past_of(logits, target, keep=False)
+        if not isinstance(self.past, TokenBankPast):
+            raise ValueError("PSKD: linear_loss needs a bank of tokens: set teacher='bank', or use loss()")
+        options: Dict[str, Any] = dict(bias=bias, ignore_index=ignore_index, reduction=reduction)
+        options.update(keep_hard=self.keep_hard, draw=self.past.draw(hidden.device), return_parts=True)
+        if past is None:
+            loss, parts, drawn = linear_pskd_loss(hidden, weight, target, None, 0.0, **options)
+            self.log(parts.hard)
+        else:
+            alpha, probs = past.alpha(self.current_alpha), TopK(*past.probs)
+            loss, parts, drawn = linear_pskd_loss(hidden, weight, target, probs, alpha, **options)
+            self.log(parts.hard, parts.soft, past.entropy(len(weight), target != ignore_index))
+        self.past.keep(drawn)
+        return loss
+
+    def past_of(self, logits: Tensor, target: Tensor, *, keep: bool = True) -> Optional[Prediction]:
         if self.alpha is None:
             task = 'language models' if self._has_tokens() else 'classification'
             self.alpha = DEFAULTS['alpha'][task]
             logger.info('PSKD: alpha=%s, the default for %s', self.alpha, task)
         if isinstance(self.past, TokenBankPast):
             self.past.ignore_index = self._ignore_index
-        return super().past_of(logits, target)
+        return super().past_of(logits, target, keep=keep)
 
     def misfit(self, logits: Tensor, target: Tensor) -> Optional[str]:
         if not self._has_tokens():
@@ -90,7 +130,7 @@ class TokenPSKD(PSKD):
                 'PSKD: bank_momentum averages whole rows, and of a token a few classes are kept: remove it'
             )
         with random_state(0, torch.device('cpu')):
-            lengths = [_length(dataset[i]) or 0 for i in range(len(dataset))]
+            lengths = _lengths(dataset)
         return TokenBankPast(
             lengths,
             num_classes,
@@ -113,6 +153,29 @@ class TokenPSKD(PSKD):
                 f'{kinds[self._has_tokens()]}: resume with the training set of the saved run'
             )
         super().load_state_dict(state)
+
+
+def _lengths(dataset) -> List[int]:
+    """How many labels each sample can have: as the data set says (``tgt_sizes`` or ``sizes``, which fairseq's have), or
+    else as all of its samples show."""
+    for name in ('tgt_sizes', 'sizes'):
+        try:
+            lengths = [operator.index(size) for size in getattr(dataset, name)]
+        except (AttributeError, TypeError):  # none, or not a number for each sample
+            continue
+        if len(lengths) == len(dataset) and lengths[0] >= (_length(dataset[0]) or 0):  # else of something else
+            return lengths
+    logger.info('PSKD: reads all %d samples once, to count their labels', len(dataset))
+    return [_length(dataset[i]) or 0 for i in _with_bar(range(len(dataset)))]
+
+
+def _with_bar(numbers: range) -> Iterable[int]:
+    """With a progress bar in a terminal, once it has taken some seconds, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return numbers
+    return tqdm(numbers, desc='PSKD: counts labels', delay=3, disable=None, leave=False)
 
 
 def _length(sample) -> Optional[int]:

@@ -23,6 +23,9 @@ MODEL = {
     '--decoder-hidden-size 32 --decoder-out-embed-dim 32 --encoder-layers 1 --decoder-layers 1',
     'fconv': '--arch fconv --encoder-embed-dim 32 --decoder-embed-dim 32 --decoder-out-embed-dim 32 '
     '--encoder-layers [(32,3)] --decoder-layers [(32,3)]',
+    's2t': '--task speech_to_text --arch s2t_transformer --conv-channels 32 --encoder-layers 1 --decoder-layers 1 '
+    '--encoder-embed-dim 32 --decoder-embed-dim 32 --encoder-ffn-embed-dim 64 --encoder-attention-heads 2 '
+    '--decoder-attention-heads 2',
     'lm': '--arch transformer_lm --decoder-layers 1 --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 '
     '--decoder-attention-heads 2',
 }

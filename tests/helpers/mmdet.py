@@ -22,7 +22,8 @@ def config(voc, work_dir, *hooks, model='faster-rcnn', **options) -> Config:
     """The toy config: 4 images of 64 x 64, batches of 2, 2 epochs; no region is sampled at random.
 
     ``model`` is faster-rcnn or retinanet, or what replaces the toy Faster R-CNN: cascade, mask, cascade mask, c4,
-    dynamic, mask scoring, point rend, sabl, double head, pisa, fcos, atss, rtmdet, yolox, ssd, deformable detr.
+    dynamic, mask scoring, point rend, sabl, double head, pisa, seesaw, sigmoid, sparse, fcos, atss, rtmdet, yolox, ssd,
+    tood, solo, deformable detr.
     """
     name = model if model in ('faster-rcnn', 'retinanet') else 'faster-rcnn'
     cfg = Config.fromfile(ROOT / f'configs/mmdet/baseline/{name}_r18_fpn_digits.py')
@@ -125,6 +126,32 @@ def pisa(cfg) -> None:
     cfg.model.train_cfg.rcnn.sampler.update(type='ScoreHLRSampler', k=0.5, bias=0.0)
 
 
+def seesaw(cfg) -> None:
+    """The softmax of classes and that of objectness, beside each other."""
+    cfg.model.roi_head.bbox_head.loss_cls = ConfigDict(type='SeesawLoss', num_classes=10)
+
+
+def sigmoid(cfg) -> None:
+    cfg.model.roi_head.bbox_head.loss_cls = ConfigDict(type='CrossEntropyCustomLoss', num_classes=10, use_sigmoid=True)
+
+
+def sparse(cfg) -> None:
+    """Sparse R-CNN: learnt regions, each with features of its own, classified by sigmoids."""
+    full = get_config('mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py').model
+    full.rpn_head.update(num_proposals=12, proposal_feature_channel=32)
+    full.roi_head.update(num_stages=2, stage_loss_weights=[1, 0.5], proposal_feature_channel=32)
+    full.roi_head.bbox_roi_extractor = cfg.model.roi_head.bbox_roi_extractor
+    full.roi_head.bbox_head, full.train_cfg.rcnn = full.roi_head.bbox_head[:2], full.train_cfg.rcnn[:2]
+    for head in full.roi_head.bbox_head:
+        head.update(num_classes=10, in_channels=32, feedforward_channels=32, num_heads=4)
+        head.dynamic_conv_cfg.update(in_channels=32, feat_channels=8, out_channels=32)
+    full.test_cfg.rcnn.max_per_img = 12
+    for name in ('backbone', 'neck', 'data_preprocessor'):
+        full.pop(name)
+        full[name] = cfg.model[name]
+    cfg.model = full
+
+
 def c4(cfg) -> None:
     """Regions from one map of the backbone, whose last stage is the head's; as mmdet's faster-rcnn_r50-caffe-c4."""
     model = cfg.model
@@ -182,6 +209,23 @@ def ssd(cfg) -> None:
     one_stage('ssd/ssd300_coco.py', in_channels=(32, 32, 32), anchor_generator=anchors)(cfg)
 
 
+def tood(cfg) -> None:
+    """Whose head gives probabilities."""
+    anchors = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8, 16, 32])
+    one_stage('tood/tood_r50_fpn_1x_coco.py', **{**SMALL, 'stacked_convs': 2}, anchor_generator=anchors)(cfg)
+
+
+def solo(cfg) -> None:
+    """Masks, each with the classes of a cell of a grid."""
+    mask(cfg)
+    small = dict(SMALL, num_classes=10, num_grids=[8, 6, 4, 3, 2])
+    cfg.model.mask_head = ConfigDict({**get_config('mmdet::solo/solo_r50_fpn_1x_coco.py').model.mask_head, **small})
+    cfg.model.type, cfg.model.train_cfg, cfg.model.test_cfg = 'SOLO', None, dict(score_thr=0.1)
+    for name in ('rpn_head', 'roi_head'):
+        del cfg.model[name]
+    cfg.model.neck.update(num_outs=5)
+
+
 def deformable_detr(cfg) -> None:
     full = get_config('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py').model
     for part in (full.encoder, full.decoder):
@@ -213,11 +257,16 @@ MODIFY = {
     'sabl': sabl,
     'double head': double_head,
     'pisa': pisa,
+    'seesaw': seesaw,
+    'sigmoid': sigmoid,
+    'sparse': sparse,
     'fcos': dense('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
     'atss': dense('atss/atss_r50_fpn_1x_coco.py'),
     'rtmdet': one_stage('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', **SMALL),
     'yolox': one_stage('yolox/yolox_s_8xb8-300e_coco.py', **{**SMALL, 'stacked_convs': 1}),
     'ssd': ssd,
+    'tood': tood,
+    'solo': solo,
     'deformable detr': deformable_detr,
 }
 
@@ -275,6 +324,7 @@ class Regions(Hook):
         for extractor in extractors if isinstance(extractors, torch.nn.ModuleList) else [extractors]:
             extractor.register_forward_pre_hook(self._rois)
         for bbox_head in bbox_heads(model):
+            bbox_head.register_forward_pre_hook(self._feats)
             bbox_head.loss_cls.register_forward_hook(self._loss, with_kwargs=True)
         samplers = model.roi_head.bbox_sampler
         for sampler in samplers if isinstance(samplers, list) else [samplers]:
@@ -294,11 +344,16 @@ class Regions(Hook):
     def _inputs(self, model, args, kwargs):
         self.training = kwargs['mode'] == 'loss'
         if self.training:
-            self.steps.append(dict(inputs=kwargs['inputs'].clone(), rois=[], calls=[], objects=[]))
+            step = dict(inputs=kwargs['inputs'].clone(), rois=[], calls=[], objects=[], plain=[], feats=None)
+            self.steps.append(dict(step, metas=[sample.metainfo for sample in kwargs['data_samples']]))
 
     def _rois(self, module, args):
         if self.training and torch.is_grad_enabled():
             self.steps[-1]['rois'].append(args[1].clone())
+
+    def _feats(self, bbox_head, args):
+        if self.training and len(args) > 1 and self.steps[-1]['feats'] is None:
+            self.steps[-1]['feats'] = args[1].detach().clone()  # of Sparse R-CNN's regions
 
     def _loss(self, module, args, kwargs, output):
         if kwargs.get('reduction_override') == 'none':  # PISA looks for hard samples
@@ -306,6 +361,7 @@ class Regions(Hook):
         logits, label, weight = args
         logits.retain_grad()
         self.steps[-1]['calls'].append((logits, label, weight, kwargs['avg_factor']))
+        self.steps[-1]['plain'].append(float(sum(output.values()) if isinstance(output, dict) else output))
         self.steps[-1]['objects'].append(torch.cat(self.assigned))
         self.assigned = []
 

@@ -101,6 +101,24 @@ def test_a_state_of_another_bank_is_refused(other, message):
         PredictionBank(**other).load_state_dict(PredictionBank(6, 4).state_dict())
 
 
+def test_states_without_the_name_of_their_storage_load():
+    """Of versions that did not write it."""
+    for dtype in KINDS:
+        bank = PredictionBank(3, 4, dtype=dtype)
+        bank.write(torch.tensor([1]), probs(1, 4))
+        state = bank.state_dict()
+        assert state.pop('dtype') == dtype
+        again = PredictionBank(3, 4, dtype=dtype)
+        again.load_state_dict(state)
+        assert torch.equal(again.read(torch.tensor([1])), bank.read(torch.tensor([1])))
+
+
+def test_the_name_tells_storages_of_the_same_type_apart():
+    state = dict(PredictionBank(3, 4, dtype='log8').state_dict(), dtype='bytes')
+    with pytest.raises(ValueError, match='has dtype=bytes, this one dtype=log8'):
+        PredictionBank(3, 4, dtype='log8').load_state_dict(state)
+
+
 def test_encoded_rows_travel_between_banks():
     for settings_ in (dict(dtype=dtype, top_k=top_k) for dtype in KINDS for top_k in (None, 3)):
         a, b = PredictionBank(6, 8, **settings_), PredictionBank(6, 8, **settings_)
@@ -122,18 +140,16 @@ def test_nbytes_counts_every_tensor():
 
 def test_a_table_beyond_half_of_the_free_memory_is_refused_with_the_way_out(monkeypatch):
     # The real limit would need a real allocation of half the machine: the free memory is made small instead.
-    monkeypatch.setattr(selfkd.bank, '_free_memory', lambda device: 10**6)
+    monkeypatch.setattr(selfkd.bank, 'free_memory', lambda device: 10**6)
     with pytest.raises(
         MemoryError,
         match=r"1000 x 1000 probabilities .* set top_k \(16 is plenty\) or set dtype='float16' or set dtype='log8'",
     ):
         PredictionBank(1000, 1000)
     PredictionBank(1000, 1000, top_k=16)
-
-
-def test_free_memory_is_that_of_this_machine():
-    free = selfkd.bank._free_memory(torch.device('cpu'))
-    assert free is None or 2**20 < free < 2**50
+    monkeypatch.setattr(selfkd.bank, 'processes_sharing', lambda device: 8)
+    with pytest.raises(MemoryError, match='take 0.0 GiB in each of 8 processes, more than half'):
+        PredictionBank(1000, 1000, top_k=16)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +277,7 @@ def test_indices_of_any_integer_type_name_rows(dtype):
     [
         ('values', lambda values: values[:, :1]),
         ('values', lambda values: values * math.nan),
+        ('values', lambda values: values.half()),
         ('classes', lambda classes: classes + 4),
         ('seen', lambda seen: seen[:1]),
     ],

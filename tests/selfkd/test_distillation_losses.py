@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from costs import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from selfkd.losses import (
     attention_transfer,
@@ -19,6 +20,7 @@ from selfkd.losses import (
     overhaul_loss,
     quality_focal_loss,
 )
+from selfkd.losses._common import NUMBERS_AT_ONCE
 
 
 def random_logits(seed, *shape):
@@ -100,6 +102,9 @@ def test_gradients_are_those_of_finite_differences():
     assert gradcheck(lambda z: quality_focal_loss(z, other.sigmoid()), z)
     maps, target = random_logits(2, 2, 3, 2, 2).requires_grad_(), random_logits(3, 2, 5, 2, 2)
     assert gradcheck(lambda f: attention_transfer(f, target), maps)
+    assert gradgradcheck(lambda f: attention_transfer(f, target), maps)
+    levels, targets = [maps, random_logits(4, 3, 2, 5).requires_grad_()], [target, random_logits(5, 3, 1, 5)]
+    assert gradcheck(lambda *f: frskd_loss(z, other, f, targets, None, alpha=0.0, beta=2.0)['loss_feature'], levels)
     assert gradcheck(lambda f: hint_loss(f, target[:, :3]), maps)
     assert gradcheck(lambda f: overhaul_loss(f, target[:, :3]), maps)
 
@@ -220,6 +225,26 @@ def test_refusals_name_the_argument(call, message):
 def test_kl_is_zero_for_equal_predictions_and_shifts():
     z = random_logits(0, 4, 5)
     assert distillation_kl(z, z + 7.0).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_attention_transfer_takes_little_more_memory_than_its_gradient(dtype, monkeypatch):
+    """From whole maps it took four to ten times theirs."""
+    monkeypatch.setitem(NUMBERS_AT_ONCE, 'cpu', 2**12)
+    student, teacher = torch.rand(99, 128, 16).to(dtype).requires_grad_(), torch.rand(99, 256, 16).to(dtype)
+    peak = peak_bytes(lambda: torch.autograd.grad(attention_transfer(student, teacher), student))
+    assert peak < 1.2 * student.numel() * student.element_size()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('scale', [1.0, 1e-3])
+def test_half_precision_gradients_of_attention_transfer_are_rounded_once(dtype, scale):
+    student, teacher = (torch.randn(2, c, 3, 3).mul(scale).to(dtype) for c in (4, 6))
+    grads = []
+    for maps in (student.requires_grad_(), student.detach().double().requires_grad_()):
+        (grad,) = torch.autograd.grad(100 * attention_transfer(maps, teacher), maps)
+        grads.append(grad)
+    torch.testing.assert_close(grads[0], grads[1].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 @pytest.mark.parametrize('scale', [1e-30, 1e-20, 1e20, 1e30])

@@ -9,7 +9,7 @@ from helpers.plain_pyramid import PlainPyramid
 from simulated_gpu import SimulatedGPU
 from torch import nn
 
-from selfkd.pyramid import BiFPN, SelfTeacherPyramid, _pool, dry_run
+from selfkd.pyramid import BiFPN, SelfTeacherPyramid, _pool, _relu, _shares, _weighted_sum, dry_run
 
 
 def pair(channels, sizes, batch=3, depth=2):
@@ -130,6 +130,29 @@ def test_a_pyramid_whose_last_pass_goes_top_down_only(repeats):
         assert p.grad is not None, name
     for a, b in zip(down.eval()(feats), down(feats, preact=True)):
         assert torch.equal(a, b.relu())
+
+
+def test_sums_of_maps_have_first_and_second_derivatives():
+    weights = [torch.rand(n, dtype=torch.float64, requires_grad=True) for n in (2, 3)]
+    maps = [torch.randn(2, 2, n, n, dtype=torch.float64, requires_grad=True) for n in (4, 4, 2)]
+
+    def sums(two, three, *maps):
+        shares = _shares([two, three])
+        return _weighted_sum(shares[0], *maps[1:]), _weighted_sum(shares[1], *maps)
+
+    for total, w, terms in zip(sums(*weights, *maps), weights, (maps[1:], maps)):
+        terms = [*terms[:-1], F.interpolate(terms[-1], scale_factor=2)]
+        torch.testing.assert_close(total, sum(x * m for x, m in zip(w / (w.sum() + 1e-6), terms)))
+    assert torch.autograd.gradcheck(sums, (*weights, *maps))
+    assert torch.autograd.gradgradcheck(sums, (*weights, *maps))
+
+
+def test_maps_that_a_relu_made_are_taken_as_they_are():
+    pyramid, x = SelfTeacherPyramid([4, 8], 5), [torch.randn(2, c, s, s).requires_grad_() for c, s in ((4, 8), (8, 4))]
+    maps = [F.relu(feat) for feat in x]
+    assert _relu(maps[0]) is maps[0]
+    grads = [torch.autograd.grad(pyramid(feats)[1].sin().sum(), x) for feats in (x, maps)]
+    torch.testing.assert_close(*grads)
 
 
 def test_autocast():

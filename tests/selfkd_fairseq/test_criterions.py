@@ -156,7 +156,7 @@ def test_a_criterion_that_nobody_trains_is_no_silent_plain_run():
 
 
 def test_old_names_of_options():
-    """For one release they work, and say the new ones."""
+    """They work for one minor version, and say the new ones."""
     with pytest.warns(DeprecationWarning, match='fairseq: --pskd-past is now called --pskd-teacher'):
         trainer, _ = make_trainer(['--pskd-past', 'bank'], **SMALL)
     assert trainer.criterion.training_run.cfg.pskd_teacher == 'bank'

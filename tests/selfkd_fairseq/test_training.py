@@ -55,6 +55,7 @@ def test_usage_shows_the_options(fairseq):
         '--pskd-teacher-mode {train,eval}',
         '--pskd-keep-hard',
         '--pskd-top-k',
+        '--pskd-bank-dtype {float32,float16,log8}',
         '--report-ece',
     )
     usage = ' '.join(fairseq.train('usage', PSKD, '--no-such-option', fails=True).split())
@@ -195,6 +196,29 @@ def test_resuming_is_exact(fairseq, difference, past):
             assert 'PS-KD: the checkpoint holds no past predictions' in log
 
 
+def test_resuming_with_a_large_bank_beside_the_checkpoints_is_exact(fairseq, difference):
+    """Every bank is taken for a large one."""
+    folder = fairseq.folder / 'large_banks'
+    folder.mkdir()
+    (folder / '__init__.py').write_text(
+        'import selfkd_fairseq\nfrom selfkd import past_bank\n\npast_bank.LARGE = 1\n', encoding='utf-8'
+    )
+    options = (PSKD, PASTS['bank'], '--pskd-bank-dtype log8 --max-epoch 3 --save-interval-updates 4')
+    options = (*options, '--disable-validation', f'--user-dir {folder}')
+    fairseq.train('beside', *options)
+    bank = saved_past(fairseq.checkpoint('beside/checkpoint3.pt'))['bank']
+    saved = torch.load(bank['file'], weights_only=True)
+    assert saved['step'] == bank['step'] == 'epoch 4, batch 0'
+    assert (saved['bank']['dtype'], saved['bank']['values'].dtype) == ('log8', torch.uint8)
+    *_, last = sorted(fairseq.folder.glob('beside/checkpoint_3_*'), key=lambda path: int(path.stem.split('_')[-1]))
+    fairseq.train('beside-resumed', *options, f'--restore-file {last}')
+    assert difference(fairseq.weights('beside'), fairseq.weights('beside-resumed')) == 0
+    log = fairseq.train(
+        'beside-resumed', *options, f'--restore-file {fairseq.folder}/beside/checkpoint1.pt', fails=True
+    )
+    assert 'the checkpoint is of epoch 2, batch 0, and its bank was saved beside it' in log
+
+
 def test_the_training_set_may_be_validated_on(fairseq, difference):
     """It is then iterated over twice at a time; the checkpoint in mid-epoch has its snapshot all the same."""
     options = (PSKD, '--max-epoch 3 --valid-subset valid,train --save-interval-updates 4')
@@ -274,6 +298,24 @@ model: {{_name: transformer, encoder: {{layers: 1}}, decoder: {{layers: 1}}, bas
     log = fairseq.run('fairseq-hydra-train --config-dir conf --config-name small')
     assert '"train_pskd_alpha": "0.6"' in log
     assert 'token bank takes' in log
+
+
+def test_a_user_dir_of_ones_own(fairseq):
+    """It imports selfkd_fairseq and registers an architecture beside it; fairseq takes one --user-dir."""
+    (fairseq.folder / 'my_project').mkdir()
+    (fairseq.folder / 'my_project' / '__init__.py').write_text(
+        'import selfkd_fairseq\n'
+        'from fairseq.models import register_model_architecture\n\n\n'
+        "@register_model_architecture('transformer', 'my_transformer')\n"
+        'def small(args):\n'
+        '    pass\n'
+    )
+    own = '--user-dir my_project --arch my_transformer --max-epoch 2'
+    log = fairseq.train('own', PSKD, own)
+    assert [entry['train_pskd_alpha'] for entry in log.stats('train')] == pytest.approx([0, 0.8])
+    assert 'BLEU4 = ' in fairseq.run('fairseq-generate bin --path own/checkpoint_last.pt --cpu --user-dir my_project')
+    log = fairseq.train('own-cskd', '--criterion cskd_label_smoothed_cross_entropy', own, '--no-save')
+    assert log.stats('train')[-1]['train_loss_cskd'] > 0
 
 
 alone = pytest.mark.skipif(torch.__version__ >= (2, 6), reason='there fairseq alone loads no checkpoint of its own')

@@ -4,11 +4,10 @@ import pytest
 import torch
 from helpers.mmdet import config
 from helpers.mmengine import train
-from PIL import Image
 
+from selfkd.cli import main
 from selfkd.comparison import read_runs
 from selfkd_mmdet import DetectionCalibration
-from selfkd_mmdet.report import detect, draw, main
 
 BOX, APART, DIFFICULT = [0.0, 0, 10, 10], [50.0, 50, 60, 60], [20.0, 20, 30, 30]
 
@@ -45,21 +44,12 @@ def test_hand_worked_error():
         DetectionCalibration(score_thr=1.0)
 
 
-def test_in_a_real_validation_and_report(voc, tmp_path, capsys):
+def test_in_a_real_validation_and_compared(voc, tmp_path, capsys):
     runner = train(config(voc, tmp_path / 'run', **{'train_cfg.max_epochs': 1, 'model.test_cfg.rcnn.score_thr': 0.0}))
     found = runner.val()
     assert {'pascal_voc/mAP', 'calibration/ece', 'calibration/detections'} <= found.keys()
     assert 0 <= found['calibration/ece'] <= 100
-    again = detect(str(tmp_path / 'run'))
-    assert again.metrics == pytest.approx({**found, 'seed': 0})
-    assert len(again.samples) == 2
-    main([str(tmp_path / 'report'), f'x={tmp_path}/run', f'y={tmp_path}/run'])
-    assert f'| x | 1    | {100 * found["pascal_voc/mAP"]:.1f} ' in capsys.readouterr().out
-    assert read_runs(str(tmp_path / 'report/runs.csv'))['']['y'] == [
-        pytest.approx(again.metrics, rel=1e-5, nan_ok=True)
-    ]
-    draw({'x': [again]}, str(tmp_path / 'x.png'), score_thr=0.0)
-    for path in (tmp_path / 'x.png', tmp_path / 'report/detections.png'):
-        assert Image.open(path).size[0] > 300
-    with pytest.raises(FileNotFoundError, match='found 0 configs'):
-        detect(str(tmp_path))
+    main(['compare', str(tmp_path / 'table'), f'x={tmp_path}/run', f'y={tmp_path}/run'])
+    assert 'pascal_voc/mAP' in capsys.readouterr().out
+    logged = read_runs(str(tmp_path / 'table/runs.csv'))['']['y'][0]
+    assert {name: logged[name] for name in found} == pytest.approx(found, rel=1e-3, abs=1e-3, nan_ok=True)

@@ -15,6 +15,29 @@ from selfkd_mmdet import CSKDHook, PSKDHook
 BATCH_NORM = {'model.roi_head.bbox_head.norm_cfg': dict(type='BN', _delete_=True)}
 
 
+def of_seesaw(logits, past, weight, avg_factor):
+    """Objectness, and the classes as far as there is an object."""
+    kl = [-(p.softmax(1) * z.log_softmax(1)).sum(1) for p, z in ((past[:, i], logits[:, i]) for i in SEESAW)]
+    return ((kl[1] + past[:, -2:].softmax(1)[:, 0] * kl[0]) * weight).sum() / avg_factor
+
+
+def of_sigmoids(gamma):
+    def past_term(logits, past, weight, avg_factor):
+        target, p = past.sigmoid(), logits.sigmoid()
+        losses = (target - p).abs() ** gamma * F.binary_cross_entropy(p, target, reduction='none')
+        return (losses.sum(1) * weight).sum() / avg_factor
+
+    return past_term
+
+
+SEESAW = (slice(0, 10), slice(10, 12))  # classes, objectness
+PARTS = {  # of the losses that are no cross-entropy of a softmax: the past's term
+    'seesaw': of_seesaw,
+    'sigmoid': of_sigmoids(0),
+    'sparse': lambda *args: 2.0 * of_sigmoids(2)(*args),
+}
+
+
 @pytest.mark.parametrize(
     'case',
     [
@@ -34,6 +57,9 @@ BATCH_NORM = {'model.roi_head.bbox_head.norm_cfg': dict(type='BN', _delete_=True
         'sabl',
         'double head',
         'pisa',
+        'seesaw',
+        'sigmoid',
+        'sparse',
     ],
 )
 def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp_path, case):
@@ -55,25 +81,35 @@ def test_loss_of_regions_recomputed_from_the_previous_epochs_checkpoint(voc, tmp
     teacher = MODELS.build(cfg.model)
     load_checkpoint(teacher, str(tmp_path / 'epoch_1.pth'), strict=True)
     teacher.train(mode == 'train')
-    stages = 2 if case == 'cascade' else 1
+    stages = 2 if case in ('cascade', 'sparse') else 1
     for step in regions.steps:
         alpha = 0.8 * (step['epoch'] + 1) / 2
         assert len(step['calls']) == stages
+        feats_of_regions = step['feats']
         for stage, (logits, label, weight, avg_factor) in enumerate(step['calls']):
-            target = F.one_hot(label, 11).double()
+            target, past = F.one_hot(label, 11).double(), None
             if step['epoch'] > 0:
                 with torch.no_grad():
                     feats = teacher.extract_feat(step['inputs'])
-                    arguments = (stage, feats) if case == 'cascade' else (feats,)
-                    past = teacher.roi_head._bbox_forward(*arguments, step['rois'][stage])['cls_score'].softmax(1)
-                if 'hard' in case:
-                    past[label == 10] = F.one_hot(torch.tensor(10), 11).float()
-                target = target * (1 if keep else 1 - alpha) + alpha * past
-            expected = -((target * logits.double().log_softmax(1)).sum(1) * weight).sum() / avg_factor
-            name = f's{stage}.loss_cls' if case == 'cascade' else 'loss_cls'
-            factor = [1, 0.5][stage] if case == 'cascade' else 1
-            assert step['outputs'][name] == pytest.approx(factor * expected.item(), rel=1e-4)
-    keys = {'s0.pskd_hard', 's1.pskd_soft'} if case == 'cascade' else {'pskd_hard', 'pskd_soft'}
+                    arguments = (stage, feats) if stages > 1 else (feats,)
+                    more = (feats_of_regions, step['metas']) if case == 'sparse' else ()
+                    found = teacher.roi_head._bbox_forward(*arguments, step['rois'][stage], *more)
+                    past, feats_of_regions = found['cls_score'], found.get('object_feats')
+            name, factor = (f's{stage}.loss_cls', [1, 0.5][stage]) if stages > 1 else ('loss_cls', 1)
+            if case in PARTS:
+                expected = step['plain'][stage] + (0 if past is None else alpha) * PARTS[case](
+                    logits.double(), (logits if past is None else past.flatten(0, -2)).double(), weight, avg_factor
+                )
+            else:
+                if past is not None:
+                    past = past.softmax(1)
+                    if 'hard' in case:
+                        past[label == 10] = F.one_hot(torch.tensor(10), 11).float()
+                    target = target * (1 if keep else 1 - alpha) + alpha * past
+                expected = -((target * logits.double().log_softmax(1)).sum(1) * weight).sum() / avg_factor
+            total = sum(value for key, value in step['outputs'].items() if key.startswith(name))
+            assert total == pytest.approx(factor * float(expected), rel=1e-4)
+    keys = {'s0.pskd_hard', 's1.pskd_soft'} if stages > 1 else {'pskd_hard', 'pskd_soft'}
     assert keys | {'pskd_alpha'} <= regions.steps[-1]['outputs'].keys()
     entropies = [value for name, value in regions.steps[-1]['outputs'].items() if name.endswith('pskd_entropy')]
     assert len(entropies) == stages
@@ -226,31 +262,37 @@ class DumpModels(Hook):
 
 
 @pytest.mark.parametrize(
-    ('options', 'message'),
+    ('hook', 'loss', 'message'),
     [
-        (
-            {'model.roi_head.bbox_head.loss_cls': dict(type='SeesawLoss', num_classes=10, _delete_=True)},
-            'ConvFCBBoxHead classifies regions with SeesawLoss',
-        ),
-        (
-            {'model.roi_head.bbox_head.loss_cls.use_sigmoid': True},
-            'classifies regions with CrossEntropyLoss, .* use_sigmoid=False',
-        ),
+        (CSKDHook, dict(type='SeesawLoss', num_classes=10), 'with SeesawLoss'),
+        (CSKDHook, dict(type='CrossEntropyLoss', use_sigmoid=True), 'with CrossEntropyLoss, .* use_sigmoid=False'),
+        (PSKDHook, dict(type='FocalLoss', activated=True), 'with FocalLoss, and the past of a softmax'),
+        (PSKDHook, dict(type='CrossEntropyLoss', use_sigmoid=True, class_weight=[1.0] * 11), 'without class_weight'),
     ],
 )
-@pytest.mark.parametrize('hook', [PSKDHook, CSKDHook])
-def test_regions_without_a_softmax_are_refused(voc, tmp_path, options, message, hook):
+def test_regions_that_are_not_classified_as_the_method_needs_are_refused(voc, tmp_path, hook, loss, message):
+    options = {'model.roi_head.bbox_head.loss_cls': dict(loss, _delete_=True)}
     model = MODELS.build(config(voc, tmp_path, **options).model)
-    with pytest.raises(ValueError, match=f'^{hook.__name__}: .*{message}'):
+    with pytest.raises(ValueError, match=f'^{hook.__name__}: .*ConvFCBBoxHead classifies regions .*{message}'):
         hook().check(None, model)
 
 
 @pytest.mark.parametrize(
     ('detector', 'message'),
     [
-        ('solo/solo_r50_fpn_1x_coco.py', r'SOLO has no bbox_head or roi_head .* \(it has a mask_head, SOLOHead\)'),
-        ('maskformer/maskformer_r50_ms-16xb1-75e_coco.py', 'MaskFormer has no bbox_head .* panoptic_head'),
-        ('sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py', 'SparseRoIHead classifies regions by object_feats'),
+        ('maskformer/maskformer_r50_ms-16xb1-75e_coco.py', r'MaskFormer classifies the masks .* \(panoptic_head, Mask'),
+        (
+            'mask2former_vis/mask2former_r50_8xb2-8e_youtubevis2019.py',
+            r'classifies the masks .* \(track_head, Mask',
+        ),
+        (
+            'masktrack_rcnn/masktrack-rcnn_mask-rcnn_r50_fpn_8xb1-12e_youtubevis2019.py',
+            r'MaskTrackRCNN is a tracker around a detector \(MaskRCNN\): train the detector with PSKDHook',
+        ),
+        (
+            'soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
+            'SoftTeacher has a teacher already',
+        ),
     ],
 )
 def test_what_scores_no_boxes_of_the_students_is_refused_by_name(detector, message):

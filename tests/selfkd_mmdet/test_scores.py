@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from helpers.mmdet import PSKD, config
 from helpers.mmengine import train
+from mmdet.models.dense_heads import CenterNetHead, CornerHead
 from mmengine.hooks import Hook
 from torch import nn
 
-from selfkd_mmdet.scores import score_loss, scores
+from selfkd_mmdet.scores import check_scores, score_loss, scores, scoring_head
 
-MODELS = ['rtmdet', 'yolox', 'ssd', 'deformable detr']
+MODELS = ['rtmdet', 'yolox', 'ssd', 'tood', 'solo', 'deformable detr']
 
 
 class Watch(Hook):
@@ -26,7 +27,7 @@ class Watch(Hook):
     def before_train(self, runner):
         model = runner.model
         model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.bbox_head.register_forward_hook(self._head)
+        scoring_head(model).register_forward_hook(self._head)
 
     def _before(self, model, args, kwargs):
         self.steps.append(dict(inputs=kwargs['inputs'].clone(), samples=copy.deepcopy(kwargs['data_samples'])))
@@ -60,9 +61,11 @@ def test_the_past_scores_the_students_places(voc, tmp_path, model):
     if places.queries:  # those of the student follow from its own decoder: only how many
         assert len(last['scores']) == 2 * 2 * 12  # layers, images, queries
         return
+    head = scoring_head(teacher)
+    head.training = True  # SOLO's gives other things for inference
     with torch.no_grad():
-        past = scores(teacher.bbox_head, teacher.bbox_head(teacher.extract_feat(last['inputs'])))
-    expected = 0.8 * score_loss(teacher.bbox_head, last['scores'], past)
+        past = scores(head, head(teacher.extract_feat(last['inputs'])))
+    expected = 0.8 * score_loss(head, last['scores'], past)
     assert last['logs']['loss_pskd'] == pytest.approx(float(expected), rel=1e-4)
     assert last['logs']['pskd_soft'] == last['logs']['loss_pskd']
 
@@ -101,6 +104,27 @@ def test_a_score_of_class_times_objectness_is_the_products_logit():
     assert certain.isfinite().all()
 
 
+def test_heads_that_give_probabilities_have_their_logits_taken_and_unknown_ones_are_refused():
+    center = CenterNetHead(in_channels=4, feat_channels=4, num_classes=3)
+    output = center([torch.randn(2, 4, 5, 5)])
+    found = scores(center, output)
+    assert torch.allclose(found.sigmoid(), output[0][0].permute(0, 2, 3, 1).reshape(-1, 3), atol=1e-5)
+    assert found.requires_grad
+
+    class Own(nn.Module):
+        num_classes = 3
+
+    logits = torch.rand(4, 3)
+    with pytest.raises(ValueError, match=r'what Own gives for classes lies between .* seems to be probabilities'):
+        check_scores('PSKDHook', Own(), logits)
+    check_scores('PSKDHook', Own(), logits - 4.6)
+
+
+def test_both_kinds_of_corners_have_classes():
+    corner = CornerHead(num_classes=3, in_channels=4, num_feat_levels=1)
+    assert len(scores(corner, corner([torch.randn(1, 4, 8, 8)]))) == 2 * 64
+
+
 def test_yolov3s_one_map_is_taken_apart():
     head = nn.Module()
     head.num_classes, head.num_attrib = 2, 7
@@ -133,6 +157,13 @@ def test_places_that_a_head_rules_out_are_left_out():
     ruled_out[2] = -torch.inf
     keep = torch.tensor([0, 1, 3, 4, 5])
     assert torch.equal(score_loss(head, ruled_out, past), score_loss(head, logits[keep], past[keep]))
+
+
+def test_a_copy_that_scores_other_places_is_an_error():
+    head = nn.Module()
+    head.use_sigmoid_cls = True
+    with pytest.raises(RuntimeError, match=r'scores \(6, 2\) of the student, but \(5, 2\) of the past copy'):
+        score_loss(head, torch.zeros(6, 2), torch.zeros(5, 2))
 
 
 def test_a_head_that_gives_something_else_is_refused():

@@ -5,7 +5,7 @@ import torch
 from helpers.mmengine import digits_config
 
 from selfkd.cli import main
-from selfkd_mmengine.report import check_runs, finished_run
+from selfkd_mmpretrain.report import check_runs, finished_run
 
 
 def finished(folder, digits, seed=0):

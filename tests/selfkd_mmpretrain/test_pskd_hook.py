@@ -21,6 +21,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import MODELS
 
+from selfkd import past_bank
 from selfkd.bank import PredictionBank
 from selfkd.teacher import SnapshotTeacher
 
@@ -239,6 +240,27 @@ def test_resume_from_a_run_without_the_hook_says_that_the_bank_starts_empty(digi
     first = recorder.steps[0]
     assert first['epoch'] == 1
     assert first['loss'] == pytest.approx(first['plain'].item())
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'log8'])
+def test_resuming_with_a_large_bank_beside_the_checkpoints_is_exact(digits, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(past_bank, 'LARGE', 1)
+    checkpoint = {'default_hooks.checkpoint.max_keep_ckpts': 3, 'default_hooks.checkpoint.save_best': 'auto'}
+    options = {'train_cfg.val_interval': 1, **checkpoint}
+    hook = dict(PSKD, bank_dtype=dtype)
+    straight = train(digits_config(digits, tmp_path / 'straight', hook, **options))
+    folder = tmp_path / 'straight'
+    saved = torch.load(folder / 'epoch_2.pth', weights_only=False)['selfkd']['PSKDHook']['bank']
+    assert (saved['step'], saved['file']) == ('iteration 10', str(folder / 'selfkd_bank_2.pth'))
+    assert not list(tmp_path.glob('straight/selfkd_bank_3*'))  # the best checkpoints' are those of their epochs
+    options.update(resume=True, load_from=str(folder / 'epoch_2.pth'))
+    resumed = train(digits_config(digits, tmp_path / 'resumed', hook, **options))
+    assert_same_state(resumed.model.state_dict(), straight.model.state_dict())
+    banks = [find_hook(run, 'PSKDHook').past.bank.state_dict() for run in (straight, resumed)]
+    assert_same_state(*banks)
+    options['load_from'] = str(folder / 'epoch_1.pth')
+    with pytest.raises(ValueError, match='checkpoint is of iteration 5, .*bank_1.pth holds that of iteration 15'):
+        train(digits_config(digits, tmp_path / 'resumed', hook, **options))
 
 
 # Two processes

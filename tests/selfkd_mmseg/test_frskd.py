@@ -342,7 +342,6 @@ def test_heads(voc, tmp_path, base):
         ({'in_index': [0, 4]}, {}, r'are .* \[\(8, 32, 32\), .* needs two of them or more; choose them by .*in_index'),
         ({'in_index': [1, 0]}, {}, r'several sizes, fine to coarse, but self_teacher.in_index=\[1, 0\] are not; name'),
         ({'in_index': [1, 2, 3]}, {}, r'several sizes, fine to coarse, but self_teacher.in_index=\[1, 2, 3\] are not'),
-        ({}, {'model.backbone.out_indices': (3,)}, r'needs two of them or more; .* \(backbone.out_indices\)'),
         ({'warmup': 0.9}, {}, r'warmup=0.9 of 7 iters ends with training, .* would never teach: .* to 0.857 or less'),
         ({'warmup': 1.0}, {}, r'warmup must lie in \[0, 1\), got 1.0'),
         ({'num_classes': 12}, {}, 'self_teacher.num_classes is 12, but the decode head has 11 classes'),
@@ -379,8 +378,14 @@ def test_settings_that_cannot_work_are_refused(voc, tmp_path, teacher, options, 
             r'VPDDepthHead is not supported \(it is a head of DepthEstimator;',
         ),
         ({'decode_head': dict(type='SideAdapterCLIPHead')}, 'SideAdapterCLIPHead .* head of MultimodalEncoderDecoder'),
-        ({'decode_head': dict(type='IterativeDecodeHead')}, 'IterativeDecodeHead is not supported'),
-        ({'decode_head': dict(type='Mask2FormerHead')}, 'Mask2FormerHead is not supported'),
+        (
+            {'decode_head': dict(type='IterativeDecodeHead')},
+            'IterativeDecodeHead is not supported .its kernels, as in K-Net, are refined',
+        ),
+        (
+            {'decode_head': dict(type='Mask2FormerHead')},
+            'Mask2FormerHead is not supported .it classifies the masks that its queries draw',
+        ),
     ],
 )
 def test_what_is_no_encoder_decoder_is_refused_by_name(voc, tmp_path, model, message):
@@ -409,21 +414,55 @@ def test_one_option(voc, tmp_path, base):
     assert all(p.requires_grad for p in model.self_teacher.parameters())
 
 
-def test_maps_coarse_to_fine_are_chosen_in_another_order(voc, tmp_path):
-    """U-Net's decoder hands its maps over coarse to fine."""
+UNET = dict(
+    type='UNet', in_channels=3, base_channels=4, num_stages=3, strides=(1,) * 3, enc_num_convs=(1,) * 3,
+    dec_num_convs=(1,) * 2, downsamples=(True,) * 2, enc_dilations=(1,) * 3, dec_dilations=(1,) * 2,
+)  # fmt: skip
+ERFNET = dict(type='ERFNet', enc_downsample_channels=(4, 8, 16), enc_stage_non_bottlenecks=(1, 1))
+ERFNET.update(enc_non_bottleneck_dilations=(2,), dec_upsample_channels=(8, 4), dec_stages_non_bottleneck=(1, 1))
+BISENET = dict(type='BiSeNetV2', detail_channels=(8, 8, 16), semantic_channels=(4, 8, 8, 16))
+BISENET.update(bga_channels=16)
+ONE_MAP = dict(type='ResNet', depth=18, base_channels=8, stem_channels=8, norm_cfg=dict(type='BN'), out_indices=(3,))
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'head', 'channels', 'in_index'),
+    [
+        (UNET, (4, 2), [4, 8, 16], [2, 1, 0]),  # its decoder hands its maps over coarse to fine
+        (BISENET, (16, 0), [4, 16, 8, 16], [1, 0, 3, 4]),  # of two maps of a size, the one that the decode head reads
+        (ERFNET, (16, 0), [16, 64, 16], None),  # one map reaches the decode head, the others are inside
+        (ONE_MAP, (64, 0), [8, 16, 32, 64], None),
+    ],
+)
+def test_maps_are_found_by_their_sizes(voc, tmp_path, backbone, head, channels, in_index):
     cfg = config(voc, tmp_path)
-    cfg.model.backbone = ConfigDict(
-        type='UNet', in_channels=3, base_channels=4, num_stages=3, strides=(1,) * 3, enc_num_convs=(1,) * 3,
-        dec_num_convs=(1,) * 2, downsamples=(True,) * 2, enc_dilations=(1,) * 3, dec_dilations=(1,) * 2,
-    )  # fmt: skip
+    cfg.model.backbone = ConfigDict(backbone)
+    cfg.model.update(type='selfkd_mmseg.FRSKDEncoderDecoder', auxiliary_head=None, self_teacher=dict(warmup=0.0))
+    cfg.model.decode_head.update(in_channels=head[0], in_index=head[1])
+    model = MODELS.build(cfg.model)
+    assert (model.self_teacher.in_channels, model.self_teacher.in_index) == (channels, in_index)
+    losses = model.train()(*batch_of(), mode='loss')
+    assert losses['self_teacher.loss_feature'] > 0
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+    assert not [module for module in model.backbone.modules() if module._forward_hooks]
+    with torch.no_grad():
+        plain = model.eval()(*batch_of(), mode='loss')
+    assert not any(name.startswith('self_teacher') for name in plain)
+
+
+def batch_of():
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 11, (1, 64, 64)))) for _ in range(2)]
+    return torch.randn(2, 3, 64, 64), samples
+
+
+def test_a_network_with_maps_of_one_size_is_refused(voc, tmp_path):
+    cfg = config(voc, tmp_path)
+    size = dict(img_size=(128, 128), embed_dims=16, num_layers=2, num_heads=2, out_indices=(0, 1))
+    cfg.model.backbone = ConfigDict(type='VisionTransformer', **size)
     cfg.model.update(type='selfkd_mmseg.FRSKDEncoderDecoder', auxiliary_head=None)
-    cfg.model.decode_head.update(in_channels=4, in_index=2)
-    with pytest.raises(
-        ValueError, match=r'\[\(16, 32, 32\), \(8, 64, 64\), \(4, 128, 128\)\]: .* by self_teacher.in_index'
-    ):
+    with pytest.raises(ValueError, match=r'several sizes, and VisionTransformer has none inside .* use PSKDHook'):
         MODELS.build(cfg.model)
-    cfg.model.self_teacher = ConfigDict(in_index=[2, 1, 0])
-    assert MODELS.build(cfg.model).self_teacher.in_channels == [4, 8, 16]
 
 
 class FixedSize(nn.Module):

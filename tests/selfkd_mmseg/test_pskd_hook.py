@@ -7,6 +7,7 @@ from helpers.mmengine import assert_same_state, train
 from helpers.mmseg import config
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
+from mmengine.hub import get_config
 from mmengine.runner import load_checkpoint
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.registry import MODELS
@@ -180,6 +181,14 @@ def test_mixed_precision(voc, tmp_path, monkeypatch):
             {'model.decode_head.type': 'STDCHead'},
             r'EncoderDecoder with STDCHead is not supported: its outputs are not known .* Use a decode head with',
         ),
+        (
+            {'model': 'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py'},
+            'EncoderDecoder with Mask2FormerHead is not supported: it classifies the masks that its queries draw',
+        ),
+        (
+            {'model': 'mmseg::knet/knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512.py'},
+            'EncoderDecoder with IterativeDecodeHead is not supported: its kernels, as in K-Net, are refined',
+        ),
     ],
 )
 def test_heads_and_losses_that_cannot_work_are_refused(voc, tmp_path, options, message):
@@ -187,6 +196,8 @@ def test_heads_and_losses_that_cannot_work_are_refused(voc, tmp_path, options, m
     loss = options.get('model.decode_head.loss_decode')
     if loss:
         cfg.model.decode_head.loss_decode = ConfigDict(loss)
+    elif 'model' in options:
+        cfg.model.decode_head = get_config(options['model']).model.decode_head
     else:
         cfg.merge_from_dict(options)
     with pytest.raises(ValueError, match=message):

@@ -399,6 +399,36 @@ def test_fabric_sets_the_loader_up():
         fabric.setup_dataloaders(bank_of(loader_of()).batches())
 
 
+def under_fabric():
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator='cpu', devices=2, strategy='ddp')
+    fabric.launch()
+    model = fabric.setup(network())
+    pskd = bank_of(fabric.setup_dataloaders(loader_of(shuffle=True)))
+    rows, losses = [], []
+    for _ in range(2):
+        for x, y in pskd.batches():
+            assert torch.equal(x[:, 0].long(), pskd._rows)
+            logits = model(x)
+            loss = pskd.loss(logits, y)
+            fabric.backward(loss)
+            rows.append(pskd._rows.tolist())
+            losses.append(loss.item() - F.cross_entropy(logits, y).item())
+    return rows, losses
+
+
+def test_fabric_in_two_processes(tmp_path):
+    """Each goes through its share, and learns from what either has predicted."""
+    pytest.importorskip('lightning.fabric', reason='lightning is not installed')
+    ranks = in_processes(tmp_path, lambda rank: under_fabric(), 2)
+    seen = [[row for batch in rows[:2] for row in batch] for rows, _ in ranks]
+    assert sorted(seen[0] + seen[1]) == [*range(N)]
+    for _, losses in ranks:
+        assert losses[:2] == [0, 0]
+        assert all(losses[2:])
+
+
 def test_a_sampler_that_counts_epochs_is_the_users_own():
     sampler = DistributedSampler(DATA, 2, rank=1)
     lent = bank_of(loader_of(sampler=sampler)).batches().lend()

@@ -162,12 +162,14 @@ LOSSES = {
 def test_a_loss_does_not_wait(name):
     logits, labels, past = torch.randn(4, 3).requires_grad_(), torch.tensor([0, 2, 1, 1]), torch.randn(4, 3).softmax(1)
     expected = LOSSES[name](logits, labels, past)
+    expected.backward()
     with SimulatedGPU() as gpu:
-        loss = LOSSES[name](*map(gpu.put, (logits, labels, past)))
+        there, *constants = map(gpu.put, (logits, labels, past))
+        loss = LOSSES[name](there, *constants)
         loss.backward()
     assert not gpu.waits
     assert not gpu.nondeterministic
-    torch.testing.assert_close(loss.values, expected.detach())
+    torch.testing.assert_close([loss.values, there.grad.values], [expected.detach(), logits.grad])
 
 
 def test_pairs_are_drawn_without_waiting():

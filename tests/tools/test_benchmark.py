@@ -64,7 +64,7 @@ ROWS = {
     'torch': [4],
     'mmpretrain': [4, 4],
     'distillation': [3, 3],
-    'mmdet': [4, 2],
+    'mmdet': [4, 2, 2, 2],
     'detectron2': [4],
     'mmseg': [3, 5],
     'fairseq': [3],
@@ -117,7 +117,7 @@ def test_full_sizes_in_mmdet(toolkit):
     plugin = toolkit('mmdet')
     shape = plugin.SHAPES['full']
     assert (shape.batch, shape.height) == (2, 800)
-    cfg = plugin.make_config(shape, 'faster-rcnn')
+    cfg = plugin.make_config(shape, 'pascal_voc/faster-rcnn_r50_fpn_1x_voc0712')
     assert cfg.model.train_cfg.rcnn.sampler.num == 512
     backbone = built('mmdet', cfg).backbone
     assert parameters(backbone) == 25_557_032 - 2049 * 1000  # ResNet-50 without its classifier

@@ -64,13 +64,17 @@ class RandomDetections(BaseDataset):
 
 
 def make_config(shape: Shape, base: str, hook: str = '', **roi_head) -> Config:
-    """MMDetection's own PASCAL VOC config, with the shape's images and ResNet."""
-    model = get_config(f'mmdet::pascal_voc/{base}_r50_fpn_1x_voc0712.py').model
-    model.backbone.update(depth=shape.depth, init_cfg=None)
-    if shape.depth < 50:
-        model.neck.in_channels = [64, 128, 256, 512]
-    if base == 'faster-rcnn':
+    """The model of one of MMDetection's own configs, for 20 classes, with the shape's images and ResNet."""
+    model = get_config(f'mmdet::{base}.py').model
+    model.backbone.init_cfg = model.data_preprocessor.batch_augments = None
+    if model.backbone.type == 'ResNet':
+        model.backbone.depth = shape.depth
+        if shape.depth < 50:
+            model.neck.in_channels = [channels // 4 for channels in model.neck.in_channels]
+    if 'roi_head' in model:
         model.train_cfg.rcnn.sampler.num = shape.regions
+    else:
+        model.bbox_head.num_classes = 20
     if roi_head:
         model.roi_head.update(roi_head)
     dataset = dict(
@@ -85,25 +89,27 @@ def make_config(shape: Shape, base: str, hook: str = '', **roi_head) -> Config:
 
 
 def step_suite(size: str = 'small') -> List[Table]:
-    """Faster R-CNN and RetinaNet in MMDetection."""
-    shape = SHAPES[size]
-    detectors = {
-        'Faster R-CNN': {
-            'Faster R-CNN': make_config(shape, 'faster-rcnn'),
-            'PS-KD': make_config(shape, 'faster-rcnn', 'selfkd_mmdet.PSKDHook'),
-            'CS-KD': make_config(shape, 'faster-rcnn', 'selfkd_mmdet.CSKDHook'),
-            'FRSKD': make_config(shape, 'faster-rcnn', type='selfkd_mmdet.FRSKDRoIHead'),
-        },
-        'RetinaNet': {
-            'RetinaNet': make_config(shape, 'retinanet'),
-            'RetinaNet, PS-KD': make_config(shape, 'retinanet', 'selfkd_mmdet.PSKDHook'),
-        },
+    """A two-stage detector, a one-stage one with the focal loss, another one, and a transformer, in MMDetection."""
+    shape, tables = SHAPES[size], []
+    of_rtmdet = 'l' if size == 'full' else 'tiny'
+    bases = {
+        'Faster R-CNN': 'pascal_voc/faster-rcnn_r50_fpn_1x_voc0712',
+        'RetinaNet': 'pascal_voc/retinanet_r50_fpn_1x_voc0712',
+        f'RTMDet-{of_rtmdet}': f'rtmdet/rtmdet_{of_rtmdet}_8xb32-300e_coco',
+        'Deformable DETR': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco',
     }
-    tables = []
-    for detector, configs in detectors.items():
+    for detector, base in bases.items():
+        two_stage = detector == 'Faster R-CNN'
+        configs = {
+            detector: make_config(shape, base),
+            'PS-KD' if two_stage else f'{detector}, PS-KD': make_config(shape, base, 'selfkd_mmdet.PSKDHook'),
+        }
+        if two_stage:
+            configs['CS-KD'] = make_config(shape, base, 'selfkd_mmdet.CSKDHook')
+            configs['FRSKD'] = make_config(shape, base, type='selfkd_mmdet.FRSKDRoIHead')
+        network = '' if detector.startswith('RTMDet') else f', ResNet-{shape.depth}{" FPN" * ("DETR" not in detector)}'
         title = (
-            f'A whole training step of {detector}, ResNet-{shape.depth} FPN, batch {shape.batch}, '
-            f'{shape.height} x {shape.width} pixels.'
+            f'A whole training step of {detector}{network}, batch {shape.batch}, {shape.height} x {shape.width} pixels.'
         )
         tables.append(Table(title, compare_configs(configs, shape.repeats)))
     return tables

@@ -58,6 +58,7 @@ def _step_of(runner: Runner) -> Callable[[], None]:
     runner.optim_wrapper.initialize_count_status(runner.model, 0, 10**6)
     for point in ('before_run', 'before_train', 'before_train_epoch'):
         runner.call_hook(point)
+    runner.model.init_weights()  # some parameters are what was in the memory before
     runner.model.train()
     batches = list(runner.train_dataloader)
     loop, position = runner.train_loop, 0

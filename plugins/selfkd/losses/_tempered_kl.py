@@ -13,13 +13,14 @@ def tempered_kl(student, teacher, temperature):
     return _TemperedKL.apply(student, teacher.detach(), temperature)
 
 
-def _log_probs(logits, temperature):
+def _tempered(logits, temperature):
     logits = logits.to(wide(logits.dtype))  # first: a half divided by a small T overflows
-    return log_softmax(logits / temperature if temperature != 1 else logits)  # on large maps a division takes time
+    return logits / temperature if temperature != 1 else logits  # on large maps a division takes time
 
 
 def _losses(student, teacher, temperature):
-    return temperature**2 * kl(_log_probs(teacher, temperature), _log_probs(student, temperature))
+    log_probs = (log_softmax(_tempered(logits, temperature)) for logits in (teacher, student))
+    return temperature**2 * kl(*log_probs)
 
 
 class _TemperedKL(torch.autograd.Function):
@@ -42,7 +43,7 @@ class _TemperedKL(torch.autograd.Function):
             return (*torch.autograd.grad(losses, student, grad, create_graph=True), None, None)
         gradient = torch.empty_like(student)
         for rows in row_slices(student):
-            difference = _log_probs(student[rows], ctx.temperature).exp_()
-            difference -= _log_probs(teacher[rows], ctx.temperature).exp_()
-            gradient[rows] = difference.mul_(ctx.temperature * grad[rows].unsqueeze(1))
+            difference = _tempered(student[rows], ctx.temperature).softmax(1)
+            difference -= _tempered(teacher[rows], ctx.temperature).softmax(1)
+            torch.mul(difference, ctx.temperature * grad[rows].unsqueeze(1), out=gradient[rows])
         return gradient, None, None

@@ -5,11 +5,11 @@ import math
 from typing import Callable, Dict, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_same_shape, check_weight, free_to_look, wide
+from ..checks import check_same_shape, check_weight, wide
 from ..transfer import to_device
+from ._attention import attention_distance
 from .pskd import cross_entropy
 from .soft import distillation_kl
 
@@ -35,13 +35,8 @@ def attention_transfer(student_map: Tensor, teacher_map: Tensor) -> Tensor:
         >>> attention_transfer(student, torch.tensor([[[0.0, 5.0]]]))
         tensor(1.)
     """
-    if student_map.dim() < 3 or _without_channels(student_map) != _without_channels(teacher_map):
-        raise ValueError(
-            'student_map, teacher_map: must be [N, C, ...] and differ in channels only, got '
-            f'{tuple(student_map.shape)} and {tuple(teacher_map.shape)}'
-        )
-    difference = _attention(student_map) - _attention(teacher_map.detach())
-    return difference.pow(2).sum() / max(difference.numel(), 1)
+    _check_maps(student_map, teacher_map)
+    return attention_distance([student_map], [teacher_map])
 
 
 def hint_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
@@ -151,31 +146,25 @@ def frskd_loss(
     kl = distillation_kl(logits, teacher_logits, temperature, reduction='none' if average else 'batchmean')
     losses['loss_kd'] = alpha * (average(kl) if average else kl)
     if beta:
-        terms = [FEATURE_LOSSES[feature_loss](f, t) for f, t in zip(feats, teacher_feats)]
-        if feature_loss == 'overhaul':
-            terms = [term / 2 ** (len(terms) - 1 - i) for i, term in enumerate(terms)]
-        losses['loss_feature'] = beta * functools.reduce(torch.add, terms)
+        losses['loss_feature'] = beta * _feature_loss(feature_loss, feats, teacher_feats)
     return losses
 
 
-def _without_channels(maps: Tensor):
-    return (len(maps), *maps.shape[2:])
+def _feature_loss(kind: str, feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> Tensor:
+    if kind == 'attention':
+        for student_map, teacher_map in zip(feats, teacher_feats):
+            _check_maps(student_map, teacher_map)
+        return attention_distance(feats, teacher_feats)
+    terms = [FEATURE_LOSSES[kind](f, t) for f, t in zip(feats, teacher_feats)]
+    if kind == 'overhaul':
+        terms = [term / 2 ** (len(terms) - 1 - i) for i, term in enumerate(terms)]
+    return functools.reduce(torch.add, terms)
 
 
-def _attention(maps: Tensor) -> Tensor:
-    maps = maps.to(wide(maps.dtype)).flatten(2)
-    if free_to_look(maps):
-        squares = _mean_square(maps)
-        peaks = squares.detach().amax(1)
-        if peaks.min() > 1e-10 and peaks.max() < 1e15:
-            return F.normalize(squares)
-    # Squares of very small and very large values are beyond float32; a(F) is the same for any multiple of F.
-    low, high = maps.detach().flatten(1).aminmax(dim=1)
-    scale = torch.maximum(high, -low).clamp(min=torch.finfo(maps.dtype).tiny)
-    return F.normalize(_mean_square(maps / scale.view(-1, 1, 1)))
-
-
-def _mean_square(maps: Tensor) -> Tensor:
-    if not maps.requires_grad:  # without the tensor of squares
-        return torch.linalg.vector_norm(maps, dim=1).pow(2) / maps.shape[1]
-    return maps.pow(2).mean(1)
+def _check_maps(student_map: Tensor, teacher_map: Tensor) -> None:
+    shapes = [(len(maps), *maps.shape[2:]) for maps in (student_map, teacher_map)]
+    if student_map.dim() < 3 or shapes[0] != shapes[1]:
+        raise ValueError(
+            'student_map, teacher_map: must be [N, C, ...] and differ in channels only, got '
+            f'{tuple(student_map.shape)} and {tuple(teacher_map.shape)}'
+        )
