@@ -105,7 +105,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
             return f'{name} predicts a sigmoid for each class, which is no distribution over the classes', ''
         if not self.num_classes:
             return (
-                f'neither {name} nor the training set says how many classes there are',
+                f'neither the head {name} nor the training set says how many classes there are',
                 ', or metainfo=dict(classes=...) of the training set',
             )
         return SampleIndex.obstacle(runner.train_dataloader.dataset), ''
