@@ -55,7 +55,8 @@ class PSKD(Method):
         top_k, bank_dtype, bank_device, bank_momentum: of the bank, see :class:`selfkd.bank.PredictionBank` and
             :class:`selfkd.past.BankPast`; a dtype also by its name. The device is by default the logits'.
         model: for a copy: the module that the loop calls (DistributedDataParallel, torch.compile'd or plain).
-        outputs: for a copy: gives the logits from what the model returns, where that is not they.
+        outputs: for a copy: gives the logits from what the model returns, where that is not they; of a model with
+            several outputs a tuple, each with a past of its own.
 
     ``logs`` of the latest loss, numbers or tensors ``[]``: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (sum to it),
     ``pskd_entropy`` (of the past, in nats), ``pskd_skipped`` (predictions that were not finite).
@@ -113,7 +114,7 @@ class PSKD(Method):
         self.model: Any = model  # None: there is no copy
         self.max_steps = steps_of(self.data, alpha, interval, max_epochs, max_steps)
         model_name = type(None if model is None else unwrap(model)).__name__
-        self._calls = Calls(outputs or (lambda output: output), model_name)
+        self._calls = Calls(outputs, model_name)
         self.kind = 'auto'  # of the past, until it is known
         self.past = Past()  # does nothing; a bank is made at the first loss
         self._saved: Dict[str, Any] = {}  # of a bank that is not made yet
@@ -221,8 +222,9 @@ class PSKD(Method):
         if self.bank is not None and self.bank.skipped:
             self.logs['pskd_skipped'] = float(self.bank.skipped)
 
-    def past_of(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
-        """What was predicted for the batch; None where nothing was. What is predicted now is kept."""
+    def past_of(self, logits: Tensor, target: Tensor, *, keep: bool = True) -> Optional[Prediction]:
+        """What was predicted for the batch; None where nothing was. What is predicted now is kept, unless ``keep`` is
+        False (it may then have the shape of logits alone)."""
         if not self._inside:
             raise RuntimeError(
                 'PSKD: the loss is for training, in a loop over pskd.batches(); for validation use the plain one. (A '
@@ -230,7 +232,7 @@ class PSKD(Method):
             )
         self._decide(logits, target)
         self.used, self.count = self.used + 1, self.count + 1
-        return self._past_of_rows(logits, target) if self.kind == 'bank' else self._past_of_call(logits)
+        return self._past_of_rows(logits, target, keep) if self.kind == 'bank' else self._past_of_call(logits)
 
     def _decide(self, logits: Tensor, target: Tensor) -> None:
         """``teacher='auto'``: before the first loss all that is known is that samples have an index."""
@@ -267,7 +269,7 @@ class PSKD(Method):
             )
         return None if call.past is None else Prediction(call.past, True)
 
-    def _past_of_rows(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
+    def _past_of_rows(self, logits: Tensor, target: Tensor, keep: bool) -> Optional[Prediction]:
         if self.used > 1:
             raise RuntimeError(
                 'PSKD: a second loss in one batch: the bank keeps one prediction for each sample. Call the loss once, '
@@ -282,7 +284,8 @@ class PSKD(Method):
             self.past.load_state_dict(self._saved)
             self.past.begin_step(self.data.step, self._rows)
         prediction = self.past.predict(target)
-        self.past.observe(logits)
+        if keep:
+            self.past.observe(logits)
         if prediction is None or self.current_alpha == 0:
             return None
         return prediction.to(logits.device)
