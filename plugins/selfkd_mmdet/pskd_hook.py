@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from selfkd.losses import quality_focal_loss
 from selfkd.past import CopyPast, Prediction
 from selfkd_mmengine import PSKDHookBase, only_looks
+from selfkd_mmengine.pskd_hook import probs_of
 
 from .heads import has_focal_loss, region_heads, stage_of
-from .regions import Regions, check_past_of_regions, hard_background, is_softmax, logits_of, past_losses, probs_of
+from .regions import Regions, check_past_of_regions, hard_background, logits_of, past_losses
 from .scores import Places, check_places, check_scores, gives_probs, score_loss, scores, scoring_head
 
 __all__ = ['PSKDHook']
@@ -188,9 +189,8 @@ class PSKDHook(PSKDHookBase):
             return loss
         cls_score, label = list(arguments.values())[:2]  # which the losses name differently
         weight = arguments.get('label_weights', arguments.get('weight'))
-        past = probs_of(self.tapped, logits_of(self.tapped, self._regions.take(stage, cls_score)))
-        both = past if is_softmax(self.tapped) else torch.stack([past, 1 - past], 1)
-        self.logs[f'{prefix}pskd_entropy'] = Prediction(both, True).entropy(past.shape[1])
+        past = probs_of(logits_of(self.tapped, self._regions.take(stage, cls_score)), self.tapped)
+        self.logs[f'{prefix}pskd_entropy'] = self.entropy(Prediction(past, True), past.shape[1])
         if not self.background:
             past = hard_background(past, label, region_heads(self.student)[stage].num_classes)
         losses = past_losses(self.tapped, logits_of(self.tapped, cls_score), past)

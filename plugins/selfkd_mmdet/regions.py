@@ -13,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd.past import CopyPast
+from selfkd_mmengine.pskd_hook import is_sigmoid
 
 from .heads import per_stage, region_heads
 
-__all__ = ['Regions', 'check_past_of_regions', 'hard_background', 'is_softmax', 'logits_of', 'past_losses', 'probs_of']
+__all__ = ['Regions', 'check_past_of_regions', 'hard_background', 'logits_of', 'past_losses']
 
 OF_IMAGE = ('semantic', 'glbctx')  # a RoI head's heads for the whole image
 # What the classification of regions is a function of. The last two are Sparse R-CNN's.
@@ -65,11 +66,6 @@ def _is_known(loss: Any) -> bool:
     return plain and not (loss.use_sigmoid and loss.class_weight is not None)
 
 
-def is_softmax(loss: Any) -> bool:
-    """Whether classes compete, the last of them being the background; else each has a sigmoid."""
-    return not loss.use_sigmoid
-
-
 def logits_of(loss: nn.Module, cls_score: Tensor) -> Tensor:
     """Logits ``[N, C]`` of the classes that a loss module trains.
 
@@ -81,10 +77,6 @@ def logits_of(loss: nn.Module, cls_score: Tensor) -> Tensor:
     return torch.cat([classes + objectness[:, :1], objectness[:, 1:]], 1)
 
 
-def probs_of(loss: nn.Module, logits: Tensor) -> Tensor:
-    return logits.float().softmax(1) if is_softmax(loss) else logits.float().sigmoid()
-
-
 def hard_background(probs: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """Past probs ``[N, C]``, with the label in their place where that is the background."""
     background = label == num_classes
@@ -94,11 +86,11 @@ def hard_background(probs: Tensor, label: Tensor, num_classes: int) -> Tensor:
 
 def past_losses(loss: Any, logits: Tensor, probs: Tensor) -> Tensor:
     """The past's term of each region, ``[N]``: least where student and past agree."""
-    if is_softmax(loss):
-        weight = getattr(loss, 'class_weight', None)
-        return soft_cross_entropy(logits, probs, class_weight=weight, reduction='none')
-    gamma = 2.0 if isinstance(loss, FocalLoss) else 0.0
-    return quality_focal_loss(logits, probs, gamma=gamma, reduction='none').sum(1)
+    if is_sigmoid(loss):
+        gamma = 2.0 if isinstance(loss, FocalLoss) else 0.0
+        return quality_focal_loss(logits, probs, gamma=gamma, reduction='none').sum(1)
+    weight = getattr(loss, 'class_weight', None)
+    return soft_cross_entropy(logits, probs, class_weight=weight, reduction='none')
 
 
 class Regions:
