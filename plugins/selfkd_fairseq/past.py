@@ -1,7 +1,7 @@
 """Where PS-KD's past predictions come from in fairseq: the core's sources, fed with fairseq's data sets and models."""
 
 import logging
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class StoredAverage(CopyPast):
         check_kind(state, 'average')
 
 
-def make_past(cfg, task, model, lengths: Optional[np.ndarray]) -> Past:
+def make_past(cfg, task, model, lengths: Any) -> Past:
     """What --pskd-teacher says; ``lengths`` are a bank's, of :func:`target_lengths`."""
     mode = str(cfg.pskd_teacher_mode)
     if cfg.pskd_teacher == 'ema':
@@ -81,8 +81,8 @@ def target_lengths(task, dataset) -> np.ndarray:
     obstacle = why_no_bank(task, dataset)
     if obstacle is None:
         looked_at = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
-        batch = look_at(dataset, looked_at)
-        target, ids = batch.get('target'), batch.get('id')
+        batch: Any = look_at(dataset, looked_at)
+        target, ids = (batch.get(name) for name in ('target', 'id'))
         if not torch.is_tensor(ids) or not torch.is_tensor(target) or target.dim() != 2:
             obstacle = 'its batches have no "id", or no "target" [sentences, tokens] for it'
         elif sorted(ids.tolist()) != looked_at.tolist():
