@@ -119,6 +119,12 @@ PLACES = {
     'mmseg FRSKD': Place(
         'mmseg', constructor('selfkd_mmseg.frskd:SelfTeacher', positional=20), 'FRSKD', 'segmentation'
     ),
+    'transformers CSKD': Place(
+        'transformers', fields('selfkd_transformers:CSKDArguments', 'cskd_'), 'CSKD', 'classification'
+    ),
+    'transformers FRSKD': Place(
+        'transformers', fields('selfkd_transformers:FRSKDArguments', 'frskd_'), 'FRSKD', 'classification'
+    ),
     'torch FRSKD': Place('torch', constructor('selfkd_torch:FRSKD', positional=3), 'FRSKD', 'classification'),
     'detectron2 SELFKD.FRSKD': Place(
         'detectron2', node('FRSKD'), 'FRSKD', 'detection', (), ('alpha', 'beta', 'temperature')

@@ -38,6 +38,7 @@ PSKD = {
     'bank_device': "Where the bank lies. By default on the model's device, for tokens on the CPU.",
     'bank_momentum': 'The bank keeps `m * past + (1 - m) * prediction`, an average over epochs.',
     'model': 'For a past copy: the module that computes the logits. Own loops give the module, Lightning its name.',
+    'fused': 'Causal language models: the loss is computed without ever having the logits of all tokens.',
     'outputs': 'For a past copy: a function that gets the logits from what the model returns.',
     'loss': 'Name of the sub-module that computes the loss, if it is not `F.cross_entropy`.',
 }
@@ -112,6 +113,12 @@ OPTIONS = {
     'selfkd_transformers.PSKDArguments': Options(
         'selfkd_transformers/pskd.py:PSKDArguments', {f'pskd_{name}': text for name, text in PSKD.items()}
     ),
+    'selfkd_transformers.CSKDArguments': Options(
+        'selfkd_transformers/cskd.py:CSKDArguments', {f'cskd_{name}': text for name, text in CSKD.items()}
+    ),
+    'selfkd_transformers.FRSKDArguments': Options(
+        'selfkd_transformers/frskd.py:FRSKDArguments', {f'frskd_{name}': text for name, text in FRSKD.items()}
+    ),
     'selfkd_mmpretrain.PSKDHook': Options('selfkd_mmpretrain/pskd_hook.py:PSKDHook', PSKD),
     'selfkd_mmpretrain.CSKDHook': Options('selfkd_mmpretrain/cskd_hook.py:CSKDHook', CSKD),
     'selfkd_mmpretrain.FRSKDImageClassifier': Options(
@@ -169,7 +176,9 @@ def parameters(source: str) -> Iterator[Tuple[str, Any]]:
 
 
 def _field(part: ast.AnnAssign) -> Iterator[Tuple[str, Any]]:
-    """A dataclass's field, unless it is an old name or another part's setting."""
+    """A dataclass's field, unless it is a constant, an old name or another part's setting."""
+    if 'ClassVar' in ast.unparse(part.annotation):
+        return
     assert isinstance(part.target, ast.Name)
     assert isinstance(part.value, ast.Call)
     call = part.value

@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .bank import PredictionBank
-from .row_labels import UNKNOWN
 
 __all__ = ['exchange_rows']
 
@@ -45,14 +44,13 @@ def exchange_rows(bank: PredictionBank) -> None:
 
 def _exchange_slice(bank: PredictionBank, rows: Tensor, written: Tensor) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    labels = bank.labels.of(rows).long()
-    negative = torch.where(labels == UNKNOWN, labels, -labels)
-    # By step, and within one by rank; and the largest and smallest of a row's labels, which must be the same.
-    own = torch.stack([written[rows] * world + rank, labels, negative])
-    last, labels, negative = _largest(own, bank.device)
-    known = labels != UNKNOWN
-    for anywhere in (-negative, labels):  # compared with this rank's, and with one another; and kept
-        bank.labels.compare(rows[known], anywhere[known].int())
+    labels = bank.labels.of(rows)
+    # The smallest of a row's labels must be its largest. That a label is not known is the least int32, and stays so.
+    largest, negative = _largest(torch.stack([labels, -labels]), bank.device)
+    differ = (labels != largest) | (-negative != largest)
+    for anywhere in (-negative, largest):  # compared with this rank's, and with one another; and kept
+        bank.labels.compare(rows[differ], anywhere[differ])
+    last = _largest(written[rows[0] : rows[-1] + 1].long() * world + rank, bank.device)  # by step, then by rank
     winner = last.remainder(world).masked_fill_(last < world, -1)
     rows_of = [rows[winner == other] for other in range(world)]
     length = max(1, BYTES // (bank.storage.row_bytes * world))

@@ -23,6 +23,12 @@ HALF_STEP = 2**-25
 is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', getattr(torch._utils, 'is_compiling', bool))
 transforms_active = getattr(torch._C, '_are_functorch_transforms_active', bool)
 
+
+def outside_graphs(function):
+    """A function that torch.compile leaves alone: ``torch.compiler.disable``, without importing the compiler now."""
+    return getattr(torch, '_disable_dynamo', lambda function: function)(function)
+
+
 DIVERGED = 'training has diverged (a lower learning rate, warm-up or clipped gradients may help)'
 
 

@@ -207,10 +207,16 @@ class TokenBankPast(BankPast):
 
     def observe(self, logits: Tensor) -> None:
         """``logits``: ``[B * T, V]``, or log-probabilities."""
-        count = len(self.rows)
-        uniform = to_device(row_uniform(F.pad(self.rows, (0, 1)), self.step), logits.device)[self._place]
-        drawn = draw_top_k(logits, self.top_k, uniform)
-        given = torch.zeros(count + 1, dtype=torch.bool, device=logits.device)
+        self.keep(draw_top_k(logits, *self.draw(logits.device)))
+
+    def draw(self, device: torch.device) -> Tuple[int, Tensor]:
+        """How tokens are drawn of the batch's positions: how many, and the random numbers ``[B * T]``."""
+        return self.top_k, to_device(row_uniform(F.pad(self.rows, (0, 1)), self.step), device)[self._place]
+
+    def keep(self, drawn: TopK) -> None:
+        """In the place of :meth:`observe`, what was drawn by :meth:`draw`."""
+        count, device = len(self.rows), drawn.values.device
+        given = torch.zeros(count + 1, dtype=torch.bool, device=device)
         given[self._place] = True
         rows = [part.new_zeros(count + 1, self.top_k) for part in drawn]
         for part, row in zip(drawn, rows):

@@ -81,7 +81,7 @@ class BiFPN(nn.Module):
         self._check(feats)
         counts = [m.num_batches_tracked for m in self.modules() if isinstance(m, _Norm) and m.counted_by_others()]
         if counts:
-            torch._foreach_add_(counts, 1)
+            torch._foreach_add_(counts, 1)  # type: ignore[arg-type]  # a norm that tracks statistics has a counter
         maps = list(feats)
         for i, layer in enumerate(self.layers):
             maps = layer(maps, preact and i + 1 == len(self.layers))
@@ -221,7 +221,7 @@ def _shares(weights: Sequence[Tensor]) -> Tuple[Tensor, ...]:
     none = weights[0].new_zeros(1)
     rows = torch.cat([part for w in weights for part in (w, none)[: 4 - len(w)]]).view(-1, 3)
     rows = F.relu(rows)
-    return (rows / (rows.sum(1, keepdim=True) + 1e-6)).unbind()
+    return tuple((rows / (rows.sum(1, keepdim=True) + 1e-6)).unbind())
 
 
 def _weighted_sum(weights: Tensor, *maps: Tensor) -> Tensor:

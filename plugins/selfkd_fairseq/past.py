@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from selfkd.past import CopyPast, Past, SnapshotPast, TokenBankPast, check_kind
 from selfkd.teacher import SnapshotTeacher, random_state
@@ -51,7 +52,7 @@ class StoredAverage(CopyPast):
 
 
 def make_past(cfg, task, model, lengths: Any) -> Past:
-    """What --pskd-teacher says; ``lengths`` are a bank's, of :func:`target_lengths`."""
+    """What --pskd-teacher says; ``lengths`` are a bank's, of :func:`target_lengths`, else None."""
     mode = str(cfg.pskd_teacher_mode)
     if cfg.pskd_teacher == 'ema':
         return StoredAverage(mode)
@@ -81,14 +82,14 @@ def target_lengths(task, dataset) -> np.ndarray:
     obstacle = why_no_bank(task, dataset)
     if obstacle is None:
         looked_at = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int))
-        batch: Any = look_at(dataset, looked_at)
-        target, ids = (batch.get(name) for name in ('target', 'id'))
-        if not torch.is_tensor(ids) or not torch.is_tensor(target) or target.dim() != 2:
+        batch = look_at(dataset, looked_at)
+        target, ids = batch.get('target'), batch.get('id')
+        if not isinstance(ids, Tensor) or not isinstance(target, Tensor) or target.dim() != 2:
             obstacle = 'its batches have no "id", or no "target" [sentences, tokens] for it'
         elif sorted(ids.tolist()) != looked_at.tolist():
             obstacle = 'in it an id is not that of one sample (several corpora, resampled ones?)'
         else:
-            sizes = np.array([target_size(dataset, i) for i in range(len(dataset))], np.int64)
+            sizes = target_sizes(dataset)
             found = target.ne(task.target_dictionary.pad()).sum(1).numpy()
             special = np.unique(found - sizes[ids.numpy()])  # tokens that sizes leave out: the end, a language's tag
             if len(special) == 1:
@@ -120,9 +121,13 @@ def look_at(dataset, indices) -> dict:
         return dataset.collater([dataset[i] for i in indices])
 
 
-def target_size(dataset, index: int) -> int:
-    size = dataset.size(index)
-    return size[-1] if isinstance(size, (tuple, list)) else size  # (source, target), or of a language model's text
+def target_sizes(dataset) -> np.ndarray:
+    """What the data set says of the sizes of its targets, int64 ``[N]``."""
+    sizes = getattr(dataset, 'tgt_sizes', None)
+    if sizes is None:  # (source, target), or of a language model's text
+        found = (dataset.size(i) for i in range(len(dataset)))
+        sizes = [size[-1] if isinstance(size, (tuple, list)) else size for size in found]
+    return np.asarray(sizes, np.int64)
 
 
 def warn_of_slow_average(cfg, total):

@@ -87,6 +87,11 @@ class PSKDHook(PSKDHookBase):
     ):
         copy = dict(teacher_mode=teacher_mode, interval=interval, ema_decay=ema_decay)
         super().__init__(alpha, teacher=teacher, keep_hard=keep_hard, background=background, **copy)
+        # Of the forward pass under way; the past's are logits of anchors and points.
+        self._inputs: Any = None
+        self._samples: Any = None
+        self._logits: Any = None
+        self._past: Any = None
 
     def loss_modules(self, model: nn.Module) -> List[nn.Module]:
         if self.by_scores:
@@ -122,14 +127,13 @@ class PSKDHook(PSKDHookBase):
         return self.past.ready and self.current_alpha > 0
 
     def _before_model(self, model, args, kwargs) -> None:
-        self._samples: Any = kwargs.get('data_samples', args[1] if len(args) > 1 else None)
+        self._samples = kwargs.get('data_samples', args[1] if len(args) > 1 else None)
         super()._before_model(model, args, kwargs)
 
     def _after_model(self, model, args, output):
         if self._computing_loss and self.by_scores and self._taps:
             output = self._with_score_loss(output)
-        self._samples = self._inputs = None
-        self._logits: Any = None
+        self._inputs = self._samples = self._logits = None
         return super()._after_model(model, args, output)
 
     def _with_score_loss(self, output: Dict[str, Any]) -> Dict[str, Any]:
@@ -144,8 +148,7 @@ class PSKDHook(PSKDHookBase):
         return {**output, 'loss_pskd': loss}
 
     def before_forward(self, inputs: Tensor) -> None:
-        self._inputs: Any = inputs
-        self._past: Any = None  # of anchors and points: logits of all places
+        self._inputs, self._past = inputs, None
         if self.many_calls and self.teaches:
             run, teacher = self.past.run, self.past.model
             # In the order in which the heads hand their logits over: level by level, or all levels at once.

@@ -36,6 +36,12 @@ def check_past_of_regions(hook: str, model: nn.Module) -> None:
             f'{hook}: {type(model).__name__} with the RoI head {name} is not supported: it is no StandardRoIHead or '
             f'CascadeRoIHead with a bbox_head, nor derived from one; train it without {hook}'
         )
+    if getattr(roi_head, 'num_instance', 1) > 1:
+        raise ValueError(
+            f'{hook}: {name} classifies each region {roi_head.num_instance} times (CrowdDet), and trains whichever '
+            "order of the answers fits the labels best: which of the past's belongs to which is not known. Train it "
+            f'without {hook}'
+        )
     others = [part for part in inspect.signature(roi_head._bbox_forward).parameters if part not in REGIONS]
     if others:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from selfkd.pairing import SameClassPairing
+from selfkd.seeds import step_generator
 
 from .noting import Noting
 
@@ -112,6 +113,10 @@ class Batches:
                 'not be: use --no-prefetcher (create_loader(use_prefetcher=False))'
             )
         self.pairing, self.seed = pairing, seed
+
+    def partners_generator(self) -> torch.Generator:
+        """Draws the partners of one loop over the loader."""
+        return step_generator(self.seed, self.epoch)
 
     def count_steps(self, method: str) -> int:
         """From now on an epoch is one pass over the data, counted in steps of all processes together.
@@ -287,6 +292,7 @@ class Method:
     """
 
     name, call, way_in = '', '', ''  # as 'PSKD', 'pskd.loss(logits, target)', 'use it in place of ...'
+    learns_labels = False  # whether its term holds a cross-entropy of the labels, with the loss's own options
 
     def __init__(self, loader):
         self.data = loader if isinstance(loader, Batches) else Batches(loader)
@@ -319,6 +325,12 @@ class Method:
 
     def after_update(self) -> None:
         """The loop is through with a batch, its step of the optimizer included."""
+
+    def synchronize(self) -> None:
+        """All processes together, before a checkpoint is saved."""
+
+    def resume_without_past(self, mid_period: bool) -> None:
+        """Training goes on from a checkpoint that holds nothing of the method, within a period or at the end of one."""
 
     def end_epoch(self, finished: bool) -> None:
         if not finished:

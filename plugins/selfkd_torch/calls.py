@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +59,20 @@ class Hook:
         return getattr, (nullcontext(), '__exit__')
 
 
+class _Logits:
+    """That a call of the model gives."""
+
+    def __init__(self, past: Optional[Tensor] = None):
+        self.past = past
+        self.node: Optional[Node] = None  # where they are in autograd's graph
+        self.shape: Optional[torch.Size] = None
+
+
 class _Call:
     """Of the model, with gradients."""
 
-    def __init__(self, past: Optional[Tensor]):
-        self.past = past
-        self.logits: Optional[Node] = None  # where its logits are in autograd's graph
-        self.shape: Optional[torch.Size] = None  # theirs
+    def __init__(self, pasts: Sequence[Tensor]):
+        self.logits = [_Logits(past) for past in pasts]  # none yet, where there is no past
         self.inside: List[Node] = []  # the logits of losses that it computed itself
 
 
@@ -73,13 +80,13 @@ class Calls:
     """The calls of the model in the batch under way.
 
     Args:
-        outputs: gives the logits from what the model returns.
+        outputs: gives the logits from what the model returns, or a tuple of them; None: they are what it returns.
         model_name: for messages.
 
     ``past`` is the copy that runs beside each call, once it is ready; None where that is not known yet.
     """
 
-    def __init__(self, outputs: Callable, model_name: str):
+    def __init__(self, outputs: Optional[Callable], model_name: str):
         self.outputs, self.model_name = outputs, model_name
         self.past: Optional[CopyPast] = None
         self._calls: List[_Call] = []
@@ -110,15 +117,16 @@ class Calls:
         """Whether logits come from what the model returned, or are of its call under way."""
         return bool(self._open and self._open[-1]) or bool(self._sources(logits))
 
-    def of(self, logits: Tensor) -> _Call:
-        """The call that logits come from.
+    def of(self, logits: Tensor) -> _Logits:
+        """The logits of a call that these come from.
 
         Raises:
-            RuntimeError: there is none, or more than one.
+            RuntimeError: there are none, or more than one.
         """
-        if self._open and self._open[-1]:  # a loss within the model
-            self._open[-1].inside.append(origin(logits))
-            return self._open[-1]
+        if self._open and self._open[-1]:  # a loss within the model; when it returns, it shows whether it is of these
+            call = self._open[-1]
+            call.inside.append(origin(logits))
+            return self._nth(call, len(call.inside) - 1) if call.logits else _Logits()
         found = self._sources(logits)
         if len(found) == 1:
             return found[0]
@@ -134,28 +142,46 @@ class Calls:
             "is: give the loss a call's logits (further heads learn with the plain loss), or set outputs="
         )
 
-    def _sources(self, logits: Tensor) -> List[_Call]:
+    def _sources(self, logits: Tensor) -> List[_Logits]:
+        given = [given for call in self._calls for given in call.logits]
         if logits.grad_fn is None:  # no graph to go by
-            return list(self._calls)
-        known: Dict[Node, _Call] = {call.logits: call for call in self._calls if call.logits}
+            return given
+        known: Dict[Node, _Logits] = {one.node: one for one in given if one.node}
         return [known[node] for node in origins(origin(logits), known)]
+
+    def _nth(self, call: _Call, number: int) -> _Logits:
+        """The logits that the model's own loss of this number is of: in the order of ``outputs``."""
+        if len(call.logits) == 1:
+            return call.logits[0]
+        if number >= len(call.logits):
+            raise RuntimeError(
+                f'PSKD: the {self.model_name} computes a cross-entropy more than the {len(call.logits)} logits that '
+                'outputs= gives, and it is not known which past belongs to it: compute its loss outside'
+            )
+        return call.logits[number]
+
+    def _given(self, output) -> Tuple[Tensor, ...]:
+        """The logits. ValueError: there are none."""
+        found = output if self.outputs is None else self.outputs(output)
+        several = found if self.outputs is not None and isinstance(found, (tuple, list)) else (found,)
+        if not all(isinstance(logits, Tensor) for logits in several):
+            raise ValueError(
+                f'PSKD: the {self.model_name} gives a {type(found).__name__}: say which part of it is the logits, as '
+                "outputs=lambda output: output['out']"
+            )
+        return tuple(several)
 
     def _before(self, module: nn.Module, args, kwargs) -> None:
         if not torch.is_grad_enabled():
             self._open.append(None)
             return
-        past = None
+        pasts: Sequence[Tensor] = ()
         if self.past is not None and self.past.ready:
             # Copies: a model may write into its inputs, and these are the student's.
             args, kwargs = tree_map(copied, (args, kwargs))
-            past = self.outputs(self.past.run(self.past.model, *args, **kwargs))
-            if not isinstance(past, Tensor):
-                raise ValueError(
-                    f'PSKD: the {self.model_name} gives a {type(past).__name__}: say which part of it is the logits, '
-                    "as outputs=lambda output: output['out']"
-                )
-            past = past.float().softmax(1)
-        self._calls.append(_Call(past))
+            given = self._given(self.past.run(self.past.model, *args, **kwargs))
+            pasts = [logits.float().softmax(1) for logits in given]
+        self._calls.append(_Call(pasts))
         self._open.append(self._calls[-1])
 
     def _after(self, module: nn.Module, args, output) -> None:
@@ -163,14 +189,16 @@ class Calls:
         if call is None:
             return
         try:
-            logits = self.outputs(output)
+            given = self._given(output)
         except Exception:  # it does not give this in evaluation mode, say; a loss of it is refused
             return
-        if not isinstance(logits, Tensor):
-            return
-        call.logits, call.shape = origin(logits), logits.shape
-        for inside in call.inside:
-            if not (origins(inside, {call.logits}) or origins(call.logits, {inside})):
+        call.logits = call.logits or [_Logits() for _ in given]
+        for known, logits in zip(call.logits, given):
+            known.node, known.shape = origin(logits), logits.shape
+        for number, inside in enumerate(call.inside):
+            node = self._nth(call, number).node
+            assert node is not None  # it was just noted
+            if not (origins(inside, {node}) or origins(node, {inside})):
                 raise RuntimeError(
                     f'PSKD: the {self.model_name} computes a cross-entropy of other logits than outputs= gives, to '
                     'which the past does not belong (an auxiliary head): set outputs=, or compute its loss outside'

@@ -1,5 +1,6 @@
 """CS-KD in a training loop of your own."""
 
+import inspect
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -197,6 +198,7 @@ class _SameInputs:
         self._random = not _alike(self._expected, again)
         self._calls: List[Tuple[tuple, dict]] = []
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._names = list(inspect.signature(inner.forward).parameters)
         self._hook = inner.register_forward_pre_hook(Hook(self._note), with_kwargs=True)
 
     def _note(self, module: nn.Module, args, kwargs) -> None:
@@ -213,7 +215,8 @@ class _SameInputs:
             )
         expected, seen = self._expected, None
         for args, kwargs in self._calls:
-            seen = kwargs if isinstance(expected, Mapping) else next(iter((*args, *kwargs.values())), None)
+            named = dict(zip(self._names, args), **kwargs)
+            seen = named if isinstance(expected, Mapping) else next(iter((*args, *kwargs.values())), None)
             if _alike(expected, seen, self._random):
                 return
         raise ValueError(

@@ -218,16 +218,16 @@ class FRSKDOfBatches(Method):
 
     name, call = 'FRSKD', 'a cross-entropy'
     way_in = 'training must compute torch.nn.functional.cross_entropy'
-    tap = add_terms
+    learns_labels, tap = True, add_terms
 
     def __init__(self, data: Batches, frskd: FRSKD):
         super().__init__(data)
         self.data.methods.append(self)
         self.frskd = frskd
 
-    def term(self, logits: Tensor, target: Tensor) -> Tensor:
+    def term(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         self.used += 1
-        return self.frskd.term(logits, target)
+        return self.frskd.term(logits, target, **options)
 
     @property
     def logs(self) -> Dict[str, Tensor]:
@@ -235,6 +235,9 @@ class FRSKDOfBatches(Method):
 
     def state_dict(self) -> dict:
         return self.frskd.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.frskd.load_state_dict(state)
 
 
 def _run(model: nn.Module, example: Tensor) -> Any:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from selfkd.seeds import step_generator
-
-__all__ = ['Noting']
+__all__ = ['Noting', 'NotingSampler']
 
 # Samplers that draw (number of the sample, something else), and data sets which take that.
 WITH_NUMBER_FIRST = ('ScheduledBatchSampler',)
@@ -38,7 +36,7 @@ class Noting(DataLoader):
         vars(self).update(vars(self._source))
         vars(self).update(kept)
         name = 'sampler' if self._source.batch_sampler is None else 'batch_sampler'
-        vars(self)[name] = _Sampler(vars(self)[name], self._batches, self._drawn)
+        vars(self)[name] = NotingSampler(vars(self)[name], self._batches, self._drawn)
         if self._batches.pairing is not None:
             vars(self)['collate_fn'] = _Halves(self._source.collate_fn)
 
@@ -83,7 +81,7 @@ class _Steps:
         return self.drawn.popleft(), batch
 
 
-class _Sampler(Sampler):
+class NotingSampler(Sampler):
     """A sampler, of samples or batches, that notes what it draws; for pairs a partner of each sample as well."""
 
     def __init__(self, sampler, batches, drawn: deque):
@@ -91,7 +89,7 @@ class _Sampler(Sampler):
 
     def __iter__(self) -> Iterator:
         pairing, way_out = self._batches.pairing, self._batches.way_out
-        generator = step_generator(self._batches.seed, self._batches.epoch)
+        generator = self._batches.partners_generator()
         beside = type(self._sampler).__name__ in WITH_NUMBER_FIRST  # each number comes with something else
         for indices in self._sampler:
             rows = _rows([drawn[0] for drawn in indices] if beside else indices, way_out)

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfkd.bank import PredictionBank
+from selfkd.checks import is_compiling, outside_graphs
 from selfkd.losses import pskd_cross_entropy
 from selfkd.options import check_options, choose_teacher, warn_without_effect
 from selfkd.past import BankPast, Past, Prediction, copy_past
 from selfkd.renamed import renamed
 from selfkd.schedule import linear_growth
 from selfkd.teacher import unwrap
+from selfkd.transfer import to_device
 
 from .batches import Method
 from .calls import Calls
@@ -53,7 +55,8 @@ class PSKD(Method):
         top_k, bank_dtype, bank_device, bank_momentum: of the bank, see :class:`selfkd.bank.PredictionBank` and
             :class:`selfkd.past.BankPast`; a dtype also by its name. The device is by default the logits'.
         model: for a copy: the module that the loop calls (DistributedDataParallel, torch.compile'd or plain).
-        outputs: for a copy: gives the logits from what the model returns, where that is not they.
+        outputs: for a copy: gives the logits from what the model returns, where that is not they; of a model with
+            several outputs a tuple, each with a past of its own.
 
     ``logs`` of the latest loss, numbers or tensors ``[]``: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (sum to it),
     ``pskd_entropy`` (of the past, in nats), ``pskd_skipped`` (predictions that were not finite).
@@ -111,7 +114,7 @@ class PSKD(Method):
         self.model: Any = model  # None: there is no copy
         self.max_steps = steps_of(self.data, alpha, interval, max_epochs, max_steps)
         model_name = type(None if model is None else unwrap(model)).__name__
-        self._calls = Calls(outputs or (lambda output: output), model_name)
+        self._calls = Calls(outputs, model_name)
         self.kind = 'auto'  # of the past, until it is known
         self.past = Past()  # does nothing; a bank is made at the first loss
         self._saved: Dict[str, Any] = {}  # of a bank that is not made yet
@@ -172,18 +175,45 @@ class PSKD(Method):
             RuntimeError: outside ``batches()``, or (bank) for the second time in a batch.
             ValueError: logits that are not those of the batch.
         """
-        past = self.past_of(logits, target)
+        past, alpha = self._look_up(logits, target, is_compiling())
+        if is_compiling():
+            return self._mixed(logits, target, past, alpha, options)
         with unheard():
-            if past is None:
-                loss = F.cross_entropy(logits, target, **options)
-                self.log(loss)
-                return loss
-            options.update(keep_hard=self.keep_hard, return_parts=True, alpha=past.alpha(self.current_alpha))
-            loss, parts = pskd_cross_entropy(logits, target, past.probs, **options)
-            counted = None if target.is_floating_point() else target != options.get('ignore_index', -100)
-            self.log(parts.hard, parts.soft, past.entropy(logits.shape[1], counted))
-            return loss
+            return self._mixed(logits, target, past, alpha, options)
 
+    @outside_graphs
+    def _look_up(self, logits: Tensor, target: Tensor, compiled: bool):
+        """The past, and the share that each sample learns of it: in compiled code always a tensor, since a number that
+        grows would have the code compiled again."""
+        past = self.past_of(logits, target)
+        if past is None:
+            return None, 0.0
+        alpha = past.alpha(self.current_alpha)
+        if compiled:
+            alpha = self.current_alpha * to_device(torch.as_tensor(past.known), logits.device)
+        return past, alpha
+
+    def _mixed(
+        self, logits: Tensor, target: Tensor, past: Optional[Prediction], alpha, options: Dict[str, Any]
+    ) -> Tensor:
+        if past is None:
+            loss = F.cross_entropy(logits, target, **options)
+            self.log(loss)
+            return loss
+        loss, parts = pskd_cross_entropy(
+            logits, target, past.probs, alpha, keep_hard=self.keep_hard, return_parts=True, **options
+        )
+        self._log_parts(parts.hard, parts.soft, past, target, logits.shape[1], options)
+        return loss
+
+    @outside_graphs
+    def _log_parts(
+        self, hard, soft, past: Prediction, target: Tensor, num_classes: int, options: Dict[str, Any]
+    ) -> None:
+        counted = None if target.is_floating_point() else target != options.get('ignore_index', -100)
+        self.log(hard, soft, past.entropy(num_classes, counted))
+
+    @outside_graphs
     def log(self, hard: Tensor, soft: Union[float, Tensor] = 0.0, entropy: Union[float, Tensor] = 0.0) -> None:
         """Keeps what a loss consisted of."""
         parts: Dict[str, Union[float, Tensor]] = dict(pskd_alpha=self.current_alpha, pskd_hard=hard.detach())
@@ -192,8 +222,9 @@ class PSKD(Method):
         if self.bank is not None and self.bank.skipped:
             self.logs['pskd_skipped'] = float(self.bank.skipped)
 
-    def past_of(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
-        """What was predicted for the batch; None where nothing was. What is predicted now is kept."""
+    def past_of(self, logits: Tensor, target: Tensor, *, keep: bool = True) -> Optional[Prediction]:
+        """What was predicted for the batch; None where nothing was. What is predicted now is kept, unless ``keep`` is
+        False (it may then have the shape of logits alone)."""
         if not self._inside:
             raise RuntimeError(
                 'PSKD: the loss is for training, in a loop over pskd.batches(); for validation use the plain one. (A '
@@ -201,7 +232,7 @@ class PSKD(Method):
             )
         self._decide(logits, target)
         self.used, self.count = self.used + 1, self.count + 1
-        return self._past_of_rows(logits, target) if self.kind == 'bank' else self._past_of_call(logits)
+        return self._past_of_rows(logits, target, keep) if self.kind == 'bank' else self._past_of_call(logits)
 
     def _decide(self, logits: Tensor, target: Tensor) -> None:
         """``teacher='auto'``: before the first loss all that is known is that samples have an index."""
@@ -238,7 +269,7 @@ class PSKD(Method):
             )
         return None if call.past is None else Prediction(call.past, True)
 
-    def _past_of_rows(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
+    def _past_of_rows(self, logits: Tensor, target: Tensor, keep: bool) -> Optional[Prediction]:
         if self.used > 1:
             raise RuntimeError(
                 'PSKD: a second loss in one batch: the bank keeps one prediction for each sample. Call the loss once, '
@@ -253,7 +284,8 @@ class PSKD(Method):
             self.past.load_state_dict(self._saved)
             self.past.begin_step(self.data.step, self._rows)
         prediction = self.past.predict(target)
-        self.past.observe(logits)
+        if keep:
+            self.past.observe(logits)
         if prediction is None or self.current_alpha == 0:
             return None
         return prediction.to(logits.device)

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from contextlib import ExitStack, contextmanager
-from typing import Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +97,14 @@ class Softened(TorchFunctionMode):
         if function is F.nll_loss and not pskd.sees_log_probs:  # looked at once: on a GPU it waits
             refuse_unless_log_probs(call['input'])
             pskd.sees_log_probs = True
-        kept = {name: call[name] for name in OPTIONS if name in call}
-        if call.get('size_average') is not None or call.get('reduce') is not None:  # torch's old names
-            kept['reduction'] = _reduction.legacy_get_string(call.get('size_average'), call.get('reduce'))
-        return pskd.loss(call['input'], call['target'], **kept)
+        return pskd.loss(call['input'], call['target'], **_options(call))
+
+
+def _options(call: Dict[str, Any]) -> Dict[str, Any]:
+    kept = {name: call[name] for name in OPTIONS if name in call}
+    if call.get('size_average') is not None or call.get('reduce') is not None:  # torch's old names
+        kept['reduction'] = _reduction.legacy_get_string(call.get('size_average'), call.get('reduce'))
+    return kept
 
 
 @contextmanager
@@ -131,10 +135,10 @@ class _Added(TorchFunctionMode):
         if function not in HEARD:
             return loss
         call = inspect.signature(function).bind(*args, **(kwargs or {})).arguments
-        return _with_term(self.method, loss, call['input'], call['target'])
+        return _with_term(self.method, loss, call['input'], call['target'], **_options(call))
 
 
-def _with_term(method, loss: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+def _with_term(method, loss: Tensor, logits: Tensor, target: Tensor, reduction: str = 'mean', **options) -> Tensor:
     if not heard():
         return loss
     if method.used:
@@ -143,7 +147,9 @@ def _with_term(method, loss: Tensor, logits: Tensor, target: Tensor) -> Tensor:
             'to teach: name the loss module, as tap(criterion)'
         )
     with unheard():
-        return loss + method.term(logits, target)
+        term = method.term(logits, target, **(options if method.learns_labels else {}))
+        # A sum over the samples is divided later, and with it a sum of the term, which is a mean.
+        return loss + (len(target) * term if reduction == 'sum' else term)
 
 
 class _Named:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from selfkd.defaults import PSKD as DEFAULTS
+from selfkd.losses import TopK, linear_pskd_loss
 from selfkd.past import BankPast, Prediction, TokenBankPast
 from selfkd.renamed import renamed
 from selfkd.teacher import random_state
@@ -51,14 +52,52 @@ class TokenPSKD(PSKD):
         self._ignore_index = options.get('ignore_index', -100)
         return super().loss(logits, target, **options)
 
-    def past_of(self, logits: Tensor, target: Tensor) -> Optional[Prediction]:
+    def linear_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        bias: Optional[Tensor] = None,
+        ignore_index: int = -100,
+        reduction: str = 'mean',
+    ) -> Tensor:
+        """:meth:`loss` of ``hidden @ weight.T + bias``, logits that never exist: with a bank of tokens.
+
+        Args:
+            hidden: ``[B * T, D]``, in the dtype of ``weight``.
+            weight, bias: of the output layer, ``[V, D]`` and ``[V]``.
+            target: class ids ``[B * T]``.
+            ignore_index, reduction: as of :func:`selfkd.losses.linear_pskd_loss`.
+
+        Raises:
+            ValueError: the past is not a bank of tokens.
+        """
+        self._ignore_index = ignore_index
+        logits = hidden.new_empty(()).expand(len(hidden), len(weight))  # their shape, and no memory
+        past = self.past_of(logits, target, keep=False)
+        if not isinstance(self.past, TokenBankPast):
+            raise ValueError("PSKD: linear_loss needs a bank of tokens: set teacher='bank', or use loss()")
+        options: Dict[str, Any] = dict(bias=bias, ignore_index=ignore_index, reduction=reduction)
+        options.update(keep_hard=self.keep_hard, draw=self.past.draw(hidden.device), return_parts=True)
+        if past is None:
+            loss, parts, drawn = linear_pskd_loss(hidden, weight, target, None, 0.0, **options)
+            self.log(parts.hard)
+        else:
+            alpha, probs = past.alpha(self.current_alpha), TopK(*past.probs)
+            loss, parts, drawn = linear_pskd_loss(hidden, weight, target, probs, alpha, **options)
+            self.log(parts.hard, parts.soft, past.entropy(len(weight), target != ignore_index))
+        self.past.keep(drawn)
+        return loss
+
+    def past_of(self, logits: Tensor, target: Tensor, *, keep: bool = True) -> Optional[Prediction]:
         if self.alpha is None:
             task = 'language models' if self._has_tokens() else 'classification'
             self.alpha = DEFAULTS['alpha'][task]
             logger.info('PSKD: alpha=%s, the default for %s', self.alpha, task)
         if isinstance(self.past, TokenBankPast):
             self.past.ignore_index = self._ignore_index
-        return super().past_of(logits, target)
+        return super().past_of(logits, target, keep=keep)
 
     def misfit(self, logits: Tensor, target: Tensor) -> Optional[str]:
         if not self._has_tokens():

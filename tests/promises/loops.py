@@ -324,7 +324,7 @@ class LightningDriver(Driver):
 
 
 class TransformersDriver(Driver):
-    """Trains a BERT, which reads the pixels of a digit as tokens, in Hugging Face's Trainer."""
+    """Trains a BERT, which reads the pixels of a digit as tokens, or a ResNet, in Hugging Face's Trainer."""
 
     classes = tuple(f'LABEL_{number}' for number in range(CLASSES))
 
@@ -335,13 +335,18 @@ class TransformersDriver(Driver):
 
         import selfkd_transformers  # noqa: F401  (before processes are forked)
 
-        self.data = [dict(input_ids=(16 * image).long().flatten(), labels=label) for image, label in self.data]
+        self.images, self.input = row.method == 'FRSKD', 'pixel_values' if row.method == 'FRSKD' else 'input_ids'
+        taken = (lambda image: image) if self.images else (lambda image: (16 * image).long().flatten())
+        self.data = [{self.input: taken(image), 'labels': label} for image, label in self.data]
         self.collate = default_data_collator
 
     def network(self):
-        from transformers import BertConfig, BertForSequenceClassification
+        from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
         torch.manual_seed(0)
+        if self.images:
+            sizes = dict(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type='basic')
+            return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=CLASSES))
         sizes = dict(vocab_size=17, hidden_size=16, intermediate_size=16, max_position_embeddings=64)
         layers = dict(num_hidden_layers=1, num_attention_heads=2)
         return BertForSequenceClassification(BertConfig(**sizes, **layers, num_labels=CLASSES))
@@ -349,14 +354,16 @@ class TransformersDriver(Driver):
     def _train(self, cfg, processes, kill_at, resume, rank):
         from transformers import Trainer, TrainingArguments
 
-        from selfkd_transformers import PSKDMixin, PSKDTrainingArguments
+        import selfkd_transformers
 
-        steps, on = [], cfg['method'] is not None
+        driver, steps, on = self, [], cfg['method'] is not None
+        name = self.row.method.split('-')[0]
+        mixin, arguments = (getattr(selfkd_transformers, name + part) for part in ('Mixin', 'TrainingArguments'))
 
-        class Mine(*((PSKDMixin, Trainer) if on else (Trainer,))):
+        class Mine(*((mixin, Trainer) if on else (Trainer,))):
             def training_step(self, *args, **kwargs):
                 loss = super().training_step(*args, **kwargs)
-                alpha = self.pskd.current_alpha if on and self.pskd else None
+                alpha = self.pskd.current_alpha if on and name == 'PSKD' and self.pskd else None
                 steps.append(dict(loss=loss.item(), alpha=alpha))
                 killed(len(steps), kill_at)
                 return loss
@@ -364,9 +371,9 @@ class TransformersDriver(Driver):
             def compute_loss(self, model, inputs, *args, **kwargs):
                 if cfg['passes'] == 1:
                     return super().compute_loss(model, inputs, *args, **kwargs)
-                logits = model(inputs['input_ids']).logits
+                logits = model(inputs[driver.input]).logits
                 with torch.random.fork_rng():
-                    model(inputs['input_ids'].flip(-1))
+                    model(inputs[driver.input].flip(-1))
                 return F.cross_entropy(logits, inputs['labels'])
 
         args = dict(
@@ -389,12 +396,12 @@ class TransformersDriver(Driver):
             use_cpu=True,
             **(dict(ddp_backend='gloo') if processes > 1 else {}),
         )
-        args = PSKDTrainingArguments(**args, **cfg['method']) if on else TrainingArguments(**args)
+        args = arguments(**args, **cfg['method']) if on else TrainingArguments(**args)
         data = dict(train_dataset=self.data, eval_dataset=self.data, data_collator=cfg['collate'])
-        trainer = Mine(model=self.network(), args=args, **data)
+        trainer = Mine(model=self._network(cfg), args=args, **data)
         trainer.train(resume_from_checkpoint=True if resume else None)
         saved = max(cfg['folder'].glob('checkpoint-*'), key=lambda path: int(path.name.split('-')[1]))
-        result = self._result(trainer.model, steps, trainer.pskd if on else None, str(saved))
+        result = self._result(trainer.model, steps, getattr(trainer, 'pskd', None), str(saved))
         logged = [entry['eval_loss'] for entry in trainer.state.log_history if 'eval_loss' in entry]
         return dict(result, validation=logged)
 
@@ -407,9 +414,10 @@ class TransformersDriver(Driver):
         return load_file(Path(target, 'model.safetensors')), 0
 
     def predictions(self, cfg, checkpoint):
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-        model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+        kind = AutoModelForImageClassification if self.images else AutoModelForSequenceClassification
+        model = kind.from_pretrained(checkpoint).eval()
         with torch.no_grad():
-            found = model(torch.stack([sample['input_ids'] for sample in self.data[:4]])).logits
+            found = model(torch.stack([sample[self.input] for sample in self.data[:4]])).logits
         return found, tuple(model.config.id2label.values())

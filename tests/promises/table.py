@@ -239,6 +239,8 @@ ROWS = [
         )
         for teacher in ('bank', 'snapshot', 'ema')
     ),
+    Row('CSKD', TRANSFORMERS, zero=dict(cskd_weight=0.0), knows_samples=True),
+    Row('FRSKD', TRANSFORMERS),
 ]
 
 

@@ -67,7 +67,7 @@ def test_every_rank_holds_what_a_single_process_would(world_size, tmp_path):
                 for rows in (rows for s, rows in plan(rank, world_size) if s == step):
                     probs = [predictions(rank, step, position, 6) for position in range(len(rows))]
                     single.write(torch.tensor(rows), torch.stack(probs), step=step)
-        expected = single.state_dict()
+        expected = {key: value for key, value in single.state_dict().items() if isinstance(value, torch.Tensor)}
         assert expected['seen'].tolist() == [True] * 6 + [False] * 2
         for state in states:
             for key, value in expected.items():

@@ -55,6 +55,17 @@ def test_new_predictions_are_drawn_in_the_same_pass():
     loss.backward()
 
 
+@pytest.mark.parametrize('keep_hard', [True, False])
+def test_its_parts_are_those_of_the_loss_of_the_logits(keep_hard):
+    hidden, weight, bias, labels, past, alpha = case()
+    options = dict(return_parts=True, keep_hard=keep_hard, reduction='sum')
+    _, parts = linear_pskd_loss(hidden, weight, labels, past, alpha, bias=bias, **options)
+    _, expected = pskd_loss(F.linear(hidden, weight, bias), labels, past, alpha, ignore_index=-100, **options)
+    for part, other in zip(parts, expected):
+        torch.testing.assert_close(part, other)
+        assert not part.requires_grad
+
+
 def test_half_precision_gives_gradients_in_its_own_dtype():
     hidden, weight, _, labels, past, alpha = case(dtype=torch.bfloat16)
     loss = linear_pskd_loss(hidden, weight, labels, past, alpha)

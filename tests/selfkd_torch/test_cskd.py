@@ -53,6 +53,23 @@ def test_a_tap_adds_the_term_beside_that_of_pskd(digits):
     assert losses(True) == losses(False)
 
 
+def test_in_a_tap_a_sum_over_the_samples_has_a_sum_of_the_term(digits):
+    def losses(reduction):
+        model = network()
+        cskd = CSKD(loader_of(digits), model, labels=digits.tensors[1])
+        with cskd.tap():
+            share = 1 if reduction == 'mean' else cskd.batches().batch_size
+            return train(model, cskd.batches(), lambda x, y: F.cross_entropy(x, y, reduction=reduction) / share)
+
+    assert losses('sum') == pytest.approx(losses('mean'), rel=1e-4)
+
+
+def test_inputs_by_name_may_be_given_by_place(digits):
+    model = network()
+    cskd = CSKD(loader_of(digits), model, labels=digits.tensors[1], inputs=lambda batch: dict(input=batch[0]))
+    assert len(train(model, cskd.batches(), cskd.loss)) > 1
+
+
 def test_two_losses_in_a_tap_are_refused(digits):
     model = network()
     cskd = CSKD(loader_of(digits), model, labels=digits.tensors[1])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers.loops import EPOCHS, LogSoftmaxLoss, Stream, loader_of, network, train
 from helpers.processes import in_processes
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -453,3 +454,31 @@ def test_what_cannot_work_is_refused(digits):
         pskd.loss(logits, target)
     with pytest.raises(ValueError, match='epoch 3 of max_epochs=2'):
         next(iter(pskd.batches()))
+
+
+@pytest.mark.parametrize('options', [{}, dict(top_k=2)])
+def test_a_compiled_step_is_compiled_once_whatever_alpha_is(options):
+    """The network, the cross-entropy of the first epoch, and the mixed loss of all others; look-ups stay outside."""
+    images, labels = torch.randn(8, 4), torch.arange(8) % 3
+    losses, graphs = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        counter, model = CompileCounter(), nn.Linear(4, 3)
+        pskd = PSKD(DataLoader(TensorDataset(images, labels), batch_size=4), max_epochs=4, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(x, y, pskd=pskd, model=model):
+            return pskd.loss(model(x), y)
+
+        run = torch.compile(step, backend=counter) if compiled else step
+        for _ in range(4):
+            for x, y in pskd.batches():
+                loss = run(x, y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            graphs.append(counter.frame_count)
+    assert losses[8:] == pytest.approx(losses[:8], rel=1e-5)
+    assert graphs[4] < graphs[5] == graphs[6] == graphs[7] <= 4

@@ -57,6 +57,30 @@ def padded(samples):
     return nn.utils.rnn.pad_sequence([sample['labels'] for sample in samples], True, -100)
 
 
+def test_a_loss_whose_logits_never_exist():
+    def losses(linear):
+        loader = DataLoader(Sentences(), batch_size=2, shuffle=True, collate_fn=padded)
+        pskd, values = TokenPSKD(loader, alpha=0.8, max_epochs=3, top_k=4), []
+        torch.manual_seed(0)
+        weight, bias = torch.randn(7, 5), torch.randn(7)
+        for _ in range(3):
+            for y in pskd.batches():
+                hidden = torch.randn(y.numel(), 5)
+                if linear:
+                    loss = pskd.linear_loss(hidden, weight, y.flatten(), bias=bias)
+                else:
+                    loss = pskd.loss(F.linear(hidden, weight, bias), y.flatten())
+                values += [loss.item(), *(float(value) for value in pskd.logs.values())]
+        return values
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-5)
+    copied = TokenPSKD(DataLoader(Sentences()), max_epochs=2, model=nn.Linear(5, 7), teacher='snapshot')
+    batches = iter(copied.batches())
+    next(batches)
+    with pytest.raises(ValueError, match="needs a bank of tokens: set teacher='bank'"):
+        copied.linear_loss(copied.model(torch.randn(3, 5)), torch.randn(7, 7), torch.zeros(3).long())
+
+
 def test_a_bank_of_tokens():
     """Each token learns from what was predicted for it, whatever its sentence is padded to beside others."""
     loader = DataLoader(Sentences(), batch_size=2, shuffle=True, collate_fn=padded)

@@ -1,6 +1,6 @@
 """PS-KD straight from hidden states and the output layer's weight: logits of all tokens never exist."""
 
-from typing import Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..checks import check_alpha, check_labels, check_reduction, check_top_k, tracing, wide
 from ..topk import TopK, draw_top_k
-from ._common import log_softmax, of_rows
+from ._common import log_softmax, of_rows, times
 from ._mixed_nll import gradient_of_terms, terms_of
-from .pskd import pskd_loss
+from .pskd import PSKDParts, pskd_loss
 
 __all__ = ['linear_pskd_loss']
 
@@ -29,6 +29,7 @@ def linear_pskd_loss(
     reduction: str = 'mean',
     keep_hard: bool = False,
     draw: Optional[Tuple[int, Tensor]] = None,
+    return_parts: bool = False,
 ):
     r""":func:`pskd_loss` of ``hidden @ weight.T + bias``, for vocabularies whose logits would fill the memory.
 
@@ -48,9 +49,11 @@ def linear_pskd_loss(
         keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
         draw: (k, uniform): also draw k classes of each new prediction with the random numbers ``uniform`` ``[N]``, as
             :func:`~selfkd.topk.draw_top_k` does. Nobody has the logits to do so afterwards.
+        return_parts: also return :class:`PSKDParts`.
 
     Returns:
-        the loss; with ``draw`` the pair (loss, :class:`~selfkd.topk.TopK` of the new predictions).
+        the loss, or a tuple of it, the parts (with ``return_parts``), and (with ``draw``) :class:`~selfkd.topk.TopK` of
+        the new predictions.
 
     Raises:
         ValueError: as :func:`pskd_loss`, and shapes that do not fit the output layer.
@@ -76,16 +79,18 @@ def linear_pskd_loss(
     if tracing():
         logits = F.linear(hidden, weight, bias)
         labels = labels.masked_fill(ignored, ignore_index)
-        loss = pskd_loss(
-            logits, labels, past, alpha, ignore_index=ignore_index, reduction=reduction, keep_hard=keep_hard
+        options: Dict[str, Any] = dict(ignore_index=ignore_index, reduction=reduction, keep_hard=keep_hard)
+        loss, parts = pskd_loss(logits, labels, past, alpha, return_parts=True, **options)
+        drawn = draw_top_k(logits, *draw) if draw else None
+    else:
+        k, uniform = draw or (0, None)
+        values, classes = past or (None, None)
+        loss, hard, soft, nll, *new = _LinearPSKD.apply(
+            hidden, weight, bias, labels, values, classes, alpha, ignored, reduction == 'mean', keep_hard, k, uniform
         )
-        return (loss, draw_top_k(logits, *draw)) if draw else loss
-    k, uniform = draw or (0, None)
-    values, classes = past or (None, None)
-    loss, *drawn = _LinearPSKD.apply(
-        hidden, weight, bias, labels, values, classes, alpha, ignored, reduction == 'mean', keep_hard, k, uniform
-    )
-    return (loss, TopK(*drawn)) if draw else loss
+        parts, drawn = PSKDParts(hard, soft, nll), TopK(*new)
+    returned = (loss, *[parts] * return_parts, *[drawn] * bool(draw))
+    return returned if len(returned) > 1 else loss
 
 
 def _check_layer(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
@@ -109,29 +114,32 @@ class _LinearPSKD(torch.autograd.Function):
             torch.zeros(x.shape, dtype=dtype if x is not hidden else x.dtype, device=x.device) if needed else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
         ]
-        loss, drawn = hidden.new_zeros((), dtype=dtype), []
+        sums, drawn = hidden.new_zeros(4, dtype=dtype), []  # the loss and its parts
         tokens = max(16, LOGITS_AT_ONCE.get(hidden.device.type, 2**25) // len(weight))
         for start in range(0, len(hidden), tokens):
             rows = slice(start, start + tokens)
             logits = F.linear(hidden[rows], weight, bias)
             past = (of_rows(values, rows, dtype), of_rows(classes, rows))
             log_probs = log_softmax(logits)
-            settings = (of_rows(alpha, rows), 0.0, ignored[rows], keep_hard)
-            losses, _, _, _, rest = terms_of(log_probs, labels[rows], *past, *settings)
-            loss += (losses * scale[rows]).sum()
+            share = of_rows(alpha, rows)
+            losses, hard, soft, nll, rest = terms_of(
+                log_probs, labels[rows], *past, share, 0.0, ignored[rows], keep_hard
+            )
+            terms = (losses, hard if keep_hard else times(1 - share, hard), times(share, soft), nll)
+            sums += torch.stack([(term * scale[rows]).sum() for term in terms])
             if k:
                 drawn.append(draw_top_k(log_probs, k, uniform[rows]))
             if any(ctx.needs_input_grad):
-                share = of_rows(alpha, rows)
                 hard, soft = (
                     (-weight_of * scale[rows]).unsqueeze(1) for weight_of in (1 if keep_hard else 1 - share, share)
                 )
                 part = gradient_of_terms(log_probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
                 _add_gradients(gradients, part, hidden, weight, rows)
         ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) for g in gradients))
-        kept = [torch.cat(parts) for parts in zip(*drawn)] if k else [loss.new_empty(0), labels.new_empty(0)]
-        ctx.mark_non_differentiable(*kept)
-        return (loss, *kept)
+        kept = [torch.cat(parts) for parts in zip(*drawn)] if k else [sums.new_empty(0), labels.new_empty(0)]
+        loss, *parts = (value.clone() for value in sums)
+        ctx.mark_non_differentiable(*parts, *kept)
+        return (loss, *parts, *kept)
 
     @staticmethod
     def backward(ctx, grad, *unused):

@@ -147,9 +147,9 @@ def pskd_loss(
     loss = reduce(losses, reduction, ignored)
     if not return_parts:
         return loss
-    hard, soft, nll = (part.detach() for part in parts)
+    hard, soft, nll = [part.detach() for part in parts]  # a list: torch.compile 2.1 breaks at the other
     weighted = (hard if keep_hard else times(1 - alpha, hard), times(alpha, soft), nll)
-    return loss, PSKDParts(*(reduce(part, reduction, ignored) for part in weighted))
+    return loss, PSKDParts(*[reduce(part, reduction, ignored) for part in weighted])
 
 
 def _checked_labels(labels: Tensor, logits: Tensor, ignore_index: Optional[int]) -> Tuple[Tensor, Optional[Tensor]]:
@@ -228,7 +228,7 @@ def pskd_cross_entropy(
         return loss
     nll = F.nll_loss(wide_logits.log_softmax(1), target, reduction='none', **options) if ids else torch.zeros_like(hard)
     parts = (hard if keep_hard else times(1 - alpha, hard), times(alpha, soft), nll)
-    return loss, PSKDParts(*(_reduce_as_torch(part.detach(), *over) for part in parts))
+    return loss, PSKDParts(*[_reduce_as_torch(part.detach(), *over) for part in parts])
 
 
 def _reduce_as_torch(
