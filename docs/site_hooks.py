@@ -5,7 +5,6 @@ mkdocs calls the functions (mkdocs.yml names this file); griffe, which reads the
 calls the class.
 """
 
-import ast
 import re
 from pathlib import Path
 
@@ -22,28 +21,11 @@ TOP_LEVEL = {  # file in the repository: page of the site
 INTERNAL = ('benchmark', 'cli', 'depthwise', 'loss_benchmark')
 
 
-def names(path: Path):
-    """What a module lists in ``__all__``."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and any(getattr(target, 'id', '') == '__all__' for target in node.targets):
-            return ast.literal_eval(node.value)
-    return []
-
-
 def modules():
     """Dotted names of the public modules: those of the core, and each plugin as a whole."""
     core = ROOT / 'plugins/selfkd'
     yield from (f'selfkd.{path.stem}' for path in sorted(core.glob('[a-z]*.py')) if path.stem not in INTERNAL)
     yield from sorted(path.parent.name for path in core.parent.glob('selfkd_*/__init__.py'))
-
-
-def documented():
-    """The public objects, by the names that users import them under and by those of where they are defined."""
-    for module in modules():
-        path = ROOT / 'plugins' / module.replace('.', '/')
-        path = path / '__init__.py' if path.is_dir() else path.with_suffix('.py')
-        yield module
-        yield from (f'{module}.{name}' for name in names(path))
 
 
 def on_files(files, config):
@@ -88,36 +70,12 @@ def on_page_markdown(markdown, page, config, files):
     return re.sub(r'\[([^\]]+)\]\((\.\./[^)#]+)\)', inside, markdown)
 
 
-class Roles(griffe.Extension):
-    """Sphinx's roles and literal blocks, as Markdown; formulas as MathML, which browsers draw by themselves."""
-
-    def __init__(self):
-        super().__init__()
-        self.documented = set(documented())
+class Formulas(griffe.Extension):
+    """Formulas as MathML, which browsers draw by themselves, and literal blocks as Markdown has them."""
 
     def on_object(self, *, obj, loader, **kwargs):
         if obj.is_alias or not obj.docstring:
             return
-
-        def reference(role):
-            name = role.group(1)
-            shown = name.lstrip('~').split('.')[-1] if name.startswith('~') else name
-            target = self.find(obj, name.lstrip('~'))
-            return f'[`{shown}`][{target}]' if target else f'`{shown}`'
-
         text = re.sub(r'^Example:$', 'Examples:', obj.docstring.value, flags=re.MULTILINE)
-        text = re.sub(r':(?:func|class|meth|mod|attr|data):`([^`]+)`', reference, text)
         text = re.sub(r':math:`([^`]+)`', lambda formula: convert(formula.group(1)), text)
         obj.docstring.value = re.sub(r'::(\n\n +)', r':\1', text)
-
-    def find(self, obj, name):
-        """The documented object of that name, as seen from the docstring of another."""
-        scope = obj
-        while scope is not None:
-            path = f'{scope.path}.{name}'
-            package = path.split('.')[0]
-            for candidate in (path, f'{package}.{name}', name):
-                if candidate in self.documented:
-                    return candidate
-            scope = scope.parent
-        return None

@@ -19,7 +19,7 @@ class PredictionBank:
     """The probabilities that a network last gave for each training sample.
 
     Not a module, and not part of any model: buffers of a model are averaged, copied and cast by EMA, DDP and
-    mixed-precision machinery. Save it beside the model with :meth:`state_dict`.
+    mixed-precision machinery. Save it beside the model with ``state_dict``.
 
     Sample indices are integers in [0, num_samples), each the same sample all through training. Pass them as a
     CPU tensor, as a data loader gives them: which rows are known is book-kept on the CPU, so that neither reading nor
@@ -27,7 +27,7 @@ class PredictionBank:
 
     Rows that are not finite are not written: the row that was there stays, known or not. On the CPU, where looking is
     free, they are an error; rows of an accelerator (a float16 step that overflowed, which GradScaler skips) are counted
-    in :attr:`skipped`.
+    in ``skipped``.
 
     Args:
         num_samples: number of rows, N.
@@ -35,7 +35,7 @@ class PredictionBank:
         top_k: keep only the k largest probabilities and their class ids of a row, and spread the rest of its mass
             evenly over the other classes. ImageNet takes 0.1 GB with ``top_k=16`` instead of 5.1 GB.
         dtype: how probabilities are stored: ``'float32'`` (exact), ``'float16'``, or ``'log8'``, a byte each, in steps
-            of 4 %, rounded at random such that they are right on average (:mod:`selfkd.storage`).
+            of 4 %, rounded at random such that they are right on average (``selfkd.storage``).
         device: where the table lives. With the table on the CPU and probabilities on an accelerator, rows written are
             copied over in the background.
 
@@ -92,7 +92,7 @@ class PredictionBank:
         )
 
     def check_labels(self, indices: Tensor, target: Tensor, *, way_out: str = "use teacher='snapshot'") -> None:
-        """Refuses samples that are not those of their rows; call it before :meth:`read` and :meth:`write`.
+        """Refuses samples that are not those of their rows; call it before ``read`` and ``write``.
 
         Args:
             indices: ``[B]``.
@@ -101,7 +101,7 @@ class PredictionBank:
 
         Raises:
             ValueError: a sample has another label than it had when its row was first written
-                (:class:`~selfkd.row_labels.RowLabels`); labels on an accelerator are compared a step or two later.
+                ([`RowLabels`][selfkd.row_labels.RowLabels]); labels on an accelerator are compared a step or two later.
         """
         self.labels.check(self._check_indices(indices), target, way_out=way_out)
 
@@ -110,7 +110,7 @@ class PredictionBank:
 
         Args:
             indices: ``[B]``.
-            return_seen: also return which rows are known, as :meth:`seen`; rows that are not come as the uniform
+            return_seen: also return which rows are known, as ``seen``; rows that are not come as the uniform
                 distribution. Otherwise an unknown row is an error.
 
         Returns:
@@ -127,7 +127,7 @@ class PredictionBank:
         return (probs, seen) if return_seen else probs
 
     def read_top_k(self, indices: Tensor, *, return_seen: bool = False):
-        """As :meth:`read`, as :class:`~selfkd.topk.TopK` without widening the rows. For banks with ``top_k``."""
+        """As ``read``, as [`TopK`][selfkd.topk.TopK] without widening the rows. For banks with ``top_k``."""
         if not self.top_k:
             raise ValueError('top_k: this bank keeps whole rows (top_k=None), use read()')
         rows, seen = self._read_rows(indices, return_seen)
@@ -157,11 +157,11 @@ class PredictionBank:
 
         Args:
             indices: ``[B]``.
-            probs: ``[B, C]``, any floating dtype, on any device; or :class:`~selfkd.topk.TopK` with the bank's
+            probs: ``[B, C]``, any floating dtype, on any device; or [`TopK`][selfkd.topk.TopK] with the bank's
                 ``top_k``.
             given: which of the rows are to be replaced, bool ``[B]``, on the device of ``probs``. By default all.
             step: of the training, another one each time that a row is written: random rounding follows from it, and
-                which of several processes' rows stays (:func:`~selfkd.bank_sync.exchange_rows`).
+                which of several processes' rows stays ([`exchange_rows`][selfkd.bank_sync.exchange_rows]).
 
         Raises:
             ValueError: shapes that do not match; on the CPU, where looking is free, rows that are not distributions or
@@ -198,7 +198,7 @@ class PredictionBank:
     def written(self) -> Tensor:
         """1 + the step in which this process last wrote each row, int32 ``[N]``, and 0 for rows that it did not write.
 
-        Book-kept where training is in several processes. :func:`~selfkd.bank_sync.exchange_rows` sets it to 0.
+        Book-kept where training is in several processes. [`selfkd.bank_sync.exchange_rows`][] sets it to 0.
         """
         self._land()
         return self._steps()
@@ -219,14 +219,14 @@ class PredictionBank:
         self._pending.append((indices, tuple(arrived), state, step, event))
 
     def write_encoded(self, indices: Tensor, rows: Tuple[Tensor, ...]) -> None:
-        """Takes over rows as :meth:`read_encoded` gave them, each index once; of another process, say."""
+        """Takes over rows as ``read_encoded`` gave them, each index once; of another process, say."""
         indices = self._check_indices(indices)
         self._land(indices)
         self._put(indices, rows)
         self._seen[indices] = True
 
     def read_encoded(self, indices: Tensor) -> Tuple[Tensor, ...]:
-        """Known rows as they are stored, for :meth:`write_encoded` of another process's bank."""
+        """Known rows as they are stored, for ``write_encoded`` of another process's bank."""
         indices = self._check_indices(indices)
         self._land(indices)
         return self._stored(indices)
@@ -298,7 +298,7 @@ class PredictionBank:
         return state if labels is None else {**state, 'labels': labels}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restores :meth:`state_dict` of a bank with the same settings.
+        """Restores ``state_dict`` of a bank with the same settings.
 
         Raises:
             ValueError: the saved bank has other rows, classes, ``top_k`` or dtype, or is damaged.

@@ -55,7 +55,7 @@ def at_least_zero(user: str, **settings: float) -> None:
 
 
 def positive(user: str, **settings: float) -> None:
-    """As :func:`at_least_zero`, and refuses zero."""
+    """As [`at_least_zero`][], and refuses zero."""
     for name, value in settings.items():
         if not value > 0:
             raise ValueError(f'{user}: {name} must be above 0, got {value}')
@@ -63,7 +63,7 @@ def positive(user: str, **settings: float) -> None:
 
 
 def share(user: str, **settings: float) -> None:
-    """As :func:`at_least_zero`, and refuses what is above one."""
+    """As [`at_least_zero`][], and refuses what is above one."""
     for name, value in settings.items():
         if not 0 <= value <= 1:
             raise ValueError(f'{user}: {name} must lie in [0, 1], got {value}')

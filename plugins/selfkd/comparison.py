@@ -125,7 +125,7 @@ def comparison_table(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -
     Args:
         groups: name -> the measures of each of its runs; ``seed`` among them says which runs of two groups make a
             pair. Where a run has none, those of two groups as large make pairs in the order given.
-        columns: title -> which measure, and how it is shown; fields of :class:`Column`.
+        columns: title -> which measure, and how it is shown; fields of [`Column`][].
 
     Example:
         >>> plain, other = [{'acc': 0.5}, {'acc': 0.7}], [{'acc': 0.5}, {'acc': 0.8}]
@@ -159,7 +159,7 @@ def comparison_table(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -
 
 
 def differences(groups: Dict[str, List[Run]], columns: Dict[str, Column]) -> Dict[str, Dict[str, Difference]]:
-    """What :func:`comparison_table` says of each group but the first, as numbers: name -> title -> difference.
+    """What [`comparison_table`][] says of each group but the first, as numbers: name -> title -> difference.
 
     Measures that are neither good nor bad are left out; a group without pairs has none.
 
@@ -261,7 +261,7 @@ def write_runs(path: str, panels: Dict[str, Dict[str, List[Run]]]) -> None:
 
 
 def read_runs(path: str) -> Dict[str, Dict[str, List[Run]]]:
-    """What :func:`write_runs` wrote.
+    """What [`write_runs`][] wrote.
 
     Raises:
         OSError: the file cannot be read.

@@ -16,7 +16,7 @@ __all__ = ['Depthwise3x3']
 
 
 class Depthwise3x3(nn.Conv2d):
-    """A depthwise 3x3 convolution, whose gradient on the CPU is :class:`_Depthwise`'s.
+    """A depthwise 3x3 convolution, whose gradient on the CPU is ``_Depthwise``'s.
 
     Under autocast, torch.func and torch.compile, and on other devices, it is torch's own.
     """

@@ -59,7 +59,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
 
 
 def save(value: object, path: AnyPath) -> None:
-    """``torch.save`` by way of :func:`replacing`.
+    """``torch.save`` by way of [`replacing`][].
 
     Raises:
         OSError: the file cannot be written (a full disk); torch's own error does not say which file.

@@ -51,7 +51,7 @@ def outputs_of(network: nn.Module, names: Optional[Sequence[str]] = None) -> Ite
 
 
 def last_of_each_size(outputs: Sequence[Tuple[str, Any]], size: Sequence[int]) -> Dict[Tuple[int, int], Place]:
-    """By height and width, the last map among :func:`outputs_of` for one image of ``size``."""
+    """By height and width, the last map among [`outputs_of`][] for one image of ``size``."""
     found: Dict[Tuple[int, int], Place] = {}
     for module, output in outputs:
         several = isinstance(output, (tuple, list))

@@ -49,15 +49,15 @@ def calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 10) -> float
 
 
 def calibration_error_of(confidence: Tensor, correct: Tensor, *, bins: int = 10) -> float:
-    """:func:`calibration_error` from what :func:`confidence_of` gives."""
+    """[`calibration_error`][] from what [`confidence_of`][] gives."""
     return calibration_gaps(confidence, correct, bins=bins).abs().sum().item() / len(confidence)
 
 
 def calibration_gaps(confidence: Tensor, correct: Tensor, *, bins: int = 10) -> Tensor:
-    """What :func:`calibration_error` is made of: the sum of (correct - confidence) over the samples of each bin.
+    """What [`calibration_error`][] is made of: the sum of (correct - confidence) over the samples of each bin.
 
     Those of several batches or processes may be added up: ECE is the sum of the absolute values by the number of
-    samples. Takes what :func:`confidence_of` gives.
+    samples. Takes what [`confidence_of`][] gives.
 
     Returns:
         float64 ``[bins]``, on the device of ``confidence``.
@@ -174,7 +174,7 @@ def aurc(probs: Tensor, labels: Tensor) -> float:
 
 
 def excess_aurc(probs: Tensor, labels: Tensor) -> float:
-    """:func:`aurc` minus that of the best ordering with the same number of errors (all errors last), E-AURC.
+    """[`aurc`][] minus that of the best ordering with the same number of errors (all errors last), E-AURC.
 
     Geifman et al., "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019
     https://arxiv.org/abs/1805.08206
@@ -183,7 +183,7 @@ def excess_aurc(probs: Tensor, labels: Tensor) -> float:
 
 
 def excess_of(risks: Tensor) -> float:
-    """:func:`excess_aurc` from what :func:`risk_coverage` gives."""
+    """[`excess_aurc`][] from what [`risk_coverage`][] gives."""
     n = len(risks)
     errors = round(risks[-1].item() * n)
     best = torch.zeros(n, dtype=torch.float64)
@@ -201,7 +201,7 @@ def risk_coverage(probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def risk_coverage_of(confidence: Tensor, correct: Tensor) -> Tensor:
-    """:func:`risk_coverage` from what :func:`confidence_of` gives."""
+    """[`risk_coverage`][] from what [`confidence_of`][] gives."""
     order = confidence.sort(descending=True, stable=True).indices
     errors = (1 - correct)[order].cumsum(0).cpu()
     return errors / torch.arange(1, len(errors) + 1, dtype=torch.float64)

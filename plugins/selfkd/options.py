@@ -27,7 +27,7 @@ def check_options(user: str, task: str, options: Dict[str, Any]) -> None:
 
     Args:
         user: what messages begin with.
-        task: one of :data:`selfkd.defaults.TASKS`, whose defaults they have.
+        task: one of ``selfkd.defaults.TASKS``, whose defaults they have.
         options: by name, those that the plugin has.
 
     Raises:
@@ -68,7 +68,7 @@ def options_without_effect(teacher: str, task: str, options: Dict[str, Any]) -> 
 
     Args:
         teacher: ``'bank'``, ``'snapshot'`` or ``'ema'``.
-        task: one of :data:`selfkd.defaults.TASKS`.
+        task: one of ``selfkd.defaults.TASKS``.
         options: names and values; of those that all teachers have, too.
 
     Example:

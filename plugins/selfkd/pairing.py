@@ -55,7 +55,7 @@ class SameClassPairing:
             way_out: end of the message, in the words of the caller.
 
         Raises:
-            ValueError: see :class:`~selfkd.row_labels.RowLabels`.
+            ValueError: see [`RowLabels`][selfkd.row_labels.RowLabels].
         """
         self.labels.check(indices, target, way_out=way_out)
 
@@ -104,7 +104,7 @@ def same_class_partners(
             default each sample is an object of its own (tokens).
         images: ids of the images (sentences) that the samples are from, ``[N]``; by default all are from one.
         ignore: this class (padding, background) has no partners.
-        generator: of the random numbers, on the CPU (:func:`selfkd.seeds.step_generator`); by default torch's global
+        generator: of the random numbers, on the CPU ([`selfkd.seeds.step_generator`][]); by default torch's global
             one.
 
     Returns:

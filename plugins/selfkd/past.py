@@ -3,7 +3,7 @@
 A plugin makes one of them, calls its moments, and says where rows, inputs, periods and the loss are. A period is an
 epoch, or an interval of iterations. In the first one there is no past, whatever its source.
 
-The banks are in :mod:`selfkd.past_bank`, and what all sources have in common in :mod:`selfkd.past_base`.
+The banks are in ``selfkd.past_bank``, and what all sources have in common in ``selfkd.past_base``.
 """
 
 from typing import Any, Callable, Dict, Optional

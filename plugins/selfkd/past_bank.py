@@ -107,7 +107,7 @@ class BankPast(Past):
 
 class TokenBankPast(BankPast):
     """A few tokens of what the student predicted at each labelled position of each sample, drawn so that on average
-    they are the prediction (:func:`~selfkd.topk.draw_top_k`).
+    they are the prediction ([`draw_top_k`][selfkd.topk.draw_top_k]).
 
     A position's row is its place among the sample's labelled ones, counted from the last, so that padding on either
     side changes nothing (padded on the left, a causal model predicts a sample's first token, too).
@@ -148,7 +148,7 @@ class TokenBankPast(BankPast):
         logger.info('PS-KD: the token bank takes %.1f MB for %d samples', bank.nbytes / 1e6, len(self.ends))
 
     def begin_step(self, step: int, rows: Optional[Tensor] = None) -> None:
-        """``rows``: the samples, as of :class:`BankPast`."""
+        """``rows``: the samples, as of [`BankPast`][]."""
         super().begin_step(step, rows)
         self.samples = self.rows
 
@@ -215,7 +215,7 @@ class TokenBankPast(BankPast):
         return self.top_k, to_device(row_uniform(F.pad(self.rows, (0, 1)), self.step), device)[self._place]
 
     def keep(self, drawn: TopK) -> None:
-        """In the place of :meth:`observe`, what was drawn by :meth:`draw`."""
+        """In the place of ``observe``, what was drawn by ``draw``."""
         count, device = len(self.rows), drawn.values.device
         given = torch.zeros(count + 1, dtype=torch.bool, device=device)
         given[self._place] = True

@@ -15,7 +15,7 @@ class Prediction(NamedTuple):
     """Past predictions of a batch.
 
     Attributes:
-        probs: ``[N, C, ...]``, or :class:`~selfkd.topk.TopK`; a constant.
+        probs: ``[N, C, ...]``, or [`TopK`][selfkd.topk.TopK]; a constant.
         known: which have one, bool ``[N]``; True: all. Of samples on the CPU, of tokens on the device of their labels.
     """
 
@@ -59,9 +59,9 @@ class Prediction(NamedTuple):
 class Past:
     """What the sources of the past have in common: by default they do nothing at each of these moments.
 
-    In the order of a training: :meth:`load_state_dict` (resumed), then for each period :meth:`begin_period`, for each
-    step :meth:`begin_step`, :meth:`begin_forward` before the student's forward pass, and at the loss :meth:`predict`
-    and then :meth:`observe`. ``ready`` says whether there is a past to learn from.
+    In the order of a training: ``load_state_dict`` (resumed), then for each period ``begin_period``, for each
+    step ``begin_step``, ``begin_forward`` before the student's forward pass, and at the loss ``predict``
+    and then ``observe``. ``ready`` says whether there is a past to learn from.
     """
 
     ready = False
@@ -92,12 +92,12 @@ class Past:
         """What a resumed run could not work out again, loadable with ``weights_only=True``.
 
         ``mid_period``: training goes on within a period. Else the next one is about to begin, with
-        :meth:`begin_period`, so that a snapshot would be the saved weights themselves.
+        ``begin_period``, so that a snapshot would be the saved weights themselves.
         """
         return {}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`; ``{}`` where a checkpoint has nothing.
+        """Restores ``state_dict``; ``{}`` where a checkpoint has nothing.
 
         Raises:
             ValueError: the state is another source's, or a bank's with other settings.

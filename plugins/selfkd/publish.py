@@ -52,7 +52,7 @@ def publish_checkpoint(source: str, target: str, *, temperature: Optional[float]
             the toolkit's own ``init_model``, ``init_detector``, ``get_model`` or ``DetectionCheckpointer``. It is
             written beside and moved into place whole, so a full disk or Ctrl-C leaves what was there, ``source``
             itself included.
-        temperature: what logits are to be divided by (:func:`selfkd.metrics.fit_temperature`); stored as
+        temperature: what logits are to be divided by ([`selfkd.metrics.fit_temperature`][]); stored as
             ``meta['temperature']``. No toolkit reads it: the weights and their predictions stay as they are.
 
     Raises:

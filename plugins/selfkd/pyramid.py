@@ -97,7 +97,7 @@ class BiFPN(nn.Module):
 
 
 class SelfTeacherPyramid(BiFPN):
-    """The self-teacher network of FRSKD for classifiers, a :class:`BiFPN` with a classifier. Used in training only.
+    """The self-teacher network of FRSKD for classifiers, a [`BiFPN`][] with a classifier. Used in training only.
 
     Args:
         in_channels: channels c_i of the feature maps, fine to coarse; two levels or more.
@@ -125,7 +125,7 @@ class SelfTeacherPyramid(BiFPN):
     def forward(  # type: ignore[override]
         self, feats: Sequence[Tensor], *, preact: bool = False
     ) -> Tuple[List[Tensor], Tensor]:
-        """As :meth:`BiFPN.forward`; returns the refined maps and the logits ``[N, C]`` of the coarsest."""
+        """As ``BiFPN.forward``; returns the refined maps and the logits ``[N, C]`` of the coarsest."""
         maps = super().forward(feats, preact=preact)
         coarsest = F.relu(maps[-1]) if preact else maps[-1]
         return maps, self.fc(coarsest.mean((2, 3)))

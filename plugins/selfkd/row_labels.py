@@ -74,12 +74,12 @@ class RowLabels:
             self.compare(indices, labels, way_out)
 
     def of(self, indices: Tensor) -> Tensor:
-        """What is kept of the labels of rows, int32 ``[B]``, for :meth:`compare` of another process."""
+        """What is kept of the labels of rows, int32 ``[B]``, for ``compare`` of another process."""
         unknown = (len(indices),), UNKNOWN
         return torch.full(*unknown, dtype=torch.int32, device='cpu') if self.kept is None else self.kept[indices]
 
     def compare(self, indices: Tensor, labels: Tensor, way_out: str = '') -> None:
-        """As :meth:`check`, with what is kept of labels (of another process, say)."""
+        """As ``check``, with what is kept of labels (of another process, say)."""
         old = self.of(indices)
         known = (old != UNKNOWN) & (labels != UNKNOWN)
         differ = known & ((old.long() - labels.long()).abs() > 1)  # a soft label may be rounded another way
@@ -102,7 +102,7 @@ class RowLabels:
         return None if self.kept is None else self.kept.clone()
 
     def load(self, state: Optional[Tensor]) -> None:
-        """Restores :meth:`state` of a table of as many rows."""
+        """Restores ``state`` of a table of as many rows."""
         self._pending.clear()
         self.kept = None if state is None else state.clone()
 

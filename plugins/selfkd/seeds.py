@@ -24,7 +24,7 @@ def step_seed(*numbers: int) -> int:
 
 
 def step_generator(*numbers: int) -> torch.Generator:
-    """A generator of its own, on the CPU, seeded by :func:`step_seed`: torch's global state is left as it is.
+    """A generator of its own, on the CPU, seeded by [`step_seed`][]: torch's global state is left as it is.
 
     Example:
         >>> a, b = (torch.rand(2, generator=step_generator(7)) for _ in range(2))

@@ -50,7 +50,7 @@ class SideFile:
         return kept
 
     def load(self, kept: Dict[str, Any]) -> Dict[str, Any]:
-        """The state that :meth:`save` wrote, from beside the checkpoint, or from where it was saved.
+        """The state that ``save`` wrote, from beside the checkpoint, or from where it was saved.
 
         Raises:
             ValueError: the file holds the bank of another step or run, or is not there.

@@ -1,6 +1,6 @@
 """How a bank keeps a row: whole or as a few classes, in floats or in bytes. All that knows of a storage is here.
 
-A new storage is a class like :class:`Floats` and a line in :data:`KINDS`: options, messages, exchange and checkpoints
+A new storage is a class like ``Floats`` and a line in ``KINDS``: options, messages, exchange and checkpoints
 follow.
 """
 
@@ -105,7 +105,7 @@ class Storage:
     Args:
         num_classes: C.
         top_k: keep the k largest probabilities and their class ids; None keeps all.
-        dtype: a name in :data:`KINDS`, or the dtype of torch with that name.
+        dtype: a name in ``KINDS``, or the dtype of torch with that name.
 
     Attributes:
         tables: dtype and columns of each table, by its name in checkpoints.
@@ -164,7 +164,7 @@ class Storage:
         """Rows of the tables.
 
         Args:
-            probs: ``[B, C]``, or with ``top_k`` also :class:`~selfkd.topk.TopK`.
+            probs: ``[B, C]``, or with ``top_k`` also [`TopK`][selfkd.topk.TopK].
             rows: their numbers, int64 ``[B]``, on the CPU, and
             step: that of the training: random rounding follows from the two.
         """
@@ -177,7 +177,7 @@ class Storage:
         return self.kind.encode(values, rows, step), classes.to(self.tables['classes'][0])
 
     def decode(self, tables: Rows) -> Union[Tensor, TopK]:
-        """float32 probs ``[B, C]``, or with ``top_k`` :class:`~selfkd.topk.TopK`, of rows of the tables."""
+        """float32 probs ``[B, C]``, or with ``top_k`` [`TopK`][selfkd.topk.TopK], of rows of the tables."""
         values = self.kind.decode(tables[0])
         return values if self.top_k is None else TopK(values[:, : self.top_k], self._ids(tables[1]))
 
@@ -189,7 +189,7 @@ class Storage:
 
     @staticmethod
     def settings_of(state: Mapping[str, Any]) -> Dict[str, Any]:
-        """:meth:`settings` by which a bank's state was stored."""
+        """``settings`` by which a bank's state was stored."""
         top_k = state['classes'].shape[1] if 'classes' in state else None
         saved = state['values'].dtype  # tells it in states of versions that did not write the name
         dtype = next((name for name, kind in KINDS.items() if kind.dtype == saved), str(saved))

@@ -24,7 +24,7 @@ WRAPPERS = {'DistributedDataParallel', 'FullyShardedDataParallel', 'DataParallel
 class SnapshotTeacher:
     """A copy of a model without gradients, that is refreshed when told to.
 
-    It is not a :class:`torch.nn.Module`, so a student or hook that holds one in an attribute does not register it: the
+    It is not a ``torch.nn.Module``, so a student or hook that holds one in an attribute does not register it: the
     student's parameters, ``state_dict``, DDP, EMA and optimizer do not see it. It costs the model's weights and
     buffers, and one forward pass per use. Sub-modules named ``self_teacher`` (FRSKD's, for training only) stay out.
 
@@ -38,7 +38,7 @@ class SnapshotTeacher:
             ``'eval'`` runs it in evaluation mode, without noise: sharper on the samples that it has learnt.
         copy_model: False takes the model itself, for a copy that somebody else keeps (an average of the weights).
 
-    The noise comes from random states of its own, given by the step (:meth:`begin_step`), the process's rank and the
+    The noise comes from random states of its own, given by the step (``begin_step``), the process's rank and the
     number of the call: torch's own are left as they were, NumPy's and Python's as well, so that the student draws what
     it would draw without a teacher, and a resumed run draws what the run it resumes would have drawn.
 
@@ -98,7 +98,7 @@ class SnapshotTeacher:
     @torch.no_grad()
     def average(self, model: nn.Module, decay: float) -> None:
         """Moves the copy's parameters towards the model's, ``decay * own + (1 - decay) * the model's``; takes over its
-        buffers. Averages of half-precision parameters are kept in float32 as well (:attr:`wide`): a step would be lost
+        buffers. Averages of half-precision parameters are kept in float32 as well (``wide``): a step would be lost
         in their rounding."""
         own_parameters = list(self.model.parameters())
         if not self.wide:

@@ -50,7 +50,7 @@ def draw_top_k(logits: Tensor, k: int, uniform: Tensor) -> TopK:
     Args:
         logits: ``[N, C]``, or log-probabilities; taken as a constant.
         k: classes to keep of each row, at most C.
-        uniform: random numbers in [0, 1), ``[N]`` (:func:`selfkd.seeds.row_uniform`).
+        uniform: random numbers in [0, 1), ``[N]`` ([`selfkd.seeds.row_uniform`][]).
 
     Example:
         >>> probs = torch.tensor([0.7, 0.1, 0.1, 0.1]).expand(3000, 4)

@@ -83,7 +83,7 @@ class RegionTap:
         ]
 
     def _check_first_step(self, pooler: nn.Module) -> list:
-        """Watches the first loss: is it made as :meth:`past_losses` makes that of the past? Subclasses may differ."""
+        """Watches the first loss: is it made as ``past_losses`` makes that of the past? Subclasses may differ."""
         heads = self.heads
         res5 = isinstance(heads, Res5ROIHeads)
         box_heads = [heads.res5] if res5 else list(heads.box_head) if len(self.predictors) > 1 else [heads.box_head]

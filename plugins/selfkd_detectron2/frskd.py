@@ -146,7 +146,7 @@ class FRSKDROIHeads(SelfTaught, StandardROIHeads):
     Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
     https://arxiv.org/abs/2103.08273
 
-    In training a self-teacher refines the pyramid's maps with a two-way pyramid (:class:`selfkd.pyramid.BiFPN`, as many
+    In training a self-teacher refines the pyramid's maps with a two-way pyramid ([`selfkd.pyramid.BiFPN`][], as many
     channels), classifies the sampled regions from the refined maps with a box head like the detector's, learns their
     labels, and teaches: its prediction of each region by the temperature KL, its refined maps by
     attention transfer. Everything else is ``StandardROIHeads``', with the same parameter names: Detectron2's
@@ -173,20 +173,20 @@ class FRSKDROIHeads(SelfTaught, StandardROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class FRSKDCascadeROIHeads(SelfTaught, CascadeROIHeads):
-    """:class:`FRSKDROIHeads` for Cascade R-CNN, with or without masks: ``SELFKD.FRSKD.ENABLED True``, too.
+    """[`FRSKDROIHeads`][] for Cascade R-CNN, with or without masks: ``SELFKD.FRSKD.ENABLED True``, too.
 
     The pyramid's maps are refined once a step. In each stage the self-teacher has a classifier of its own, which learns
     the labels of that stage's regions and teaches that stage. As with the head's own losses, the gradients of the
     stages' ``loss_teacher`` are added in the classifiers, and averaged in the maps.
 
     Args:
-        kwargs: of ``CascadeROIHeads``; the others are :class:`FRSKDROIHeads`'.
+        kwargs: of ``CascadeROIHeads``; the others are [`FRSKDROIHeads`][]'.
 
     Losses beside the head's own: ``loss_teacher_stage0``, ``loss_kd_stage0``, ``loss_teacher_stage1``, ... and one
     ``loss_feature``.
 
     Raises:
-        ValueError: as :class:`FRSKDROIHeads`.
+        ValueError: as [`FRSKDROIHeads`][].
     """
 
     def _match_and_label_boxes(self, proposals: List[Instances], stage: int, targets: List[Instances]):

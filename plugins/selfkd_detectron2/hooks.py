@@ -256,7 +256,7 @@ class CSKDHook(SelfKDHook):
 
     For each foreground region of the batch another one of its class is the teacher, drawn at random: of an object in
     another image where there is one, else of another object in the image, else another region of the same object
-    (:func:`selfkd.pairing.same_class_partners`). ``loss_cskd`` is the sum of the temperature KLs, normalised and
+    ([`selfkd.pairing.same_class_partners`][]). ``loss_cskd`` is the sum of the temperature KLs, normalised and
     weighted as the classification loss is (by the number of sampled regions). No further forward pass.
 
     Args:

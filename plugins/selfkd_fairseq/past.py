@@ -52,7 +52,7 @@ class StoredAverage(CopyPast):
 
 
 def make_past(cfg, task, model, lengths: Any) -> Past:
-    """What --pskd-teacher says; ``lengths`` are a bank's, of :func:`target_lengths`, else None."""
+    """What --pskd-teacher says; ``lengths`` are a bank's, of ``target_lengths``, else None."""
     mode = str(cfg.pskd_teacher_mode)
     if cfg.pskd_teacher == 'ema':
         return StoredAverage(mode)

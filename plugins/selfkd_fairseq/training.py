@@ -3,7 +3,7 @@
 A fairseq criterion sees a model and a batch. PS-KD also needs the epoch, the number of updates, the end of an epoch,
 and a place in the checkpoint. fairseq gives all of these to the task; a task of our own would be the natural
 extension point, but checkpoints name their task, and fairseq-generate could then not read them without --user-dir. So
-:class:`Training` listens in on the one task instance the criterion was built with.
+``Training`` listens in on the one task instance the criterion was built with.
 """
 
 import functools

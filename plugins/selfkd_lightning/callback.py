@@ -40,7 +40,7 @@ class TrainersBatches(Batches):
 
 
 class MethodCallback(pl.Callback):
-    """A method of :mod:`selfkd_torch` over a LightningModule. The first of these callbacks goes through the batches for
+    """A method of ``selfkd_torch`` over a LightningModule. The first of these callbacks goes through the batches for
     all of them.
 
     Args:

@@ -22,7 +22,7 @@ class CSKD(MethodCallback):
     Partners are loaded beside each batch, and go through the network in a pass of their own.
 
     Args:
-        weight, temperature, labels, seed: as of :class:`selfkd_torch.CSKD`.
+        weight, temperature, labels, seed: as of [`selfkd_torch.CSKD`][].
         inputs: gives the network's input from a batch that was moved to the device; by default its first entry.
         loss: name of the sub-module that computes the loss, where that is not torch's cross-entropy.
         model: name of the sub-module that computes the logits; by default the only one with parameters.

@@ -25,7 +25,7 @@ class FRSKD(MethodCallback):
     are trained in the first group of the first optimizer.
 
     Args:
-        alpha, beta, temperature, layers, num_classes: as of :class:`selfkd_torch.FRSKD`.
+        alpha, beta, temperature, layers, num_classes: as of [`selfkd_torch.FRSKD`][].
         example: a batch of the network's inputs for the dry run; by default the module's ``example_input_array``, else
             an image of zeros, 3 x 224 x 224.
         loss: name of the sub-module that computes the loss, where that is not torch's cross-entropy.

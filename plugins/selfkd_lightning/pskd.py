@@ -38,10 +38,10 @@ class PSKD(MethodCallback):
 
     Args:
         alpha, teacher, teacher_mode, keep_hard, top_k, bank_dtype, bank_device, bank_momentum, num_classes: as of
-            :class:`selfkd_torch.PSKD`.
+            [`selfkd_torch.PSKD`][].
         interval, ema_decay: likewise, by steps of the optimizer (``trainer.global_step``).
         loss: name of the sub-module that computes the loss, as ``'criterion'``, where that is not torch's
-            cross-entropy; see :func:`selfkd_torch.PSKD.tap`.
+            cross-entropy; see ``selfkd_torch.PSKD.tap``.
         model: for a copy: name of the sub-module that computes the logits; by default the only one with parameters.
 
     Logged besides the loss, in every step: ``pskd_alpha``, ``pskd_hard``, ``pskd_soft``, ``pskd_entropy``.

@@ -30,7 +30,7 @@ class CSKDHook(SelfKDHook):
 
     Each sampled foreground region takes another one of its class in the batch as its partner, and the loss gets
     ``weight * T^2 * KL(partner || region)`` beside the head's own. The partner is a constant. It is drawn at random
-    (see :func:`selfkd.pairing.same_class_partners`): from an object of the class in another image of the process's
+    (see [`selfkd.pairing.same_class_partners`][]): from an object of the class in another image of the process's
     batch; where there is none, from another object in the image; and where the object is the only one of its class,
     from its other regions. Background, and classes with a single region, add nothing. The term is weighted and
     normalised as the head's own classification loss: with MMDetection's heads that is by the number of all sampled

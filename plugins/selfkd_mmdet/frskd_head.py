@@ -29,7 +29,7 @@ class FRSKDRoIHead(BaseRoIHead):
     Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021
     https://arxiv.org/abs/2103.08273
 
-    In training a self-teacher refines the neck's maps with a two-way pyramid (:class:`selfkd.pyramid.BiFPN`, as many
+    In training a self-teacher refines the neck's maps with a two-way pyramid ([`selfkd.pyramid.BiFPN`][], as many
     channels as the neck), classifies the sampled regions from the refined maps with a box head like the detector's,
     learns their labels, and teaches: its prediction of each region by the temperature KL, its refined maps
     by attention transfer to the neck's. It is one option of a config::

@@ -56,7 +56,7 @@ class PSKDHook(PSKDHookBase):
         alpha: final weight of the past's term, in [0, 1].
         teacher: ``'snapshot'``, the weights at the end of the previous epoch, or ``'ema'``, a moving average of the
             weights. ``'auto'`` is the snapshot: regions and anchors keep no identity that a bank could go by.
-        teacher_mode, interval, ema_decay: of the past copy, see :class:`selfkd_mmengine.PSKDHookBase`.
+        teacher_mode, interval, ema_decay: of the past copy, see [`selfkd_mmengine.PSKDHookBase`][].
         keep_hard: two-stage: False weighs the label's term by ``1 - alpha_t``, as the paper does in classification: the
             target is then ``(1 - alpha_t) * label + alpha_t * past``.
         background: two-stage: also soften the target of background regions, whose class is one like the others. False

@@ -29,10 +29,10 @@ STRATEGIES = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDPStrategy')  # of Flexi
 class SelfKDHook(Hook):
     """Taps the loss module and rewrites its value; keeps what it needs in the checkpoint.
 
-    A subclass says where to tap (:meth:`loss_module`), what to refuse (:meth:`check`, :meth:`check_batch`), and what
-    the loss becomes (:meth:`rewrite_loss`); it may look at the batch (``before_train_iter``, which must call this
-    class's), at the preprocessed inputs (:meth:`before_forward`) and keep state (:meth:`state_dict`,
-    :meth:`load_state_dict`).
+    A subclass says where to tap (``loss_module``), what to refuse (``check``, ``check_batch``), and what
+    the loss becomes (``rewrite_loss``); it may look at the batch (``before_train_iter``, which must call this
+    class's), at the preprocessed inputs (``before_forward``) and keep state (``state_dict``,
+    ``load_state_dict``).
 
     A training iteration has one loss: the model's first ``mode='loss'`` call with gradients after
     ``before_train_iter``. Other calls (a validation loss, whoever computes it and when) are plain; a second one of the
@@ -69,11 +69,11 @@ class SelfKDHook(Hook):
     def check(self, runner: Runner, model: nn.Module) -> None:
         """Refuses what cannot work; ``model`` is unwrapped.
 
-        Before the first step, and again whenever something of :meth:`watched` has changed.
+        Before the first step, and again whenever something of ``watched`` has changed.
         """
 
     def check_batch(self, arguments: Dict[str, Any], loss: Tensor) -> None:
-        """Refuses what a batch shows, given what :meth:`rewrite_loss` gets.
+        """Refuses what a batch shows, given what ``rewrite_loss`` gets.
 
         Called with the first batch of a run, of each epoch, and after a change.
         """
@@ -113,7 +113,7 @@ class SelfKDHook(Hook):
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores :meth:`state_dict` after :meth:`setup`."""
+        """Restores ``state_dict`` after ``setup``."""
 
     # The life of a run.
 

@@ -40,15 +40,15 @@ def probs_of(logits: Tensor, loss: nn.Module) -> Tensor:
 
 
 class PSKDHookBase(SelfKDHook):
-    """Progressive self-distillation from a past of any kind (:mod:`selfkd.past`).
+    """Progressive self-distillation from a past of any kind (``selfkd.past``).
 
     A subclass has the constructor, with its task's defaults. It shows the past the student's inputs
-    (:meth:`before_forward`) and says what the loss becomes (:meth:`rewrite_loss`, with :meth:`mix`).
+    (``before_forward``) and says what the loss becomes (``rewrite_loss``, with ``mix``).
 
     Args:
         alpha: final share of the past prediction in the target, in [0, 1]; grows linearly from 0.
         teacher: ``'bank'``, ``'snapshot'`` (the weights when the period began), ``'ema'`` (a moving average of the
-            weights), or ``'auto'``: the bank, or the snapshot where there is an :meth:`obstacle`.
+            weights), or ``'auto'``: the bank, or the snapshot where there is an ``obstacle``.
         teacher_mode: of the copy, ``'train'``, as the network was when it trained (dropout, batch norm by the batch
             unless frozen), or ``'eval'``.
         interval: of the copy, in iteration-based loops: iterations between two refreshes of the snapshot; for ``'ema'``
@@ -225,7 +225,7 @@ class PSKDHookBase(SelfKDHook):
         return past.entropy(num_classes)
 
     def mix(self, hard: Tensor, soft: Optional[Tensor] = None, prefix: str = '') -> Tensor:
-        """:func:`selfkd.losses.mix` of two losses with the present alpha, or ``hard`` where there is no past.
+        """``selfkd.losses.mix`` of two losses with the present alpha, or ``hard`` where there is no past.
 
         Both weighted parts are logged, summed over the calls of a step.
         """

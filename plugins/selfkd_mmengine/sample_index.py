@@ -33,8 +33,8 @@ class SampleIndex:
     """Finds each sample's row; ``len()`` is the number of different samples.
 
     Args:
-        dataset: the training set. Where it has several parts, those after the first get an :class:`OffsetSampleIdx`,
-            until :meth:`remove`.
+        dataset: the training set. Where it has several parts, those after the first get an ``OffsetSampleIdx``,
+            until ``remove``.
 
     Raises:
         ValueError: a dataset or wrapper without a sample index.

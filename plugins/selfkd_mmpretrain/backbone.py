@@ -32,7 +32,7 @@ DETECTRON2_NAMES = (
 
 
 class Converted(NamedTuple):
-    """What :func:`convert_backbone` found.
+    """What ``convert_backbone`` found.
 
     Attributes:
         depth: of the ResNet.

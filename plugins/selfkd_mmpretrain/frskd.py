@@ -36,10 +36,10 @@ class FRSKDImageClassifier(ImageClassifier):
 
         model = dict(type='selfkd_mmpretrain.FRSKDImageClassifier')
 
-    Stages and their channels are found by looking at the network (:func:`~selfkd_mmpretrain.stages.find_stages`).
+    Stages and their channels are found by looking at the network (``find_stages``).
 
     Args:
-        self_teacher: options of :class:`SelfTeacher`; ``stages``: the names of the backbone's modules whose outputs are
+        self_teacher: options of ``SelfTeacher``; ``stages``: the names of the backbone's modules whose outputs are
             the feature maps, fine to coarse, where others than those found are wanted; and ``base_type``: the type that
             the config had, where that is a class of your own made from ``ImageClassifier``, which goes on doing what it
             did.
@@ -182,7 +182,7 @@ class FRSKDImageClassifier(ImageClassifier):
 
 
 class SelfTeacher(nn.Module):
-    """FRSKD's self-teacher for classifiers: a :class:`selfkd.pyramid.SelfTeacherPyramid` and what its losses need.
+    """FRSKD's self-teacher for classifiers: a [`selfkd.pyramid.SelfTeacherPyramid`][] and what its losses need.
 
     Args:
         in_channels: channels of the feature maps, fine to coarse.

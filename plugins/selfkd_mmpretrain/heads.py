@@ -130,8 +130,8 @@ def logits_and_target(arguments: Dict[str, Any]) -> Tuple[Tensor, Tensor]:
 class ClassifierHook(SelfKDHook):
     """The base of hooks for classifiers: taps the head's ``loss_module``, whose logits must be the model's prediction.
 
-    Both are compared on the batches of :meth:`check_batch`, for which the model runs once more. A head of several
-    classifiers (Conformer) gives several predictions, and calls its loss module for each: :meth:`rewrite_loss` is
+    Both are compared on the batches of ``check_batch``, for which the model runs once more. A head of several
+    classifiers (Conformer) gives several predictions, and calls its loss module for each: ``rewrite_loss`` is
     called with each, and ``place`` says which of the predictions it is. Calls with other logits (of auxiliary
     classifiers, which predict nothing) are left alone.
     """

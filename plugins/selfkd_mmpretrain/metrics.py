@@ -69,7 +69,7 @@ class SelectiveMetric(BaseMetric):
 class OODMetric(BaseMetric):
     """How well the confidence tells the test set from samples of other data: ``auroc``, ``aupr``, ``fpr95``.
 
-    The loader yields both: a ConcatDataset, in whose out-of-distribution part the pipeline has a :class:`MarkOOD`. Use
+    The loader yields both: a ConcatDataset, in whose out-of-distribution part the pipeline has a [`MarkOOD`][]. Use
     a test run of its own for it: other metrics would count the marked samples as errors. See docs/metrics.md.
     """
 
@@ -92,7 +92,7 @@ class OODMetric(BaseMetric):
 
 @TRANSFORMS.register_module()
 class MarkOOD(BaseTransform):
-    """Marks a sample as out-of-distribution, for :class:`OODMetric`: its label becomes -1. Put it before PackInputs."""
+    """Marks a sample as out-of-distribution, for [`OODMetric`][]: its label becomes -1. Put it before PackInputs."""
 
     def transform(self, results: dict) -> dict:
         results['gt_label'] = -1
@@ -126,7 +126,7 @@ class RecallAt1(BaseMetric):
 
 @HOOKS.register_module()
 class KeepFeaturesHook(Hook):
-    """Puts the input of the classifier, ``head.fc``, into each prediction as ``feature``, for :class:`RecallAt1`."""
+    """Puts the input of the classifier, ``head.fc``, into each prediction as ``feature``, for [`RecallAt1`][]."""
 
     def before_val(self, runner: Runner) -> None:
         head: Any = getattr(unwrap(runner.model), 'head', None)

@@ -44,11 +44,11 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
             on the present inputs, and ``'ema'`` a moving average of the weights. ``'auto'`` takes the bank, or the
             snapshot where a prediction belongs to no single sample (with Mixup or CutMix, a data set whose samples have
             no index), is no distribution, or is one of two, or the number of classes is unknown. The log says which.
-        teacher_mode, interval, ema_decay: of the past model, see :class:`selfkd_mmengine.PSKDHookBase`.
+        teacher_mode, interval, ema_decay: of the past model, see [`selfkd_mmengine.PSKDHookBase`][].
         keep_hard: keep the whole weight of the label's loss, 1 instead of ``1 - alpha_t``.
         top_k: keep only the k largest probabilities of a prediction in the bank (see
-            :class:`selfkd.bank.PredictionBank`). Defaults to all.
-        bank_dtype: ``'float32'``, ``'float16'``, or ``'log8'``, a byte for each probability (:mod:`selfkd.storage`).
+            [`selfkd.bank.PredictionBank`][]). Defaults to all.
+        bank_dtype: ``'float32'``, ``'float16'``, or ``'log8'``, a byte for each probability (``selfkd.storage``).
         bank_device: where the bank lives. Defaults to the model's device.
         bank_momentum: m in [0, 1): the bank keeps ``m * past + (1 - m) * prediction``, an average over epochs.
 

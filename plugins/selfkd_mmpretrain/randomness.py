@@ -19,7 +19,7 @@ def random_states(device: torch.device) -> Tuple:
 
 @contextmanager
 def as_before(states: Tuple, device: torch.device) -> Iterator[None]:
-    """Runs its body in :func:`random_states` of before; afterwards they are what they were."""
+    """Runs its body in ``random_states`` of before; afterwards they are what they were."""
     present = random_states(device)
     _set(states, device)
     try:

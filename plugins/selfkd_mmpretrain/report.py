@@ -142,10 +142,10 @@ def measure(predictions: Predictions) -> Dict[str, float]:
 
 
 def table(groups: Dict[str, List[Dict[str, float]]], columns: Optional[Sequence[str]] = None) -> str:
-    """Markdown tables of the groups of runs, and of their differences to the first (:func:`comparison_table`).
+    """Markdown tables of the groups of runs, and of their differences to the first (``comparison_table``).
 
     Args:
-        groups: name -> what :func:`measure` gave for each of its runs.
+        groups: name -> what ``measure`` gave for each of its runs.
         columns: titles out of ``MEASURES``; by default those that all runs have.
     """
     everything = [run for runs in groups.values() for run in runs]
@@ -154,7 +154,7 @@ def table(groups: Dict[str, List[Dict[str, float]]], columns: Optional[Sequence[
 
 
 def tables(panels: Dict[str, Dict[str, List[Dict[str, float]]]], columns: Optional[Sequence[str]] = None) -> str:
-    """:func:`table` of each panel below its title, and how to read them (arguments as there)."""
+    """``table`` of each panel below its title, and how to read them (arguments as there)."""
     parts = [f'{title}\n\n{table(groups, columns)}'.lstrip() for title, groups in panels.items()]
     if any(len(groups) > 1 for groups in panels.values()):
         parts.append(note(*panels.values()))

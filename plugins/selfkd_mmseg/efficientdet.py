@@ -53,7 +53,7 @@ class EfficientDetNeck(BaseModule):
     Args:
         in_channels: of P2 to P5.
         width: 64, 88 and 112 for EfficientNet-b0, -b1 and -b2.
-        layers: of :class:`BiFPNLayer`.
+        layers: of ``BiFPNLayer``.
     """
 
     def __init__(self, in_channels: Sequence[int], width: int, layers: int = 3):
@@ -79,11 +79,11 @@ class EfficientDetNeck(BaseModule):
 class EfficientDetSelfTeacher(SelfTeacher):
     """The self-teacher of FRSKD's segmentation model: two more layers on the neck's maps, the last one top-down only.
 
-    As :class:`SelfTeacher`, but that the KL is over all pixels, ignored ones too.
+    As [`SelfTeacher`][], but that the KL is over all pixels, ignored ones too.
 
     Args:
         in_channels: of the neck's maps, all of one width.
-        kwargs: of :class:`SelfTeacher` but for ``width``, ``depth`` and ``repeats``.
+        kwargs: of [`SelfTeacher`][] but for ``width``, ``depth`` and ``repeats``.
     """
 
     def __init__(self, in_channels: Sequence[int], **kwargs):

@@ -49,7 +49,7 @@ class FRSKDEncoderDecoder(EncoderDecoder):
     reads, else the last), and where they are of one size only, the last maps of the sizes inside the backbone (ERFNet).
 
     Args:
-        self_teacher: options of :class:`SelfTeacher`, or of the ``type`` that it names. ``in_channels`` and
+        self_teacher: options of [`SelfTeacher`][], or of the ``type`` that it names. ``in_channels`` and
             ``in_index`` are found by running the network once on an empty image unless given; ``num_classes``,
             ``ignore_index``, ``align_corners``, ``norm_cfg``, ``loss_decode`` and ``sampler`` are the decode head's
             unless given. And ``base_type``: the type that the config had, where that is a class of your own made from
@@ -234,7 +234,7 @@ def _check_replaces_encoder_decoder(kwargs: dict, own_base: bool) -> None:
 
 @MODELS.register_module()
 class SelfTeacher(BaseModule):
-    """FRSKD's self-teacher for segmentation: a :class:`selfkd.pyramid.BiFPN` and a :class:`ConvHead` on its finest map.
+    """FRSKD's self-teacher for segmentation: a [`selfkd.pyramid.BiFPN`][] and a [`ConvHead`][] on its finest map.
 
     Its losses are those of its classifier on the labels, and
 

@@ -46,7 +46,7 @@ class PSKDHook(PSKDHookBase):
             With 0.8, the paper's for classification, a small network was worse calibrated (docs/evidence.md).
         teacher: ``'snapshot'``, the weights at the end of the previous period, or ``'ema'``, a moving average of the
             weights. ``'auto'`` is the snapshot: pixels of random crops have no identity that a bank could go by.
-        teacher_mode, interval, ema_decay: of the past copy, see :class:`selfkd_mmengine.PSKDHookBase`.
+        teacher_mode, interval, ema_decay: of the past copy, see [`selfkd_mmengine.PSKDHookBase`][].
         keep_hard: keep the whole weight of the label's loss, 1 instead of ``1 - alpha_t``.
 
     Logged besides the losses: ``pskd_alpha``, ``pskd_hard`` and ``pskd_soft`` (the two weighted parts of the

@@ -98,7 +98,7 @@ class CSKD(Method):
         self.logs: Dict[str, Tensor] = {}
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
-        """``F.cross_entropy(logits, target, **options)`` plus :meth:`term`."""
+        """``F.cross_entropy(logits, target, **options)`` plus ``term``."""
         return F.cross_entropy(logits, target, **options) + self.term(logits, target)
 
     def term(self, logits: Tensor, target: Optional[Tensor] = None) -> Tensor:

@@ -37,8 +37,8 @@ class FRSKD:
         loss = frskd.loss(model(images), labels)
 
     The layers have forward hooks, which do nothing in copies of the model (``copy.deepcopy``, ``torch.save(model)``).
-    Where the model itself must have none (``torch.jit.script``), :meth:`remove_hooks` takes them off, and
-    :meth:`add_hooks` puts them back.
+    Where the model itself must have none (``torch.jit.script``), ``remove_hooks`` takes them off, and
+    ``add_hooks`` puts them back.
 
     With several processes make it after the process group: gradients of the self-teacher are averaged over them.
 
@@ -52,10 +52,10 @@ class FRSKD:
         temperature: T.
         example: a batch of inputs, from which the channels of the maps are read. Defaults to one image of zeros,
             3 x 224 x 224.
-        width, depth, repeats: of :class:`selfkd.pyramid.SelfTeacherPyramid`.
+        width, depth, repeats: of [`selfkd.pyramid.SelfTeacherPyramid`][].
 
     ``logs`` of the latest loss, tensors ``[]``: ``loss_teacher`` (the self-teacher on the labels), ``loss_kd`` and,
-    with beta, ``loss_feature``, with their weights: they sum to :meth:`term`.
+    with beta, ``loss_feature``, with their weights: they sum to ``term``.
 
     Raises:
         ValueError: for names that are not sub-modules, and outputs that are not maps from fine to coarse.
@@ -182,7 +182,7 @@ class FRSKD:
         return self.self_teacher.parameters()
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
-        """``F.cross_entropy(logits, target, **options)`` plus :meth:`term`."""
+        """``F.cross_entropy(logits, target, **options)`` plus ``term``."""
         return F.cross_entropy(logits, target, **options) + self.term(logits, target, **options)
 
     def term(self, logits: Tensor, target: Tensor, **options) -> Tensor:
@@ -214,7 +214,7 @@ class FRSKD:
 
 
 class FRSKDOfBatches(Method):
-    """:class:`FRSKD` for a loop that is not ours: an epoch of batches without it is an error."""
+    """[`FRSKD`][] for a loop that is not ours: an epoch of batches without it is an error."""
 
     name, call = 'FRSKD', 'a cross-entropy'
     way_in = 'training must compute torch.nn.functional.cross_entropy'

@@ -18,7 +18,7 @@ class Noting(DataLoader):
     """The loader ``source``, whose batches' rows (and partners) are put into ``batches.noted``.
 
     Args:
-        batches: the :class:`~selfkd_torch.Batches` that want them.
+        batches: the [`Batches`][selfkd_torch.Batches] that want them.
         source: the user's loader. What is set on the one is set on the other.
     """
 

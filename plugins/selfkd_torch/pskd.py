@@ -47,13 +47,13 @@ class PSKD(Method):
             on (the paper's way, no extra forward pass); ``'snapshot'`` runs the model of the end of the last epoch on
             the present inputs, ``'ema'`` an average of the weights. ``'auto'``: the bank, or, given ``model``, the
             snapshot where samples have no index or the first loss is not one of a label for each; the log says why.
-        teacher_mode: how a copy runs, see :class:`selfkd.teacher.SnapshotTeacher`.
+        teacher_mode: how a copy runs, see [`selfkd.teacher.SnapshotTeacher`][].
         interval: a period is so many batches, in place of an epoch, for copies and long epochs; alpha then grows with
             the share of training that was done when the period began.
         ema_decay: of ``'ema'``, by batches.
         keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
-        top_k, bank_dtype, bank_device, bank_momentum: of the bank, see :class:`selfkd.bank.PredictionBank` and
-            :class:`selfkd.past.BankPast`; a dtype also by its name. The device is by default the logits'.
+        top_k, bank_dtype, bank_device, bank_momentum: of the bank, see [`selfkd.bank.PredictionBank`][] and
+            [`selfkd.past.BankPast`][]; a dtype also by its name. The device is by default the logits'.
         model: for a copy: the module that the loop calls (DistributedDataParallel, torch.compile'd or plain).
         outputs: for a copy: gives the logits from what the model returns, where that is not they; of a model with
             several outputs a tuple, each with a past of its own.
@@ -352,7 +352,7 @@ class PSKD(Method):
         return {**past, 'batches': self.data.state_dict(), 'kind': self.kind}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`; load the model first. With ``teacher='auto'`` the past is of the saved kind.
+        """Restores ``state_dict``; load the model first. With ``teacher='auto'`` the past is of the saved kind.
 
         Raises:
             ValueError: the state is another ``teacher``'s; or at the first loss, a bank's with other settings.
@@ -370,7 +370,7 @@ class PSKD(Method):
         self._batches = self._plain = 0
 
     def resume_without_past(self, mid_period: bool) -> None:
-        """In the place of :meth:`load_state_dict`, where a checkpoint has no state."""
+        """In the place of ``load_state_dict``, where a checkpoint has no state."""
         self._begun = self.data.epoch if mid_period else None
         if mid_period or self.kind in ('auto', 'bank'):
             logger.warning('PSKD: the checkpoint holds no past predictions: plain training until there are some')

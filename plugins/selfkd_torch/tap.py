@@ -51,7 +51,7 @@ def tap(pskd, loss_module: Optional[nn.Module] = None, *, check: bool = True):
     With a copy, losses of other logits than the model's (an auxiliary head's) stay plain.
 
     Args:
-        loss_module: by default every training call of :func:`torch.nn.functional.cross_entropy` is softened
+        loss_module: by default every training call of ``torch.nn.functional.cross_entropy`` is softened
             (``nn.CrossEntropyLoss`` calls it, too), and of ``nll_loss`` on log-probabilities. With several losses, or
             one that is written another way, the module is given here. It is called with (logits, target). One that does
             not call torch's must be a cross-entropy in what it computes, a mean or a value for each sample, with any
@@ -109,7 +109,7 @@ def _options(call: Dict[str, Any]) -> Dict[str, Any]:
 
 @contextmanager
 def add_terms(method, loss_module: Optional[nn.Module] = None) -> Iterator[None]:
-    """Adds ``method.term(logits, target)`` to the cross-entropy that is computed inside, as :func:`tap` softens it.
+    """Adds ``method.term(logits, target)`` to the cross-entropy that is computed inside, as ``tap`` softens it.
 
     Raises:
         RuntimeError: a second cross-entropy in one batch.

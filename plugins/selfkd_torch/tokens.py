@@ -25,10 +25,10 @@ LABELS_DIFFER = "where labels differ each time (masked language modelling, rando
 
 
 class TokenPSKD(PSKD):
-    """:class:`~selfkd_torch.PSKD` with a bank of tokens, where the loss has more rows than the batch has samples.
+    """[`PSKD`][selfkd_torch.PSKD] with a bank of tokens, where the loss has more rows than the batch has samples.
 
-    See :class:`selfkd.past.TokenBankPast`. Samples are dicts with ``labels`` (or ``input_ids``), pairs (inputs,
-    labels), or the tokens themselves. Where their labels are single ones, it is a :class:`PSKD`.
+    See [`selfkd.past.TokenBankPast`][]. Samples are dicts with ``labels`` (or ``input_ids``), pairs (inputs,
+    labels), or the tokens themselves. Where their labels are single ones, it is a [`PSKD`][].
 
     Args:
         alpha: Defaults to 0.3 for tokens, to 0.8 for single labels.
@@ -62,13 +62,13 @@ class TokenPSKD(PSKD):
         ignore_index: int = -100,
         reduction: str = 'mean',
     ) -> Tensor:
-        """:meth:`loss` of ``hidden @ weight.T + bias``, logits that never exist: with a bank of tokens.
+        """``loss`` of ``hidden @ weight.T + bias``, logits that never exist: with a bank of tokens.
 
         Args:
             hidden: ``[B * T, D]``, in the dtype of ``weight``.
             weight, bias: of the output layer, ``[V, D]`` and ``[V]``.
             target: class ids ``[B * T]``.
-            ignore_index, reduction: as of :func:`selfkd.losses.linear_pskd_loss`.
+            ignore_index, reduction: as of ``selfkd.losses.linear_pskd_loss``.
 
         Raises:
             ValueError: the past is not a bank of tokens.

@@ -12,7 +12,7 @@ def in_words(words: Dict[str, str]):
     """Errors that are raised inside have the names that settings have in a toolkit.
 
     Args:
-        words: patterns of what :mod:`selfkd_torch` calls them, and what they are called there.
+        words: patterns of what ``selfkd_torch`` calls them, and what they are called there.
 
     Example:
         >>> with in_words({r'\\bteacher=': 'pskd_teacher='}):

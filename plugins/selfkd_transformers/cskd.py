@@ -26,7 +26,7 @@ WORDS = {  # what selfkd_torch calls it, and what it is here
 
 @dataclass
 class CSKDArguments(MethodArguments):
-    """CS-KD's settings, to be mixed into TrainingArguments of any kind; :class:`CSKDTrainingArguments` is the usual."""
+    """CS-KD's settings, to be mixed into TrainingArguments of any kind; [`CSKDTrainingArguments`][] is the usual."""
 
     name: ClassVar[str] = 'CSKD'
     off: ClassVar[Optional[str]] = 'cskd_weight'

@@ -29,7 +29,7 @@ WORDS = {  # what selfkd_torch calls it, and what it is here
 
 @dataclass
 class FRSKDArguments(MethodArguments):
-    """FRSKD's settings, to be mixed into TrainingArguments; :class:`FRSKDTrainingArguments` is the usual."""
+    """FRSKD's settings, to be mixed into TrainingArguments; ``FRSKDTrainingArguments`` is the usual."""
 
     name: ClassVar[str] = 'FRSKD'
 

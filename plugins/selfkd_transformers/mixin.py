@@ -82,7 +82,7 @@ def mixins(kind: type) -> List[type]:
 
 
 class MethodMixin:
-    """A method of :mod:`selfkd_torch` in a Trainer. Several go together: ``class T(PSKDMixin, CSKDMixin, Trainer)``.
+    """A method of ``selfkd_torch`` in a Trainer. Several go together: ``class T(PSKDMixin, CSKDMixin, Trainer)``.
 
     Nothing but ``training_step`` is changed; evaluation is plain. What the methods keep is saved in the checkpoint's
     folder, as ``selfkd.pt``.
@@ -119,7 +119,7 @@ class MethodMixin:
         return []
 
     def _words(self) -> Dict[str, str]:
-        """For :func:`in_words`."""
+        """For ``in_words``."""
         return WORDS
 
     def _end(self) -> None:

@@ -28,7 +28,7 @@ def why_no_index(loader) -> Optional[str]:
 
 def number(loader, method: str, way_out: str) -> DataLoader:
     """Has the loader, which the Trainer trains with, put the rows of the samples into its batches. A loader of the same
-    data set, for :class:`selfkd_torch.Batches`.
+    data set, for [`selfkd_torch.Batches`][].
 
     It may come from a ``get_train_dataloader`` of the user's own. Data set, collate function and (for partners) batch
     sampler are all that is exchanged, so sampler, workers and what Accelerate has made of the loader stay.

@@ -36,7 +36,7 @@ WORDS = {  # what selfkd_torch calls it, and what it is here
 
 @dataclass
 class PSKDArguments(MethodArguments):
-    """PS-KD's settings, to be mixed into TrainingArguments of any kind; :class:`PSKDTrainingArguments` is the usual."""
+    """PS-KD's settings, to be mixed into TrainingArguments of any kind; ``PSKDTrainingArguments`` is the usual."""
 
     name: ClassVar[str] = 'PSKD'
     off: ClassVar[Optional[str]] = 'pskd_alpha'

@@ -1,7 +1,7 @@
 """All of the loss arithmetic of selfkd, as functions.
 
 Shape letters used on this page: N samples, C classes, ``...`` any further dimensions. The class dimension is 1,
-as in :func:`torch.nn.functional.cross_entropy`, so ``[N, C]``, ``[N, C, H, W]`` and ``[tokens, C]`` all work.
+as in ``torch.nn.functional.cross_entropy``, so ``[N, C]``, ``[N, C, H, W]`` and ``[tokens, C]`` all work.
 *Logits* are unnormalised; *probs* are non-negative and sum to 1 over the class dimension. Mixing, softmax and
 KL are computed in float32 (float64 for float64 logits), whatever the logits' dtype. Classes may be masked by logits of
 -inf: a term of probability 0 is 0, whatever its logarithm.

@@ -38,7 +38,7 @@ def _attention(maps):
 
 
 class _AttentionDistance(torch.autograd.Function):
-    """:func:`_distance`, of which only the gradient is of the maps' size.
+    """``_distance``, of which only the gradient is of the maps' size.
 
     What is as small as an attention map lies in one tensor ``[levels, N, positions]``, filled up with zeros, so that a
     GPU starts one kernel for all levels. Maps on the CPU whose squares are beyond float32 go through the plain

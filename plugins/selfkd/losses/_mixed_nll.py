@@ -27,7 +27,7 @@ def _constant(value):
 
 
 def terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored, keep_hard=False):
-    """What :func:`mixed_nll` returns, and the probability of each class that a top-k past has not kept."""
+    """What ``mixed_nll`` returns, and the probability of each class that a top-k past has not kept."""
     zero = log_probs.new_zeros(()).expand(log_probs.shape[:1] + log_probs.shape[2:])
     total = log_probs.sum(1) if smoothing or classes is not None else None
     nll = hard = soft = zero
@@ -53,7 +53,7 @@ def terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored, keep_h
 
 
 class _MixedNLL(torch.autograd.Function):
-    """:func:`terms_of`, of which no tensor of the logits' size is kept but the logits themselves.
+    """``terms_of``, of which no tensor of the logits' size is kept but the logits themselves.
 
     Plain autograd keeps the log-probabilities in float32, beside half-precision logits twice their size, and writes one
     such tensor per term in its backward pass. Here the log-probabilities of a few samples are made, and made again for

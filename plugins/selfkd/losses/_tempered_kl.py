@@ -24,7 +24,7 @@ def _losses(student, teacher, temperature):
 
 
 class _TemperedKL(torch.autograd.Function):
-    """:func:`_losses`, of which no tensor of the logits' size is kept but the logits; the gradient is T (p - q)."""
+    """``_losses``, of which no tensor of the logits' size is kept but the logits; the gradient is T (p - q)."""
 
     @staticmethod
     def forward(ctx, student, teacher, temperature):

@@ -31,7 +31,7 @@ def linear_pskd_loss(
     draw: Optional[Tuple[int, Tensor]] = None,
     return_parts: bool = False,
 ):
-    r""":func:`pskd_loss` of ``hidden @ weight.T + bias``, for vocabularies whose logits would fill the memory.
+    r"""``pskd_loss`` of ``hidden @ weight.T + bias``, for vocabularies whose logits would fill the memory.
 
     The logits of a few tokens at a time are made, their loss and gradients taken, and the memory used again, as
     Liger-Kernel's fused linear cross-entropy does (https://arxiv.org/abs/2410.10989). It takes as many matrix products
@@ -48,15 +48,15 @@ def linear_pskd_loss(
         reduction: ``'mean'`` or ``'sum'``.
         keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
         draw: (k, uniform): also draw k classes of each new prediction with the random numbers ``uniform`` ``[N]``, as
-            :func:`~selfkd.topk.draw_top_k` does. Nobody has the logits to do so afterwards.
-        return_parts: also return :class:`PSKDParts`.
+            [`draw_top_k`][selfkd.topk.draw_top_k] does. Nobody has the logits to do so afterwards.
+        return_parts: also return ``PSKDParts``.
 
     Returns:
-        the loss, or a tuple of it, the parts (with ``return_parts``), and (with ``draw``) :class:`~selfkd.topk.TopK` of
+        the loss, or a tuple of it, the parts (with ``return_parts``), and (with ``draw``) [`TopK`][selfkd.topk.TopK] of
         the new predictions.
 
     Raises:
-        ValueError: as :func:`pskd_loss`, and shapes that do not fit the output layer.
+        ValueError: as ``pskd_loss``, and shapes that do not fit the output layer.
         RuntimeError: a second derivative is asked for.
 
     Example:

@@ -16,7 +16,7 @@ __all__ = ['PSKDParts', 'cross_entropy', 'progressive_targets', 'pskd_cross_entr
 
 
 class PSKDParts(NamedTuple):
-    """What :func:`pskd_loss` is made of, reduced as the loss is, without gradient: for logs.
+    """What ``pskd_loss`` is made of, reduced as the loss is, without gradient: for logs.
 
     Attributes:
         hard: the labels' part, ``(1 - alpha)`` times the cross-entropy against them (smoothed, if asked for).
@@ -36,13 +36,13 @@ def progressive_targets(
 
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021, eq. 2
     https://arxiv.org/abs/2006.12000
-    :func:`pskd_loss` computes the loss of these targets without building them.
+    ``pskd_loss`` computes the loss of these targets without building them.
 
     Args:
         labels_or_probs: class ids ``[N, ...]`` (integers) or hard targets as probs ``[N, C, ...]``.
-        past_probs: past predictions as probs ``[N, C, ...]`` or :class:`TopK` (``[N]`` samples only).
+        past_probs: past predictions as probs ``[N, C, ...]`` or ``TopK`` (``[N]`` samples only).
         alpha: share of the past prediction in [0, 1]: a number, or a tensor ``[N, ...]`` with one per sample.
-        num_classes: C; needed for :class:`TopK` with class ids only.
+        num_classes: C; needed for ``TopK`` with class ids only.
 
     Returns:
         probs ``[N, C, ...]``, float32 or wider.
@@ -98,17 +98,17 @@ def pskd_loss(
     Args:
         logits: z, ``[N, C, ...]``, any floating dtype.
         labels_or_probs: y, class ids ``[N, ...]`` or probs ``[N, C, ...]`` (smoothed or mixed labels).
-        past_probs: ``[N, C, ...]``, or :class:`TopK` for logits ``[N, C]``; a constant. None only with ``alpha=0``.
+        past_probs: ``[N, C, ...]``, or ``TopK`` for logits ``[N, C]``; a constant. None only with ``alpha=0``.
         alpha: in [0, 1], a number, or a tensor ``[N, ...]`` with one per sample: 0 for samples that have no past yet.
         ignore_index: class ids of this value contribute nothing, whatever is predicted there (in the past as well), and
             are not counted by ``'mean'``.
         reduction: ``'none'`` (``[N, ...]``), ``'mean'`` over the samples and positions not ignored, or ``'sum'``.
             Where nothing is left to average, the result is a zero that is joined to the graph.
         label_smoothing: share of y that is spread evenly over the other C - 1 classes before mixing, for class ids. It
-            is fairseq's epsilon; :func:`torch.nn.functional.cross_entropy` spreads over all C.
+            is fairseq's epsilon; ``torch.nn.functional.cross_entropy`` spreads over all C.
         keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
         normalized: ``logits`` are log-probabilities already (log_softmax was applied), float32 or wider.
-        return_parts: return the pair (loss, :class:`PSKDParts`).
+        return_parts: return the pair (loss, ``PSKDParts``).
 
     Raises:
         ValueError: alpha outside [0, 1], shapes that do not match, an unknown reduction, ``ignore_index``
@@ -166,7 +166,7 @@ def _checked_labels(labels: Tensor, logits: Tensor, ignore_index: Optional[int])
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Plain cross-entropy, with the checks of :func:`pskd_loss`."""
+    """Plain cross-entropy, with the checks of ``pskd_loss``."""
     return pskd_loss(logits, labels, None, 0.0)
 
 
@@ -183,20 +183,20 @@ def pskd_cross_entropy(
     keep_hard: bool = False,
     return_parts: bool = False,
 ):
-    """:func:`torch.nn.functional.cross_entropy` with its target softened by past predictions: :func:`pskd_loss` with
+    """``torch.nn.functional.cross_entropy`` with its target softened by past predictions: ``pskd_loss`` with
     the arguments, and the normalisation, of torch's own.
 
     Args:
         logits: ``[N, C, ...]``.
         target: class ids ``[N, ...]`` or probs ``[N, C, ...]``.
-        past_probs: ``[N, C, ...]``, or :class:`TopK` for logits ``[N, C]``; a constant.
+        past_probs: ``[N, C, ...]``, or ``TopK`` for logits ``[N, C]``; a constant.
         alpha: in [0, 1], a number, or a tensor ``[N]`` with one per sample.
         weight: of the classes, ``[C]``. As in torch's, the mean over class ids divides by the sum of their weights.
         ignore_index: class ids of this value contribute nothing.
         reduction: ``'none'``, ``'mean'`` or ``'sum'``.
         label_smoothing: share of the target that is spread evenly over all C classes before mixing.
         keep_hard: the label's term keeps its whole weight, 1 instead of ``1 - alpha``.
-        return_parts: return the pair (loss, :class:`PSKDParts`).
+        return_parts: return the pair (loss, ``PSKDParts``).
 
     Example:
         >>> logits, target, past = torch.randn(4, 3), torch.tensor([0, 1, 2, -100]), torch.full((4, 3), 1 / 3)

@@ -30,7 +30,7 @@ def soft_cross_entropy(logits: Tensor, target_probs: Tensor, *, class_weight=Non
         logits: ``[N, C, ...]``.
         target_probs: targets q, same shape; taken as a constant.
         class_weight: C factors (tensor or list) on the classes' terms, as ``weight`` of
-            :func:`torch.nn.functional.cross_entropy` with soft targets. ``'mean'`` still divides by the number of
+            ``torch.nn.functional.cross_entropy`` with soft targets. ``'mean'`` still divides by the number of
             samples.
         reduction: ``'none'`` (``[N, ...]``), ``'mean'`` over all samples and positions, or ``'sum'``. The mean of
             nothing is a zero that is joined to the graph.
