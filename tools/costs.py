@@ -43,10 +43,11 @@ class Cost(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a suite found for one shape, and what was computed."""
+    """What a suite found for one shape, and what was computed; ``tokens``: of a step, in the language suites."""
 
     title: str
     costs: List[Cost]
+    tokens: int = 0
 
 
 class Counts(NamedTuple):
@@ -62,13 +63,20 @@ def used_device() -> torch.device:
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
-def compare(candidates: Dict[str, Callable[[], object]], *, repeats: int = 20) -> List[Cost]:
+def compare(
+    candidates: Dict[str, Callable[[], object]],
+    *,
+    repeats: int = 20,
+    burst: int = 5 if torch.cuda.is_available() else 1,
+) -> List[Cost]:
     """Runs the candidates in turn, ``repeats`` times after a warm-up; the first is the plain one that the others are
     divided by.
 
     Args:
         candidates: name -> one step, including its backward pass; it leaves no tensors behind that it has made.
         repeats: a single one is a try-out, without a warm-up, and of memory ratios 1.
+        burst: steps that are timed together. If a GPU were waited for after each, a step that waits by itself would
+            look as fast as one that does not.
     """
     warmup = 3 if repeats > 1 else 0
     times: Dict[str, List[float]] = {name: [] for name in candidates}
@@ -76,10 +84,11 @@ def compare(candidates: Dict[str, Callable[[], object]], *, repeats: int = 20) -
         for name, step in candidates.items():
             _synchronize()
             start = time.perf_counter()
-            step()
+            for _ in range(burst):
+                step()
             _synchronize()
             if repeat >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / burst)
     peaks = {name: peak_bytes(step) if repeats > 1 else 1 for name, step in candidates.items()}
     plain = next(iter(candidates))
     ratios = {name: statistics.median(a / b for a, b in zip(times[name], times[plain])) for name in candidates}
@@ -124,7 +133,7 @@ class _Held(TorchDispatchMode):
 
 
 def held_bytes(step: Callable[[], object]) -> int:
-    """:func:`peak_bytes` of the tensors that operations give, without running on the device that they name."""
+    """``peak_bytes`` of the tensors that operations give, without running on the device that they name."""
     with _Held() as held:
         step()
     return held.peak
@@ -148,8 +157,11 @@ def to_markdown(table: Union[Table, Counts]) -> str:
         lines = [table.columns, ['---'] * len(table.columns), *table.rows]
         return '\n'.join([table.title, '', *(f'| {" | ".join(line)} |' for line in lines)])
     rows = [table.title, '', f'Measured on {hardware()}.', '']
-    rows += ['| | ms per step | time ratio | memory ratio |', '| --- | --- | --- | --- |']
-    rows += [f'| {c.name} | {c.milliseconds:.4g} | {c.time_ratio:.2f} | {c.memory_ratio:.2f} |' for c in table.costs]
+    speed = ' tokens per second |' if table.tokens else ''
+    rows += [f'| | ms per step | time ratio | memory ratio |{speed}', f'| {"--- | " * (5 if speed else 4)}'.rstrip()]
+    for name, milliseconds, time_ratio, memory_ratio in table.costs:
+        tokens = f' {1000 * table.tokens / milliseconds:.3g} |' if speed else ''
+        rows.append(f'| {name} | {milliseconds:.4g} | {time_ratio:.2f} | {memory_ratio:.2f} |{tokens}')
     return '\n'.join(rows)
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from costs import compare, held_bytes, peak_bytes, to_markdown, write_section
+from costs import Table, compare, held_bytes, peak_bytes, to_markdown, write_section
 from helpers import ROOT
 from mmengine.registry import MODELS, DefaultScope
 
@@ -30,12 +30,17 @@ def test_benchmark_ratios_and_sections(tmp_path, monkeypatch):
         return work
 
     monkeypatch.setattr('costs.time', types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    one, four = compare({'one': step('one', 1), 'four': step('four', 4)}, repeats=5)
+    one, four = compare({'one': step('one', 1), 'four': step('four', 4)}, repeats=5, burst=1)
     assert steps == ['one', 'four'] * 8 + ['one', 'four']  # in turn: 3 to warm up, 5 timed, one for the memory
     assert (one.time_ratio, one.memory_ratio, four.memory_ratio) == (1, 1, 4)
     assert one.milliseconds == 1000 * 10  # the median: the third that is timed
     assert four.time_ratio == 4 * 11 / 10  # the median over the pairs
     assert four.milliseconds == one.milliseconds * four.time_ratio  # its own median would contradict the ratio
+    table = to_markdown(Table('title', [one], tokens=500))
+    assert table.splitlines()[-1] == '| one | 1e+04 | 1.00 | 1.00 | 50 |'
+    del steps[:]
+    compare({'one': step('one', 1)}, repeats=1, burst=3)
+    assert steps == ['one'] * 3
     assert peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000)) == 3 * 4000
     assert held_bytes(lambda: torch.zeros(1000, device='meta').view(10, 100) + 1) == 2 * 4000
     page = tmp_path / 'page.md'

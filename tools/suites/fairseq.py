@@ -87,6 +87,7 @@ def make_trainer(extra: Sequence[str], criterion: str = '', **shape):
 
 
 def make_step(extra: Sequence[str], shape: Shape):
+    """A step, and how many target tokens it trains on, on average."""
     trainer, batches = make_trainer(extra, **shape._asdict())
     position = 0
 
@@ -95,7 +96,7 @@ def make_step(extra: Sequence[str], shape: Shape):
         trainer.train_step([batches[position % len(batches)]])
         position += 1
 
-    return step
+    return step, sum(batch['ntokens'] for batch in batches) // len(batches)
 
 
 def step_suite(size: str = 'small') -> List[Table]:
@@ -104,11 +105,12 @@ def step_suite(size: str = 'small') -> List[Table]:
     logging.disable(logging.INFO)
     try:
         steps = {name: make_step(extra, shape) for name, extra in METHODS.items()}
-        costs = compare(steps, repeats=1 if size == 'tiny' else 20)
+        tokens = {count for _, count in steps.values()}
+        costs = compare({name: step for name, (step, _) in steps.items()}, repeats=1 if size == 'tiny' else 20)
     finally:
         logging.disable(logging.NOTSET)
     title = (
         f'A whole update of a Transformer of {shape.layers} + {shape.layers} layers, dimension {shape.dim}, vocabulary '
         f'{shape.vocabulary}, {shape.tokens} tokens{", mixed precision" if shape.amp else ""}.'
     )
-    return [Table(title, costs)]
+    return [Table(title, costs, tokens.pop())]

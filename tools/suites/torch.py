@@ -73,7 +73,9 @@ def step_suite(size: str = 'small') -> List[Table]:
     shape = SHAPES[size]
     network, batch, pixels, classes, amp, repeats = shape
     model = getattr(torchvision.models, network)(num_classes=classes)
-    data = TensorDataset(torch.randn(4 * batch, 3, pixels, pixels), torch.randint(classes, (4 * batch,)))
+    # On the device already: sending them there would hide what a method adds.
+    images = torch.randn(4 * batch, 3, pixels, pixels).to(used_device())
+    data = TensorDataset(images, torch.randint(classes, (4 * batch,)))
 
     def step(**settings):
         return make_step(copy.deepcopy(model), data, shape, **settings)
