@@ -8,10 +8,13 @@ SCHEDULE = ('pskd_alpha', 'alpha', 'ramp', 'self_teacher.ramp')  # names in the 
 
 
 def same(a, b):
-    """Dicts of tensors that are equal to the last bit."""
+    """Dicts of tensors that are equal to the last bit, and of names."""
     assert a.keys() == b.keys()
     for name in a:
-        assert torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])), name
+        equal = (
+            a[name] == b[name] if isinstance(a[name], str) else torch.equal(*map(torch.as_tensor, (a[name], b[name])))
+        )
+        assert equal, name
 
 
 def in_logs(run, name):
