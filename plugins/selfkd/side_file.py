@@ -39,7 +39,8 @@ class SideFile:
     def save(self, state: Dict[str, Any]) -> Dict[str, Any]:
         """Writes a bank's state; returns what stands for it in the checkpoint. A step is written once."""
         assert self.place is not None
-        folder, step = Path(self.place[0]).absolute(), self.place[1]
+        folder, step = Path(self.place[0]).resolve(), self.place[1]
+        assert step, 'the place that was read is not one to write to'
         last = Path(self._last.get('file', ''))
         if (self._last.get('step'), self._last.get('run'), last.parent) == (step, self.run, folder):
             return self._last
@@ -57,7 +58,7 @@ class SideFile:
         """
         saved = Path(kept['file'])
         holds = 'is not there'
-        for path in dict.fromkeys([Path(self.place[0], saved.name).absolute() if self.place else saved, saved]):
+        for path in dict.fromkeys([Path(self.place[0], saved.name).resolve() if self.place else saved, saved]):
             if path.exists():
                 found: Any = load(path)
                 if (found['step'], found['run']) == (kept['step'], kept['run']):

@@ -9,6 +9,7 @@ extension point, but checkpoints name their task, and fairseq-generate could the
 import functools
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 from fairseq.distributed import utils as distributed_utils
@@ -86,13 +87,18 @@ class Training:
                 self.check_length()
             self.past = make_past(self.cfg, self.task, model, self.lengths)
             if isinstance(self.past, BankPast):
-                self.past.side.place = (self.cfg.save_dir, '')
+                self.past.side.place = (self.loaded_from(), '')
             self.past.load_state_dict(self.saved or {})
         if epoch > 1 and not mid_epoch and not self.cfg.pskd_interval:
             self.past.begin_period(model)
         if first and epoch > 1 and not self.saved and not self.past.ready:
             logger.warning('PS-KD: the checkpoint holds no past predictions: plain training until there are some')
         self.epoch, self.model, self.saved = epoch, model, None
+
+    def loaded_from(self):
+        """The folder of the checkpoint that training resumes from, if it does."""
+        file = Path(self.cfg.restore_file)
+        return self.cfg.save_dir if file.name == str(file) else str(file.parent)
 
     def train_step(self, original, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         self.updates, self.is_dummy, self.step_model = update_num, ignore_grad, model
@@ -142,8 +148,9 @@ class Training:
                 'the other processes predicted in this epoch'
             )
         state = original()
-        if isinstance(self.past, BankPast) and '://' not in self.cfg.save_dir:
-            self.past.side.place = (self.cfg.save_dir, f'epoch {state["epoch"]}, batch {state["iterations_in_epoch"]}')
+        if isinstance(self.past, BankPast):
+            place = (self.cfg.save_dir, f'epoch {state["epoch"]}, batch {state["iterations_in_epoch"]}')
+            self.past.side.place = None if '://' in self.cfg.save_dir else place
         past = self.past.state_dict(mid_period=bool(self.cfg.pskd_interval) or not itr.end_of_epoch())
         return {**state, STATE_KEY: {'totals': self.totals, 'past': past}}
 

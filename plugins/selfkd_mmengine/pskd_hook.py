@@ -188,7 +188,8 @@ class PSKDHookBase(SelfKDHook):
         if isinstance(self.past, BankPast):
             folder = checkpoint_folder(runner)
             beside = is_main_process() and '://' not in folder  # FSDPStrategy asks all ranks
-            self.past.side.place = (folder, f'iteration {next_iter}') if beside else None
+            # By what is in the bank: within an epoch a hook of yours may save with mmengine's count of one step less.
+            self.past.side.place = (folder, f'iteration {self.past.step + 1}') if beside else None
         return {'source': self.source, **self.past.state_dict(mid_period=mid_period)}
 
     def load_state_dict(self, state: dict) -> None:

@@ -263,8 +263,10 @@ def _class_ids(target: Tensor) -> Tensor:
     """Of probs the class that is above all others, which are alike; -1, the id of no class, where they are mixed."""
     if not target.is_floating_point():
         return target
-    best = target.topk(2, 1)
-    smoothed = best.values[:, 1] - target.amin(1) < 1e-4
+    best, least = target.topk(2, 1), target.amin(1)
+    smoothed = best.values[:, 1] - least < 1e-4
+    if target.shape[1] == 2:  # the other class is always the least: smoothing gives it little, and in all samples alike
+        smoothed = (least - least.amin() < 1e-4) & (least <= 0.1)
     return torch.where(smoothed, best.indices[:, 0], -1)
 
 

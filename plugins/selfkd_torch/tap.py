@@ -22,6 +22,7 @@ OPTIONS = ('weight', 'ignore_index', 'reduction', 'label_smoothing')
 HEARD = (F.cross_entropy, F.nll_loss)
 
 _methods_own: List[bool] = []  # not empty while a method computes
+_adding: List['_Added'] = []  # the taps that add terms, outermost first
 
 
 @contextmanager
@@ -69,7 +70,8 @@ def tap(pskd, loss_module: Optional[nn.Module] = None, *, check: bool = True):
         else:
             named = _Named(pskd)
             stack.callback(loss_module.register_forward_pre_hook(Hook(named.before)).remove)
-            stack.callback(loss_module.register_forward_hook(Hook(named.after)).remove)
+            # Before the hooks of methods that add terms, whatever was switched on first.
+            stack.callback(loss_module.register_forward_hook(Hook(named.after), prepend=True).remove)
             stack.callback(named.close)
         yield
     if check and pskd.count == before:
@@ -84,7 +86,7 @@ class Softened(TorchFunctionMode):
 
     def __init__(self, pskd):
         super().__init__()
-        self.pskd = pskd
+        self.pskd, self.outside = pskd, list(_adding)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -97,7 +99,10 @@ class Softened(TorchFunctionMode):
         if function is F.nll_loss and not pskd.sees_log_probs:  # looked at once: on a GPU it waits
             refuse_unless_log_probs(call['input'])
             pskd.sees_log_probs = True
-        return pskd.loss(call['input'], call['target'], **_options(call))
+        loss = pskd.loss(call['input'], call['target'], **_options(call))
+        for added in reversed(self.outside):  # they do not see this call
+            loss = _with_term(added.method, loss, call['input'], call['target'], **_options(call))
+        return loss
 
 
 def _options(call: Dict[str, Any]) -> Dict[str, Any]:
@@ -129,6 +134,14 @@ class _Added(TorchFunctionMode):
     def __init__(self, method):
         super().__init__()
         self.method = method
+
+    def __enter__(self):
+        _adding.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        _adding.remove(self)
+        return super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         loss = function(*args, **(kwargs or {}))  # softened, where a tap of PS-KD is around this one

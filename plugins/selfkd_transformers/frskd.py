@@ -112,6 +112,8 @@ class FRSKDMixin(MethodMixin):
                 f'FRSKD: the self-teacher is not trained: {name}.create_optimizer must call super().create_optimizer'
             )
         self.frskd.add_hooks()
+        for parameter in self.frskd.parameters():  # of a train() that was interrupted; the Trainer clears the model's
+            parameter.grad = None
         return [_FRSKD(self), *others]
 
     def _end(self) -> None:

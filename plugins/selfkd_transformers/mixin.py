@@ -95,7 +95,7 @@ class MethodMixin:
 
     arguments: ClassVar[type]  # its part of args
     label_smoother: Any  # the Trainer's
-    _methods: List[Method] = []  # while there is training; that which changes the cross-entropy before those which add
+    _methods: List[Method] = []  # while there is training
     _data: 'TrainersBatches'  # there as soon as methods are
     _resumed_from: Optional[str] = None
 
@@ -186,6 +186,11 @@ class MethodMixin:
 
     def training_step(self, model, inputs, *args, **kwargs):
         if not self._methods:
+            if self._names():
+                raise RuntimeError(
+                    f'{self._names()}: training has not begun for the mix-in, so this step would be plain: train with '
+                    "train(), whose loop calls the callback's on_train_begin, and leave the callbacks of the Trainer in"
+                )
             return super().training_step(model, inputs, *args, **kwargs)
         data, rows = self._data, None
         if data.way_out:
@@ -269,6 +274,7 @@ class _Epochs(TrainerCallback):
             steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         with in_words(self.trainer._words()):
             self.trainer._begin(train_dataloader, steps)
+        self._step = self.trainer._data.step  # of an earlier train(), it may be the number that comes next
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.trainer._data.place()

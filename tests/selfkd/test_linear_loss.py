@@ -78,6 +78,23 @@ def test_half_precision_gives_gradients_in_its_own_dtype():
         assert F.cosine_similarity(own.float().flatten(), other.float().flatten(), dim=0) > 0.999
 
 
+def test_a_loss_scale_does_not_overflow_float16_gradients():
+    hidden, weight, _, labels, past, alpha = case()
+    expected = torch.autograd.grad(linear_pskd_loss(hidden, weight, labels, past, alpha), [hidden, weight])
+    half = [x.detach().half().requires_grad_() for x in (hidden, weight)]
+    try:
+        loss = linear_pskd_loss(*half, labels, past, alpha)
+    except RuntimeError as error:
+        pytest.skip(f'torch {torch.__version__} has no float16 matrix product on the CPU: {error}')
+    scale = 2.0**16  # with which a GradScaler begins; float16 ends at 65504
+    for found, exact in zip(torch.autograd.grad(loss * scale / 64, half), expected):
+        assert F.cosine_similarity(found.float().flatten(), exact.float().flatten(), dim=0) > 0.999
+    assert all(
+        found.isfinite().all()
+        for found in torch.autograd.grad(linear_pskd_loss(*half, labels, past, alpha) * scale, half)
+    )
+
+
 def test_nothing_of_the_size_of_the_logits_is_made():
     hidden, weight, _, labels, past, alpha = case(tokens=512, vocabulary=300)
     sizes = []

@@ -60,6 +60,17 @@ def test_after_resuming_the_bank_of_the_resumed_checkpoint_is_the_last_to_be_rep
         resumed.state_dict()
 
 
+def test_the_resumed_checkpoint_may_be_named_by_a_link(tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'run')
+    state = past_of(tmp_path / 'run', 'epoch 1', 1.0).state_dict()
+    resumed = past_of(tmp_path / 'link', '')
+    resumed.load_state_dict(state)
+    resumed.side.place = (str(tmp_path / 'run'), 'epoch 2')
+    resumed.state_dict()  # killed before the checkpoint of epoch 2 was written
+    past_of(tmp_path / 'link', '').load_state_dict(state)
+
+
 def test_a_step_is_written_once(tmp_path):
     past = past_of(tmp_path, 'epoch 1')
     state = past.state_dict()

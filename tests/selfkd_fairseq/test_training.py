@@ -217,6 +217,9 @@ def test_resuming_with_a_large_bank_beside_the_checkpoints_is_exact(fairseq, dif
         'beside-resumed', *options, f'--restore-file {fairseq.folder}/beside/checkpoint1.pt', fails=True
     )
     assert 'the checkpoint is of epoch 2, batch 0, and its bank was saved beside it' in log
+    last.parent.rename(fairseq.folder / 'moved')
+    fairseq.train('beside-moved', *options, f'--restore-file {fairseq.folder}/moved/{last.name}')
+    assert difference(fairseq.weights('beside-resumed'), fairseq.weights('beside-moved')) == 0
 
 
 def test_the_training_set_may_be_validated_on(fairseq, difference):

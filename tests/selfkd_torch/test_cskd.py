@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.loops import loader_of, network, train
-from torch.utils.data import default_collate
+from torch import nn
+from torch.utils.data import TensorDataset, default_collate
 
 from selfkd.losses import distillation_kl
 from selfkd_torch import CSKD, PSKD
@@ -75,6 +76,43 @@ def test_two_losses_in_a_tap_are_refused(digits):
     cskd = CSKD(loader_of(digits), model, labels=digits.tensors[1])
     with pytest.raises(RuntimeError, match='CSKD: a second cross-entropy in one batch'), cskd.tap():
         train(model, cskd.batches(), lambda x, y: F.cross_entropy(x, y) + F.cross_entropy(-x, y))
+
+
+@pytest.mark.parametrize('first', ['pskd', 'cskd'])
+@pytest.mark.parametrize('named', [False, True])
+def test_taps_may_be_opened_in_any_order(digits, first, named):
+    model, criterion = network(), nn.CrossEntropyLoss()
+    cskd = CSKD(loader_of(digits), model, labels=digits.tensors[1])
+    pskd = PSKD(cskd.batches(), num_classes=10, max_epochs=2)  # both over one loader
+    loss_of = [criterion] if named else []
+    taps = {'pskd': lambda: pskd.tap(*loss_of), 'cskd': lambda: cskd.tap(*loss_of)}
+    second = 'cskd' if first == 'pskd' else 'pskd'
+    for _ in range(2):
+        for x, y in pskd.batches():
+            with taps[first](), taps[second]():
+                loss = criterion(model(x), y)
+            parts = pskd.logs['pskd_hard'] + pskd.logs['pskd_soft'] + cskd.logs['loss_cskd']
+            assert loss.item() == pytest.approx(float(parts), rel=1e-5)
+    assert pskd.logs['pskd_soft'] > 0
+    assert cskd.logs['loss_cskd'] > 0
+
+
+@pytest.mark.parametrize('mixing', [False, True])
+def test_of_two_classes_smoothing_is_told_from_mixing(digits, mixing):
+    def collate(samples):
+        x, y = default_collate(samples)
+        q = F.one_hot(y, 2) * 0.9 + 0.05
+        return (x, 0.7 * q + 0.3 * q.flip(0)) if mixing else (x, q)
+
+    labels = digits.tensors[1] % 2
+    data = TensorDataset(digits.tensors[0], labels)
+    model = nn.Sequential(network(), nn.Linear(10, 2))
+    cskd = CSKD(loader_of(data, collate_fn=collate), model, labels=labels)
+    if mixing:
+        with pytest.raises(ValueError, match='leave out Mixup and CutMix'):
+            train(model, cskd.batches(), cskd.loss, epochs=1)
+    else:
+        train(model, cskd.batches(), cskd.loss, epochs=1)
 
 
 def test_mixed_labels_are_refused_and_smoothed_ones_are_not(digits):

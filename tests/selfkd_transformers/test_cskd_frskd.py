@@ -248,6 +248,53 @@ def test_the_three_go_together_and_evaluation_is_plain(tmp_path):
     assert len(trainer.losses) == 2 * again
 
 
+@pytest.mark.parametrize('order', ['CPF', 'FPC'])
+def test_mixins_may_come_in_any_order(order, tmp_path):
+    mixin = {'P': ours.PSKDMixin, 'C': ours.CSKDMixin, 'F': ours.FRSKDMixin}
+    kind = type('Ordered', (Notes, *(mixin[letter] for letter in order), Trainer), {})
+    ARGUMENTS[kind] = AllArguments
+    trainer = fit(kind, tmp_path, logging_strategy='steps', logging_steps=1)
+    steps = [entry for entry in trainer.state.log_history if 'loss' in entry]
+    for entry, loss in zip(steps, trainer.losses):
+        parts = ('pskd_hard', 'pskd_soft', 'loss_cskd', *FRSKD_TERMS)
+        assert sum(entry[name] for name in parts) == pytest.approx(loss, rel=1e-4)
+
+
+def test_train_may_be_called_again_after_any_number_of_steps(tmp_path):
+    trainer = fit(WithCSKD, tmp_path, max_steps=1)
+    trainer.train()
+    assert len(trainer.losses) == 2
+
+
+class Interrupted(WithFRSKD):
+    """Ctrl-C between the backward pass and the optimizer's step."""
+
+    interrupts = True
+
+    def training_step(self, *args, **kwargs):
+        teacher = [p.grad is not None for p in self.frskd.parameters()]
+        self.found = [*getattr(self, 'found', []), any(teacher)]
+        loss = super().training_step(*args, **kwargs)
+        if self.interrupts:
+            raise KeyboardInterrupt
+        return loss
+
+
+def test_an_interrupted_training_leaves_no_gradients(tmp_path):
+    trainer = make(Interrupted, tmp_path, max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.interrupts = False
+    trainer.train()
+    assert trainer.found == [False, False, False]
+
+
+def test_a_loop_that_tells_the_callbacks_nothing_is_no_plain_training(tmp_path):
+    trainer = make(WithCSKD, tmp_path)
+    with pytest.raises(RuntimeError, match='CSKD: training has not begun for the mix-in, so this step would be plain'):
+        trainer.training_step(trainer.model, {})
+
+
 def test_weight_zero_is_the_plain_trainer(tmp_path):
     plain, zero = fit(Plain, tmp_path), fit(WithCSKD, tmp_path, cskd_weight=0.0)
     assert zero.losses == plain.losses

@@ -109,9 +109,13 @@ class _LinearPSKD(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, values, classes, alpha, ignored, mean, keep_hard, k, uniform):
         dtype = wide(hidden.dtype)
         counted = (~ignored).to(dtype)
-        scale = counted / counted.sum().clamp(min=1) if mean else counted
+        # float16 neither holds small gradients nor the scale that a GradScaler multiplies them with.
+        keeps = hidden.dtype != torch.float16
+        count = counted.sum().clamp(min=1) if mean else counted.new_ones(())
+        scale = counted / count
+        factor = scale if keeps else counted  # the mean is taken at the end
         gradients = [
-            torch.zeros(x.shape, dtype=dtype if x is not hidden else x.dtype, device=x.device) if needed else None
+            torch.zeros(x.shape, dtype=x.dtype if x is hidden and keeps else dtype, device=x.device) if needed else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
         ]
         sums, drawn = hidden.new_zeros(4, dtype=dtype), []  # the loss and its parts
@@ -131,11 +135,12 @@ class _LinearPSKD(torch.autograd.Function):
                 drawn.append(draw_top_k(log_probs, k, uniform[rows]))
             if any(ctx.needs_input_grad):
                 hard, soft = (
-                    (-weight_of * scale[rows]).unsqueeze(1) for weight_of in (1 if keep_hard else 1 - share, share)
+                    (-weight_of * factor[rows]).unsqueeze(1) for weight_of in (1 if keep_hard else 1 - share, share)
                 )
                 part = gradient_of_terms(log_probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
                 _add_gradients(gradients, part, hidden, weight, rows)
-        ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) for g in gradients))
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) if keeps else g / count for g in gradients))
         kept = [torch.cat(parts) for parts in zip(*drawn)] if k else [sums.new_empty(0), labels.new_empty(0)]
         loss, *parts = (value.clone() for value in sums)
         ctx.mark_non_differentiable(*parts, *kept)
@@ -145,7 +150,8 @@ class _LinearPSKD(torch.autograd.Function):
     def backward(ctx, grad, *unused):
         if torch.is_grad_enabled():
             raise RuntimeError('linear_pskd_loss: has no second derivative: use pskd_loss, which has one')
-        return (*(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), *[None] * 9)
+        scaled = (g if g is None else (g * grad.to(g.dtype)).to(ctx.dtype) for g in ctx.saved_tensors)
+        return (*scaled, *[None] * 9)
 
 
 def _add_gradients(gradients, of_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:
@@ -154,7 +160,10 @@ def _add_gradients(gradients, of_logits: Tensor, hidden: Tensor, weight: Tensor,
         of_bias += of_logits.sum(0)
     of_logits = of_logits.to(hidden.dtype)
     if of_hidden is not None:
-        torch.matmul(of_logits, weight, out=of_hidden[rows])
+        if of_hidden.dtype == hidden.dtype:
+            torch.matmul(of_logits, weight, out=of_hidden[rows])
+        else:
+            of_hidden[rows] = (of_logits @ weight).to(of_hidden.dtype)
     if of_weight is not None and of_weight.dtype == hidden.dtype:
         of_weight.addmm_(of_logits.t(), hidden[rows])
     elif of_weight is not None:
