@@ -97,6 +97,7 @@ class PSKDConfig(FairseqDataclass):
     patience: int = II('checkpoint.patience')
     save_interval_updates: int = II('checkpoint.save_interval_updates')
     save_dir: str = II('checkpoint.save_dir')
+    restore_file: str = II('checkpoint.restore_file')
     train_subset: str = II('dataset.train_subset')
     store_ema: bool = II('ema.store_ema')
     ema_decay: float = II('ema.ema_decay')
