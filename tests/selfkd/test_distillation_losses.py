@@ -20,6 +20,7 @@ from selfkd.losses import (
     overhaul_loss,
     quality_focal_loss,
 )
+from selfkd.losses._attention import attention_distance
 from selfkd.losses._common import NUMBERS_AT_ONCE
 
 
@@ -265,3 +266,25 @@ def test_attention_transfer_is_the_same_at_any_scale(scale):
 def test_a_small_temperature_does_not_overflow_half_precision():
     student, teacher = torch.tensor([[6e4, 0.0]]).half(), torch.tensor([[0.0, 6e4]]).half()
     assert distillation_kl(student, teacher, 0.25) == distillation_kl(student.float(), teacher.float(), 0.25)
+
+
+@pytest.mark.parametrize('scale', [1.0, 0.0, 1e-20], ids=['usual', 'a map of zeros', 'tiny'])
+def test_a_level_may_be_made_from_the_level_before(scale):
+    """As in any network: its gradient goes through both, once."""
+    torch.manual_seed(0)
+    x, teachers = torch.rand(2, 3, 4, 4), (torch.rand(2, 3, 4, 4), scale * torch.rand(2, 3, 2, 2))
+
+    def grad(distance):
+        given = x.clone().requires_grad_()
+        fine = given.sigmoid()
+        (found,) = torch.autograd.grad(distance((fine, scale * F.avg_pool2d(fine, 2))), given, create_graph=True)
+        return found, torch.autograd.grad(found.sum(), given)[0]
+
+    together = grad(lambda students: attention_distance(students, teachers))
+    alone = grad(lambda students: sum(map(attention_transfer, students, teachers)))
+    for ours, expected in list(zip(together, alone))[: 2 if scale else 1]:  # a norm of 0 has no second derivative
+        torch.testing.assert_close(ours, expected)
+    given = x.clone().requires_grad_()
+    fine = given.sigmoid()
+    attention_distance((fine, scale * F.avg_pool2d(fine, 2)), teachers).backward()
+    torch.testing.assert_close(given.grad, alone[0])

@@ -77,6 +77,7 @@ class _AttentionDistance(torch.autograd.Function):
         if ctx.plain or torch.is_grad_enabled():  # or a gradient of the gradient is asked for
             again = torch.is_grad_enabled()
             with torch.enable_grad():
+                students = [x.view_as(x) for x in students]  # one level's map may be made from another's
                 wanted = [x for x, needed in zip(students, ctx.needs_input_grad[1:]) if needed]
                 found = iter(torch.autograd.grad(_distance(students, teachers), wanted, grad, create_graph=again))
             return (None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:]))
