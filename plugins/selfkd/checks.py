@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .transfer import to_device
 
-__all__ = ['at_least_zero', 'one_of', 'positive', 'share']
+__all__ = ['at_least_zero', 'is_compiling', 'one_of', 'outside_graphs', 'positive', 'share']
 
 REDUCTIONS = ('none', 'mean', 'sum')
 # Sums of distributions are off by 1e-3 or so for storage in float16 and top-k renormalisation, and by half of float16's

@@ -94,7 +94,7 @@ def target_lengths(task, dataset) -> np.ndarray:
             special = np.unique(found - sizes[ids.numpy()])  # tokens that sizes leave out: the end, a language's tag
             if len(special) == 1:
                 return sizes + special
-            obstacle = 'its sizes do not say how many tokens a target has'
+            obstacle = 'its sizes do not say how many tokens a target has, or its collater moves samples'
     raise ValueError(f'--pskd-teacher bank: not with this {type(dataset).__name__}: {obstacle}; {OTHERS}')
 
 
