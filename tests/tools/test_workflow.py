@@ -13,6 +13,7 @@ def test_the_workflow_calls_make_targets_only():
     workflow = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())
     targets = set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
     called = [step['run'].split() for job in workflow['jobs'].values() for step in job['steps'] if 'run' in step]
+    called = [command for command in called if command[0] != 'go']  # gets actionlint
     assert all(command[0] == 'make' and command[1] in targets for command in called)
     locally = set(re.findall(r'^make (\S+)$', (ROOT / '.ci/run').read_text(), re.MULTILINE))
     assert locally <= {command[1] for command in called}
