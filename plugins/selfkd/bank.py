@@ -247,9 +247,8 @@ class PredictionBank:
             arrived = event is None or event.query()
             if arrived or wanted is None or bool(torch.isin(wanted, indices).any()):
                 last = i
-        for indices, rows, state, step, event in self._pending[
-            : last + 1
-        ]:  # in order: the newest row of a sample stays
+        # In order: the newest row of a sample stays.
+        for indices, rows, state, step, event in self._pending[: last + 1]:
             if event is not None:
                 event.synchronize()
             good = state == 3

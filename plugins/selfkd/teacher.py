@@ -4,7 +4,7 @@ import copy
 import random
 import sys
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checks import one_of
 from .seeds import step_seed
 
-__all__ = ['HALF', 'MODES', 'SnapshotTeacher', 'random_state', 'unwrap']
+__all__ = ['HALF', 'MODES', 'SnapshotTeacher', 'as_before', 'random_state', 'random_states', 'unwrap']
 
 SELF_TEACHER = 'self_teacher'  # the name of FRSKD's sub-module in every toolkit
 
@@ -176,24 +176,46 @@ def _buffers(model: nn.Module) -> List[Tensor]:
     return [tensor for name, tensor in model.named_buffers() if SELF_TEACHER not in name.split('.')]
 
 
-@contextmanager
-def random_state(seed: int, device: torch.device):
-    """Random states from a seed: torch's of the CPU and of ``device``, NumPy's, Python's; afterwards they are what they
-    were. Some models draw from NumPy which layers they drop, and some draw in evaluation mode, too."""
-    cuda = [device] if device.type == 'cuda' else []
+def random_states(device: torch.device) -> Tuple[Any, ...]:
+    """The present ones: of torch on the CPU and on ``device``, of NumPy and of Python.
+
+    Some models draw from NumPy which layers they drop, and some draw in evaluation mode, too.
+    """
     numpy = sys.modules.get('numpy')  # a model that draws from it has imported it
-    of_python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng(devices=cuda):
+    of_device = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+    return torch.get_rng_state(), of_device, numpy and numpy.random.get_state(), random.getstate()
+
+
+def _set(states: Tuple[Any, ...], device: torch.device) -> None:
+    of_cpu, of_device, of_numpy, of_python = states
+    torch.set_rng_state(of_cpu)
+    if of_device is not None:
+        torch.cuda.set_rng_state(of_device, device)
+    if of_numpy is not None:
+        sys.modules['numpy'].random.set_state(of_numpy)
+    random.setstate(of_python)
+
+
+@contextmanager
+def as_before(states: Tuple[Any, ...], device: torch.device) -> Iterator[None]:
+    """Runs its body in [`random_states`][] of before; afterwards they are what they were."""
+    present = random_states(device)
+    _set(states, device)
+    try:
+        yield
+    finally:
+        _set(present, device)
+
+
+@contextmanager
+def random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Runs its body in random states from a seed; afterwards they are what they were."""
+    with as_before(random_states(device), device):
         torch.default_generator.manual_seed(seed)
-        if cuda:
+        if device.type == 'cuda':
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         random.seed(seed)
-        if numpy:
-            numpy.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            if numpy:
-                numpy.random.set_state(of_numpy)
+        if 'numpy' in sys.modules:
+            sys.modules['numpy'].random.seed(seed % 2**32)
+        yield

@@ -166,8 +166,13 @@ class Regions:
         """The copy's ``cls_score`` for the regions of which the student's is given.
 
         Raises:
-            RuntimeError: the copy has classified others.
+            RuntimeError: the copy has classified others, or none.
         """
+        if stage not in self._classified:
+            raise RuntimeError(
+                f'PSKDHook: {type(self.model.roi_head).__name__} is trained on scores of regions that its '
+                'bbox_roi_extractor has not read, so a past copy was not asked about them; train it without PSKDHook'
+            )
         read, (classified, past) = self._read.pop(stage), self._classified.pop(stage)
         if past.shape != cls_score.shape or not (read is classified or torch.equal(read, classified)):
             raise RuntimeError(

@@ -11,12 +11,12 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import cskd_loss
+from selfkd.teacher import as_before, random_states
 from selfkd.transfer import to_host
 from selfkd_mmengine.hook import is_iter_based
 from selfkd_mmengine.pair_sampler import PairBatchSampler, with_batch_sampler
 
-from .heads import ClassifierHook, logits_and_target, logits_of, target_of
-from .randomness import as_before, random_states
+from .heads import ClassifierHook, logits_and_target, logits_of, mixes_samples, target_of
 
 __all__ = ['CSKDHook']
 
@@ -122,7 +122,7 @@ class CSKDHook(PairedHook):
         self._handles.append(self._model.data_preprocessor.register_forward_pre_hook(self._before_mixing))
 
     def _before_mixing(self, preprocessor, args) -> None:
-        if self._waiting and _mixes(preprocessor):  # of the anchors; of the partners they are the same
+        if self._waiting and mixes_samples(self._model):  # of the anchors; of the partners they are the same
             self._states = random_states(self._device)
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
@@ -144,7 +144,7 @@ class CSKDHook(PairedHook):
 
     def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         logits, target = logits_and_target(arguments)
-        mixes = _mixes(self._model.data_preprocessor)
+        mixes = mixes_samples(self._model)
         if not mixes:
             self._compare(self._labels, target.detach() if target.dim() == 1 else target.detach().argmax(1))
         if self.weight == 0:
@@ -165,10 +165,6 @@ class CSKDHook(PairedHook):
         # An entry of its own, which the toolkit adds: what other hooks make of the head's loss does not touch it.
         self.logs['loss_cskd'] = self.logs.get('loss_cskd', 0) + term
         return loss
-
-
-def _mixes(preprocessor: nn.Module) -> bool:
-    return getattr(preprocessor, 'batch_augments', None) is not None
 
 
 def _mean_class(scores: Tensor) -> Tensor:

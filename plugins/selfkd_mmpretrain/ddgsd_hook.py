@@ -11,6 +11,7 @@ from selfkd.losses import ddgsd_loss
 from selfkd_mmengine.pair_sampler import ViewBatchSampler
 
 from .cskd_hook import PairedHook
+from .heads import mixes_samples
 
 __all__ = ['DDGSDHook']
 
@@ -51,7 +52,7 @@ class DDGSDHook(PairedHook):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
-        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+        if mixes_samples(model):
             raise ValueError(
                 'DDGSDHook: batch augmentations (Mixup, CutMix, ...) mix samples, and a mixed sample has no second '
                 'view: remove batch_augments from model.train_cfg / data_preprocessor'

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from selfkd_mmengine import SelfKDHook
 from selfkd_mmengine.pskd_hook import is_sigmoid
 
-from .randomness import rehearse
+from .replay import rehearse
 
 __all__ = ['ClassifierHook', 'check_head', 'check_head_type', 'has_plain_loss', 'head_of', 'logits_and_target']
-__all__ += ['logits_of', 'target_of']
+__all__ += ['logits_of', 'mixes_samples', 'target_of']
 
 WAY_OUT = 'use an ImageClassifier with a LinearClsHead or the like, or train without this method'
 
@@ -97,6 +97,11 @@ def check_head_type(user: str, head) -> None:
 
 def _is_toolkits(loss: nn.Module) -> bool:
     return type(loss).__module__.startswith('mmpretrain.')
+
+
+def mixes_samples(model: Any) -> bool:
+    """Whether batches are augmented as a whole (Mixup, CutMix, ...)."""
+    return getattr(model.data_preprocessor, 'batch_augments', None) is not None
 
 
 def has_plain_loss(head: nn.Module) -> bool:
@@ -183,7 +188,8 @@ class ClassifierHook(SelfKDHook):
         distances = {}
         for i, predicted in enumerate(self._predictions):
             if predicted.shape == logits.shape:
-                distance = float((predicted - logits).abs().max() / predicted.abs().max())
+                largest = predicted.abs().max().clamp(min=torch.finfo(predicted.dtype).tiny)
+                distance = float((predicted - logits).abs().max() / largest)
                 if not distance > 0.02:  # NaN is nobody's fault here
                     distances[i] = distance
         new = [i for i in sorted(distances, key=distances.__getitem__) if i not in self._places]

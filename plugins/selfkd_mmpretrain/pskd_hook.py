@@ -18,7 +18,7 @@ from selfkd.transfer import to_device
 from selfkd_mmengine import PSKDHookBase, SampleIndex
 from selfkd_mmengine.pskd_hook import is_sigmoid, probs_of
 
-from .heads import ClassifierHook, head_of, logits_and_target, logits_of
+from .heads import ClassifierHook, head_of, logits_and_target, logits_of, mixes_samples
 
 __all__ = ['PSKDHook']
 
@@ -94,7 +94,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     def obstacle(self, runner: Runner, model: nn.Module) -> Tuple[Optional[str], str]:
         head = head_of(model)
         name = type(head).__name__
-        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+        if mixes_samples(model):
             return (
                 'batch augmentations (Mixup, CutMix, ...) mix samples, so that a prediction belongs to no single one',
                 ', or remove batch_augments from model.train_cfg / data_preprocessor',

@@ -10,7 +10,7 @@ from selfkd.checks import positive, share
 from selfkd.losses import mix, tfkd_regularization
 from selfkd_mmengine import PSKDHookBase
 
-from .heads import ClassifierHook
+from .heads import ClassifierHook, mixes_samples
 
 __all__ = ['TFKDHook']
 
@@ -47,7 +47,7 @@ class TFKDHook(ClassifierHook):
 
     def check(self, runner: Runner, model: nn.Module) -> None:
         super().check(runner, model)
-        if getattr(model.data_preprocessor, 'batch_augments', None) is not None:
+        if mixes_samples(model):
             raise ValueError(
                 'TFKDHook: its teacher is made up from one label, and a mixed sample (Mixup, CutMix, ...) has several: '
                 'remove batch_augments from model.train_cfg / data_preprocessor'

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import selfkd_torch
 from selfkd.checks import at_least_zero, positive
+from selfkd.defaults import FRSKD as DEFAULTS
 from selfkd.teacher import random_state
 from selfkd_torch.batches import Method
 from selfkd_torch.frskd import FRSKDOfBatches
@@ -33,9 +34,9 @@ class FRSKDArguments(MethodArguments):
 
     name: ClassVar[str] = 'FRSKD'
 
-    frskd_alpha: float = setting(2.0, 'Of the KL from the self-teacher.')
-    frskd_beta: float = setting(100.0, 'Of the attention transfer from its feature maps.')
-    frskd_temperature: float = setting(4.0, 'Of the KL.')
+    frskd_alpha: float = setting(DEFAULTS['alpha']['classification'], 'Of the KL from the self-teacher.')
+    frskd_beta: float = setting(DEFAULTS['beta']['classification'], 'Of the attention transfer from its feature maps.')
+    frskd_temperature: float = setting(DEFAULTS['temperature']['classification'], 'Of the KL.')
     frskd_layers: Optional[List[str]] = setting(
         None, 'Modules whose outputs are the feature maps, fine to coarse. Default: found by a look at a sample.'
     )
@@ -112,8 +113,7 @@ class FRSKDMixin(MethodMixin):
                 f'FRSKD: the self-teacher is not trained: {name}.create_optimizer must call super().create_optimizer'
             )
         self.frskd.add_hooks()
-        for parameter in self.frskd.parameters():  # of a train() that was interrupted; the Trainer clears the model's
-            parameter.grad = None
+        self.frskd.self_teacher.zero_grad()  # of a train() that was interrupted
         return [_FRSKD(self), *others]
 
     def _end(self) -> None:

@@ -338,6 +338,17 @@ def test_a_roi_head_that_reads_other_regions_first_is_an_error(voc, tmp_path):
         train(config(voc, tmp_path, PSKD), Looks())
 
 
+def test_a_roi_head_that_reads_its_regions_elsewhere_is_an_error(voc, tmp_path):
+    class Elsewhere(Hook):
+        priority = 'LOW'  # after the copy was made
+
+        def before_train(self, runner):
+            runner.model.roi_head.bbox_roi_extractor._forward_pre_hooks.clear()  # as if it read by another
+
+    with pytest.raises(RuntimeError, match='bbox_roi_extractor has not read'):
+        train(config(voc, tmp_path, PSKD), Elsewhere())
+
+
 def test_options_of_the_other_kind_of_detector_are_refused(voc, tmp_path):
     with pytest.raises(ValueError, match="regions and anchors keep no identity .* set teacher='snapshot' or 'ema'"):
         train(config(voc, tmp_path, dict(PSKD, teacher='bank')))

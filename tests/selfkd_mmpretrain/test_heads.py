@@ -81,6 +81,34 @@ class OwnTwoHead(LinearClsHead):
         return {'loss': sum(self.loss_module(score, label) for score in scores)}
 
 
+@MODELS.register_module()
+class ZeroHead(LinearClsHead):
+    """A classifier that begins at zero, behind an auxiliary one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.auxiliary = nn.Linear(32, 10)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+        self.init_cfg = None
+
+    def _get_loss(self, score, data_samples):
+        label = torch.cat([sample.gt_label for sample in data_samples])
+        auxiliary = self.auxiliary(torch.ones_like(self.auxiliary.weight[:1])).expand(len(label), -1)
+        return {'loss': sum(self.loss_module(x, label) for x in (auxiliary, score))}
+
+
+def test_an_auxiliary_classifier_is_not_taken_for_one_that_begins_at_zero(digits, tmp_path):
+    calls, past = Calls(), Past()
+    options = {'model.head.type': 'ZeroHead'}
+    train(config(digits, tmp_path, dict(PSKD, teacher='snapshot'), **options), calls, past)
+    for step, probs in zip(calls.steps[5:], past.probs):
+        alpha, ((first, label, _), (logits, _, _)) = 0.8 * (step['epoch'] + 1) / 3, step['calls']
+        hard = F.one_hot(label, 10).float()
+        expected = F.cross_entropy(first, hard) + F.cross_entropy(logits, (1 - alpha) * hard + alpha * probs[..., 0])
+        assert step['loss'] == pytest.approx(expected.item(), rel=1e-4)
+
+
 TWO = {'model.neck.type': 'TwoFeatures', 'model.head.type': 'ConformerHead', 'model.head.in_channels': [32, 32]}
 OWN = {'model.neck.type': 'TwoFeatures', 'model.head.type': 'OwnTwoHead'}
 
