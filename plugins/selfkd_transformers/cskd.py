@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 import selfkd_torch
 from selfkd.checks import at_least_zero, positive
-from selfkd.defaults import CSKD as DEFAULTS
+from selfkd.defaults import CSKD
 from selfkd_torch.batches import Method
 
 from .mixin import WAY_IN, MethodArguments, MethodMixin, logits_of, setting
@@ -32,8 +32,8 @@ class CSKDArguments(MethodArguments):
     name: ClassVar[str] = 'CSKD'
     off: ClassVar[Optional[str]] = 'cskd_weight'
 
-    cskd_weight: float = setting(DEFAULTS['weight'], "Of CS-KD's term. 0: no CS-KD.")
-    cskd_temperature: float = setting(DEFAULTS['temperature'], "Of CS-KD's two predictions.")
+    cskd_weight: float = setting(CSKD['weight'], "Of CS-KD's term. 0: no CS-KD.")
+    cskd_temperature: float = setting(CSKD['temperature'], "Of CS-KD's two predictions.")
 
 
 @dataclass

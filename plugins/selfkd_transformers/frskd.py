@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import selfkd_torch
 from selfkd.checks import at_least_zero, positive
-from selfkd.defaults import FRSKD as DEFAULTS
+from selfkd.defaults import FRSKD
 from selfkd.teacher import random_state
 from selfkd_torch.batches import Method
 from selfkd_torch.frskd import FRSKDOfBatches
@@ -34,9 +34,9 @@ class FRSKDArguments(MethodArguments):
 
     name: ClassVar[str] = 'FRSKD'
 
-    frskd_alpha: float = setting(DEFAULTS['alpha']['classification'], 'Of the KL from the self-teacher.')
-    frskd_beta: float = setting(DEFAULTS['beta']['classification'], 'Of the attention transfer from its feature maps.')
-    frskd_temperature: float = setting(DEFAULTS['temperature']['classification'], 'Of the KL.')
+    frskd_alpha: float = setting(FRSKD['alpha']['classification'], 'Of the KL from the self-teacher.')
+    frskd_beta: float = setting(FRSKD['beta']['classification'], 'Of the attention transfer from its feature maps.')
+    frskd_temperature: float = setting(FRSKD['temperature']['classification'], 'Of the KL.')
     frskd_layers: Optional[List[str]] = setting(
         None, 'Modules whose outputs are the feature maps, fine to coarse. Default: found by a look at a sample.'
     )
