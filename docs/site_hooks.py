@@ -60,9 +60,12 @@ def from_the_root(text):
 
 def on_page_markdown(markdown, page, config, files):
     """Links that lead out of docs/ go to the page made of the file, or are no links."""
+    folder = (ROOT / 'docs' / page.file.src_uri).parent
 
     def inside(link):
         text, target = link.groups()
+        if (folder / target).resolve().is_relative_to(ROOT / 'docs'):
+            return link[0]
         name = target.lstrip('./')
         assert (ROOT / name).exists(), f'{page.file.src_uri}: {target}'
         return f'[{text}]({TOP_LEVEL[name]})' if name in TOP_LEVEL else text

@@ -143,7 +143,7 @@ def main() -> None:
     for job in jobs:
         predictions = Predictions(*torch.load(Path(job['work_dir']) / 'predictions.pth'))
         panels[job['labels']][job['method']].append(predictions)
-    scaled = ['temperature', 'NLL with it', 'ECE % with it'] if predictions.held_out else []
+    scaled = ['temperature', 'NLL scaled', 'ECE % scaled'] if predictions.held_out else []
     columns = ['error %', 'NLL', 'ECE %', *scaled, 'AURC x1000']
     text = write_report(panels, str(args.out / 'report'), columns=columns)
     print('\n' + text)

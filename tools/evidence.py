@@ -1,4 +1,4 @@
-"""Writes the tables of docs/evidence.md anew, from the measures of every run in docs/evidence/*.csv.
+"""Writes the tables and pictures in docs/evidence anew, from the measures of every run in docs/evidence/*.csv.
 
     python tools/evidence.py
     python tools/evidence.py run NAME [--data FOLDER] [--processes N]
@@ -7,8 +7,8 @@ The second trains what is missing of an experiment of experiments.py, as long as
 each run in docs/evidence/raw/NAME.jsonl; the first makes its page, docs/evidence/NAME.md, from them as well.
 
 The csv files are the runs.csv that reports leave (`selfkd compare`, `selfkd report-translation`, tools/demo.py).
-SECTION.csv makes the section of that name; several SECTION.PANEL.csv make one with a table for each. The section
-"summary" says of all of them what came out better and worse than plain training.
+SECTION.csv makes the section of that name, in the page that has it, and SECTION.svg; several SECTION.PANEL.csv make
+one with a table for each.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Dict, List, Sequence
 
 from costs import write_section
 
-from selfkd.comparison import NOTE, Run, comparison_table, differences, read_runs, verdict
+from selfkd.comparison import NOTE, Run, comparison_table, read_runs
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
 CLASSIFICATION = {
@@ -31,8 +31,8 @@ CLASSIFICATION = {
 }
 SCALED = {  # by a temperature fitted on held-out data
     'temperature': ('temperature', 1, 2, None),
-    'NLL with it': ('nll_scaled', 1, 3, 'lower'),
-    'ECE % with it': ('ece_scaled', 100, 2, 'lower'),
+    'NLL scaled': ('nll_scaled', 1, 3, 'lower'),
+    'ECE % scaled': ('ece_scaled', 100, 2, 'lower'),
 }
 CALIBRATION = {  # of detections
     'ECE %': ('calibration/ece', 1, 2, 'lower'),
@@ -70,6 +70,14 @@ COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
 }
 
 CIFAR = {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')}  # of the experiments
+DRAWN = {  # section: what its picture has of the columns, if not all
+    'digits': ('error %', 'NLL', 'ECE %'),
+    'mnist': ('error %', 'NLL scaled', 'ECE %'),
+    'detection': ('mAP@0.5 %', 'ECE %'),
+    'detectron2': ('AP50 %', 'ECE %'),
+    'translation': ('chrF', 'NLL (bits)', 'ECE %'),
+}
+CIFAR_DRAWN = ('error %', 'NLL', 'ECE %', 'NLL scaled')
 WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
 PAGE = """\
 # {title}
@@ -109,32 +117,26 @@ def measured() -> Dict[str, Panels]:
 
 
 def sections() -> Dict[str, str]:
-    """The tables of each section, and the summary."""
+    """The tables of each section."""
     texts = {}
     for name, panels in measured().items():
         tables = {title: comparison_table(groups, COLUMNS[name]) for title, groups in panels.items()}
         parts = [f'**{title}**\n\n{table}' if title else table for title, table in tables.items()]
         texts[name] = '\n\n'.join([*parts, NOTE])
-    return {**texts, 'summary': summary()}
+    return texts
 
 
-def summary() -> str:
-    """A row for each table: which measures of which methods the intervals call better and worse."""
-    page, found = (DOCS / 'evidence.md').read_text(), measured()
-    lines = ['| | better than plain training | worse |', '| --- | --- | --- |']
-    for name in sorted(found, key=lambda name: page.index(f'<!-- {name} -->')):
-        heading = re.findall(r'^## (.*)$', page[: page.index(f'<!-- {name} -->')], re.MULTILINE)[-1]
-        anchor = re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')
-        for title, groups in found[name].items():
-            cells: Dict[str, List[str]] = {'better': [], 'worse': []}
-            for group, against in differences(groups, COLUMNS[name]).items():
-                said = {t: verdict(one, COLUMNS[name][t][3]) for t, one in against.items()}
-                for word, cell in cells.items():
-                    titles = [t for t in said if said[t] == word]
-                    cell += [f'**{group}**: {", ".join(titles)}'] * bool(titles)
-            better, worse = ('; '.join(cell) or 'nothing' for cell in cells.values())
-            lines.append(f'| [{heading}](#{anchor}){f", {title}" * bool(title)} | {better} | {worse} |')
-    return '\n'.join(lines)
+def pages() -> Dict[str, Path]:
+    """The page that has each section."""
+    found = sorted((DOCS / 'evidence').glob('*.md'))
+    return {name: path for path in found for name in re.findall(r'<!-- end (.*) -->', path.read_text())}
+
+
+def draw(name: str, panels: Panels, columns: Dict[str, tuple], drawn: Sequence[str]) -> None:
+    """Writes NAME.svg, with some of the columns."""
+    import forest
+
+    forest.draw(str(DOCS / f'evidence/{name}.svg'), panels, {title: columns[title] for title in drawn})
 
 
 def trained(name: str) -> Dict[str, List[dict]]:
@@ -195,7 +197,6 @@ def held_out_table(of_method: Dict[str, List[dict]]) -> str:
 
 def main(arguments: Sequence[str] = ()) -> None:
     import experiments
-    import forest
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run = parser.add_subparsers(dest='command', metavar='run').add_parser('run', help='train what is missing')
@@ -212,10 +213,11 @@ def main(arguments: Sequence[str] = ()) -> None:
         experiment_runner.train_missing(raw, experiment, args.data, args.processes)
         return
     for name, text in sections().items():
-        write_section(str(DOCS / 'evidence.md'), name, text)
+        write_section(str(pages()[name]), name, text)
+        draw(name, measured()[name], COLUMNS[name], DRAWN.get(name, list(COLUMNS[name])))
         print(f'{name}: written')
     for name in filter(trained, experiments.EXPERIMENTS):
-        forest.draw(str(DOCS / f'evidence/{name}.svg'), panels_of(trained(name)), CIFAR)
+        draw(name, panels_of(trained(name)), CIFAR, CIFAR_DRAWN)
         (DOCS / f'evidence/{name}.md').write_text(experiment_page(name))
         print(f'{name}.md: written')
 

@@ -17,7 +17,7 @@ def draw(path: str, panels: Dict[str, Dict[str, List[Run]]], columns: Dict[str, 
 
     Args:
         path: of the picture.
-        panels: title -> group -> runs; all have the same groups, the others are compared with the first.
+        panels: title -> group -> runs. The first group is what the others are compared with.
         columns: as those of :func:`selfkd.comparison.comparison_table`; those that are neither good nor bad are left
             out.
     """
@@ -26,11 +26,12 @@ def draw(path: str, panels: Dict[str, Dict[str, List[Run]]], columns: Dict[str, 
     from matplotlib.figure import Figure
 
     shown = {title: Column(*column) for title, column in columns.items() if Column(*column).better}
-    plain, *methods = next(iter(panels.values()))
-    height = 0.28 * len(methods) + 0.9
-    figure = Figure(figsize=(2.5 + 1.7 * len(shown), height * len(panels) + 0.5), layout='constrained')
-    axes = figure.subplots(len(panels), len(shown), squeeze=False, sharey=True, sharex='col')
+    heights = [0.28 * len(groups) + 0.7 for groups in panels.values()]
+    figure = Figure(figsize=(2.6 + 1.9 * len(shown), sum(heights) + 0.6), layout='constrained')
+    grid = dict(height_ratios=heights)
+    axes = figure.subplots(len(panels), len(shown), squeeze=False, sharey='row', sharex='col', gridspec_kw=grid)
     for row, (panel, groups) in zip(axes, panels.items()):
+        plain, *methods = groups
         found = differences(groups, columns)
         for axis, (title, column) in zip(row, shown.items()):
             axis.axvline(0, color='black', linewidth=0.8)
@@ -42,14 +43,14 @@ def draw(path: str, panels: Dict[str, Dict[str, List[Run]]], columns: Dict[str, 
                     if one.low is not None:
                         axis.plot([one.low, one.high], [height, height], linewidth=2, **style)
             axis.set_yticks(range(len(methods)), methods)
-            axis.set_title(title, fontsize=10)
-            axis.tick_params(axis='x', labelsize=8)
+            axis.set_xlabel(title, fontsize=9)
+            axis.tick_params(axis='x', labelsize=8, labelbottom=True)
             axis.tick_params(axis='y', length=0)
             axis.spines[['top', 'right', 'left']].set_visible(False)
             axis.grid(axis='x', color='#eeeeee')
             axis.set_axisbelow(True)
-        row[0].set_ylabel(panel)
-    axes[0][0].invert_yaxis()
+        row[0].set_ylim(len(methods) - 0.5, -0.5)
+        row[0].set_title(panel, loc='left', fontsize=10, fontweight='bold')
     for axis, column in zip(axes[0], shown.values()):
         if column.better == 'higher':
             axis.invert_xaxis()

@@ -22,8 +22,8 @@ COLUMNS = {  # title: measure, factor, decimals, which is better
     'NLL, bits a token': Column('nll', 1, 3, 'lower'),
     'ECE %': Column('ece', 100, 2, 'lower'),
     'temperature': Column('temperature', 1, 2, None),
-    'NLL with it': Column('nll_scaled', 1, 3, 'lower'),
-    'ECE % with it': Column('ece_scaled', 100, 2, 'lower'),
+    'NLL scaled': Column('nll_scaled', 1, 3, 'lower'),
+    'ECE % scaled': Column('ece_scaled', 100, 2, 'lower'),
 }
 LOGITS = 20_000_000  # of the validation set, to which the temperature is fitted: 80 MB
 

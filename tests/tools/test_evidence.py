@@ -42,7 +42,6 @@ def toy(tmp_path):
             pixels = generator.integers(256, size=(side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / f'data/{folder}/{i}.jpg')
     (tmp_path / 'docs/evidence').mkdir(parents=True)
-    (tmp_path / 'docs/evidence.md').write_text('<!-- summary -->\n<!-- end summary -->\n')
     script = tmp_path / 'script.py'
     script.write_text(f'TOOLS, DOCS = {str(ROOT / "tools")!r}, {str(tmp_path / "docs")!r}\n{SCRIPT}')
     path = os.pathsep.join([str(ROOT / 'plugins'), os.environ.get('PYTHONPATH', '')])

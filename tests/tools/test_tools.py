@@ -144,7 +144,7 @@ def test_report_of_finished_runs(digits, tmp_path):
     assert runs[0]['temperature'] == pytest.approx(fit_temperature(held_out.log(), labels))
     scaled = apply_temperature(predictions.probs, runs[0]['temperature'])
     assert runs[0]['nll_scaled'] == pytest.approx(nll(scaled, predictions.labels))
-    assert '| ECE % with it ' in out
+    assert '| ECE % scaled ' in out
     assert runs[1] == pytest.approx(measure(predict(str(tmp_path / 'run1'))))
     accuracy = runner.test()['accuracy/top1']  # MMPretrain's own measure of the second run
     assert 100 * (1 - runs[1]['error']) == pytest.approx(accuracy, abs=1e-3)
@@ -239,10 +239,12 @@ def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
     import evidence
     import experiments
 
-    page, tables = (ROOT / 'docs/evidence.md').read_text(), evidence.sections()
-    assert sorted(re.findall(r'<!-- end (.*) -->', page)) == sorted(tables)
+    pages, tables = evidence.pages(), evidence.sections()
+    assert sorted(pages) == sorted(tables)
     for name, text in tables.items():
-        assert f'<!-- {name} -->\n{text}\n<!-- end {name} -->' in page
+        assert f'<!-- {name} -->\n{text}\n<!-- end {name} -->' in pages[name].read_text()
+        assert (ROOT / f'docs/evidence/{name}.svg').exists()
+        assert f'](evidence/{name}.svg)' in (ROOT / 'docs/evidence.md').read_text()
     for path in (ROOT / 'docs/evidence').glob('*.csv'):
         for title, groups in read_runs(str(path)).items():
             for name, runs in groups.items():
@@ -259,16 +261,14 @@ def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
     (tmp_path / 'evidence/toy.csv').write_text(text)
     (tmp_path / 'evidence/toy.other-one.csv').write_text(text.replace('clean', ''))
     empty = '<!-- {0} -->\n<!-- end {0} -->\n'
-    (tmp_path / 'evidence.md').write_text(
-        'before\n' + empty.format('summary') + '## Toys, 1 x 1\n' + empty.format('toy') + 'after\n'
-    )
+    (tmp_path / 'evidence/toys.md').write_text('before\n' + empty.format('toy') + 'after\n')
     monkeypatch.setattr(evidence, 'DOCS', tmp_path)
     monkeypatch.setattr(evidence, 'COLUMNS', {'toy': {'error %': ('error', 100, 2, 'lower')}})
     evidence.main()
-    text = (tmp_path / 'evidence.md').read_text()
+    text = (tmp_path / 'evidence/toys.md').read_text()
     assert '**clean**' in text
     assert '**other one**' in text
     assert text.count('| -5.00 [-5.00, -5.00] better |') == 2
-    assert '| [Toys, 1 x 1](#toys-1-x-1), other one | **x**: error % | nothing |' in text
+    assert 'other one' in (tmp_path / 'evidence/toy.svg').read_text()
     assert text.startswith('before')
     assert text.endswith('after\n')
