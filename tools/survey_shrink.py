@@ -27,6 +27,7 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
         _pad_less(cfg.model.get('data_preprocessor') or {}, size)
         if 'img_size' in (cfg.model.get('backbone') or {}):
             cfg.model.backbone.img_size = (size, size)
+        _fewer_regions(cfg.model)
     classes = _find(cfg.model, 'num_classes') or 10
     loader = cfg.get('train_dataloader') or {}
     pipeline = _find(loader, 'pipeline') or cfg.get('train_pipeline') or []
@@ -59,6 +60,17 @@ def _pad_less(preprocessor: dict, size: int) -> None:
         for key in ('size', 'random_size_range'):
             if part.get(key):
                 part[key] = (size, size)
+
+
+def _fewer_regions(part) -> None:
+    """Of an image 32 regions are trained, of 64 proposals: with the usual 512 of 1000 a step takes half a minute."""
+    if isinstance(part, dict):
+        if 'pos_fraction' in part:
+            part['num'] = 32
+        if 'max_per_img' in part:
+            part['max_per_img'] = 64
+    for child in part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ():
+        _fewer_regions(child)
 
 
 def _find(node, key: str):

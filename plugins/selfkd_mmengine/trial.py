@@ -85,6 +85,8 @@ def _train(cfg: Config, result: str) -> None:
     os.dup2(null, 1), os.dup2(null, 2)
     steps = _Steps()
     outcome: Dict[str, Any] = {'losses': steps.losses}
+    # mmengine formats the whole config for its logs, which takes longer than the steps.
+    object.__setattr__(cfg, '_format_python_code', False)
     try:
         runner = Runner.from_cfg(cfg)
         refuse_ignored(cfg, runner.model)  # as `selfkd train` does
