@@ -83,6 +83,11 @@ def stage_of(model: nn.Module, loss_cls: nn.Module) -> Tuple[int, str]:
 def check_region_heads(hook: str, model: nn.Module) -> None:
     """Refuses what is no two-stage detector with a softmax over the classes of its regions."""
     roi_head: Any = getattr(model, 'roi_head', None)
+    if roi_head is None:
+        raise ValueError(
+            f'{hook}: {type(model).__name__} has no RoI head, and {hook} compares the classes of regions: take a '
+            f'two-stage detector (Faster, Mask, Cascade R-CNN), or train it without {hook}'
+        )
     kind = getattr(roi_head, 'plain_type', type(roi_head))  # FRSKD's is one of these with a self-teacher
     if kind not in ROI_HEADS or not roi_head.with_bbox:
         names = ', '.join(kind.__name__ for kind in ROI_HEADS)
