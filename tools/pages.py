@@ -32,7 +32,7 @@ PSKD = {
     'ema_decay': 'Share of the moving average that stays in each step of the optimizer. It starts lower.',
     'keep_hard': "If true, the label's loss keeps its whole weight, 1 instead of `1 - alpha`.",
     'background': 'Two-stage detectors: if false, background regions keep their hard label.',
-    'top_k': 'How many probabilities of each prediction the bank keeps; all if not given. Of tokens some are drawn.',
+    'top_k': 'Probabilities of each prediction that the bank keeps: by default all; of tokens 8, some of them drawn.',
     'bank_dtype': "Number format of the bank: `'float32'`, `'float16'`, or `'log8'` (a byte for each probability, "
     'right on average).',
     'bank_device': "Where the bank lies. By default on the model's device, for tokens on the CPU.",

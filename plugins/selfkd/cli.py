@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import sys
 from contextlib import contextmanager
 from importlib import import_module
@@ -69,4 +70,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
             raise
         toolkit = error.name.split('.')[0]
         raise SystemExit(f'selfkd {command} needs {toolkit}, which is not installed here') from error
-    getattr(found, function)(arguments[1:])
+    try:
+        getattr(found, function)(arguments[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; Python would flush once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

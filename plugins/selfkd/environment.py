@@ -32,7 +32,7 @@ def environment() -> Dict[str, str]:
         'selfkd': _version('selfkd'),
         'Python': f'{platform.python_version()}, {platform.platform()}',
         'torch': torch.__version__,
-        'NumPy': _version('numpy'),
+        'NumPy': _version('numpy') if find_spec('numpy') else 'not installed',
         'CPU': f'{os.cpu_count()} cores, {torch.get_num_threads()} threads',
         'CUDA': f'torch was built for {torch.version.cuda or "none"}',
     }

@@ -124,7 +124,8 @@ def refuse_without_past(
         ValueError: with all of these.
     """
     if period >= total:
+        first = f'first {period} {unit} ({period_is}) have' if period != 1 else f'first of the {unit} has'
         raise ValueError(
-            f'{user}: the first {period} {unit} ({period_is}) have no past, and training ends after {total}, so it '
-            f'would be plain: {way_out}, or set {alpha} if plain is what you want'
+            f'{user}: the {first} no past, and training ends after {total}, so it would be plain: {way_out}, or set '
+            f'{alpha} if plain is what you want'
         )

@@ -129,7 +129,7 @@ def _drop_scopes(value: object) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints where one of our configs lies, for tools that take a file.
+    """Prints the path of one of our configs, for tools that take a file.
 
         selfkd config
         mim train mmpretrain $(selfkd config selfkd_mmpretrain::pskd/resnet18-w16_1xb50_digits.py)

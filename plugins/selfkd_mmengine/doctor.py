@@ -25,8 +25,8 @@ def main(arguments: Sequence[str]) -> None:
         selfkd doctor my_config.py --batch-size 2
 
     CONFIG is what `selfkd train` takes. The config is built as it is and trained for four steps on the first samples of
-    its own training set, plain and with each method. It loads no weights and writes nothing. Data that are not there
-    are named. Times are of a single step, so they are rough.
+    its own training set, plain and with each method. It loads no weights and writes nothing. Missing data are named.
+    A small --batch-size makes it quick. Times are of a single step (on CPUs of processor time), so they are rough.
     """
     parser = command_parser('doctor', main.__doc__)
     parser.add_argument('config')

@@ -136,7 +136,7 @@ class PSKDHookBase(SelfKDHook):
             refuse_without_past('PSKDHook', *period, period_is=period_is, way_out=way_out)
         elif self.alpha:
             period_is, way_out = 'the past is that of the epoch before', 'raise max_epochs'
-            refuse_without_past('PSKDHook', 1, runner.max_epochs, 'epoch(s)', period_is=period_is, way_out=way_out)
+            refuse_without_past('PSKDHook', 1, runner.max_epochs, 'epochs', period_is=period_is, way_out=way_out)
         if self.source == 'bank':
             self.past = bank = self.make_bank(runner, model)
             bank.side.place = (loaded_folder(runner), '')

@@ -67,7 +67,8 @@ class MethodArguments:
             served, kind = [mixin.arguments for mixin in mixins(type(trainer))], type(trainer).__name__
             for wanted in type(self).__mro__:
                 if 'name' in vars(wanted) and wanted.name and wanted not in served and wanted.on(self):
-                    value = f'{wanted.off}={getattr(self, wanted.off)}' if wanted.off else wanted.__name__
+                    value = getattr(self, wanted.off) if wanted.off else None
+                    value = wanted.__name__ if value is None else f'{wanted.off}={value}'
                     way_out = f'set {wanted.off}=0' if wanted.off else 'leave these arguments out'
                     raise ValueError(
                         f'{wanted.name}: args ask for it ({value}), but {kind} would train without it: use class '

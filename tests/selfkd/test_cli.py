@@ -53,3 +53,19 @@ def test_env_imports_no_toolkit():
     code = "import sys, selfkd.environment as e; e.environment(); print({'mmengine', 'fairseq'} & set(sys.modules))"
     outcome = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert outcome.stdout.strip() == 'set()'
+
+
+LONG = """
+import sys, types
+import selfkd.cli
+command = types.SimpleNamespace(main=lambda arguments: print("x" * 10**6))  # more than a pipe holds
+sys.modules["long"], selfkd.cli.COMMANDS["env"] = command, ("long:main", "")
+selfkd.cli.main(["env"])
+"""
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly(tmp_path):
+    (tmp_path / 'long.py').write_text(LONG)
+    command = f'"{sys.executable}" "{tmp_path / "long.py"}" | head -c 1'
+    outcome = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (outcome.stdout, outcome.stderr) == ('x', '')

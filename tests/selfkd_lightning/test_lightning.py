@@ -512,7 +512,7 @@ def test_an_endless_loader_has_epochs_by_limit_train_batches(digits):
     endless, callback = loader_of(digits, shuffle=False, sampler=sampler), PSKD()
     fit(Classifier(), endless, callback, limit_train_batches=3)
     assert callback.current_alpha == pytest.approx(0.8)
-    with pytest.raises(ValueError, match='have no past, and training ends after 1'):
+    with pytest.raises(ValueError, match='has no past, and training ends after 1'):
         fit(Classifier(), endless, PSKD(), max_epochs=-1, max_steps=9)
 
 
@@ -564,8 +564,8 @@ def test_what_cannot_work_is_refused(digits):
     loader, stream = loader_of(digits), DataLoader(Stream(digits), batch_size=20)
     snapshot = PSKD(teacher='snapshot')
     for error, message, how in (
-        (ValueError, 'have no past, and training ends after 1', dict(max_epochs=1)),
-        (ValueError, 'have no past, and training ends after 1', dict(max_steps=3)),
+        (ValueError, 'has no past, and training ends after 1', dict(max_epochs=1)),
+        (ValueError, 'has no past, and training ends after 1', dict(max_steps=3)),
         (ValueError, 'set max_epochs or max_steps', dict(max_epochs=-1)),
         (ValueError, "IterableDataset, whose samples have no index: use teacher='snapshot', which needs no rows",
          dict(loader=stream, callback=PSKD(teacher='bank'))),

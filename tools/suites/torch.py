@@ -67,7 +67,7 @@ def make_step(model: nn.Module, data: TensorDataset, shape: Shape, **settings):
 
 
 def step_suite(size: str = 'small') -> List[Table]:
-    """A whole step of torchvision's ResNets in a loop of one's own."""
+    """A whole step of torchvision's ResNets in a training loop of your own."""
     import torchvision
 
     shape = SHAPES[size]
@@ -90,7 +90,7 @@ def step_suite(size: str = 'small') -> List[Table]:
         repeats=repeats,
     )
     title = (
-        f"A loop of one's own: a whole step of torchvision's {network}, batch {batch}, {pixels} x {pixels} images, "
+        f"Your own loop: a whole step of torchvision's {network}, batch {batch}, {pixels} x {pixels} images, "
         f'{classes} classes{", autocast" if amp else ""}.'
     )
     return [Table(title, costs)]
