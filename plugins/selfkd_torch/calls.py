@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from selfkd.past import CopyPast
+from selfkd.checks import is_compiling
 
-__all__ = ['Calls', 'Hook', 'copied', 'origin', 'origins']
+__all__ = ['Calls', 'Hook', 'copied', 'origin', 'origins', 'recomputes']
 
 # What gives the same values in another form: where one tensor was shaped by two, these are two ways from one origin.
 RESHAPES = {
@@ -48,6 +49,11 @@ def origins(start: Node, wanted) -> set:
 
 class Hook:
     """A hook of a module's calls that copies and pickles of the module have no more: there it does nothing."""
+def recomputes() -> bool:
+    """Whether a module is called within a backward pass: by ``torch.utils.checkpoint``, once more for the same loss."""
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 
     def __init__(self, function: Callable):
         self.function = function
@@ -99,7 +105,7 @@ class Calls:
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._hooks = [
             inner.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
-            inner.register_forward_hook(Hook(self._after)),
+            inner.register_forward_hook(Hook(self._after), always_call=True),
         ]
 
     def leave(self) -> None:
@@ -172,7 +178,7 @@ class Calls:
         return tuple(several)
 
     def _before(self, module: nn.Module, args, kwargs) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or recomputes():
             self._open.append(None)
             return
         pasts: Sequence[Tensor] = ()
@@ -191,6 +197,9 @@ class Calls:
         try:
             given = self._given(output)
         except Exception:  # it does not give this in evaluation mode, say; a loss of it is refused
+        if output is None:  # it failed (out of memory, say), and the loop may try again
+            self._calls.remove(call)
+            return
             return
         call.logits = call.logits or [_Logits() for _ in given]
         for known, logits in zip(call.logits, given):

@@ -13,7 +13,7 @@ from selfkd.pyramid import SelfTeacherPyramid, dry_run
 from selfkd.teacher import unwrap
 
 from .batches import Batches, Method
-from .calls import Hook, origins
+from .calls import Hook, origins, recomputes
 from .tap import add_terms
 
 __all__ = ['FRSKD', 'FRSKDOfBatches']
@@ -138,7 +138,7 @@ class FRSKD:
         self._feats.clear()
 
     def _keep(self, name: str, module: nn.Module, args, output) -> None:
-        if torch.is_grad_enabled() and isinstance(output, Tensor):
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and not recomputes():
             if self._settled or len(self._feats) >= PASSES * len(self.layers):
                 self._feats.clear()
                 self._settled = False

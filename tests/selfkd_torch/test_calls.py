@@ -66,6 +66,40 @@ def two_epochs(pskd, step):
     return found
 
 
+class Failing(nn.Linear):
+    """As a model that runs out of memory: the loop catches it."""
+
+    fails = False
+
+    def forward(self, x):
+        if self.fails and self.weight.requires_grad:  # the student's
+            self.fails = False
+            raise RuntimeError('out of memory')
+        return super().forward(x)
+
+
+def test_a_call_that_fails_and_one_that_checkpoint_repeats():
+    """Whatever happens to a call, the next one has its own past."""
+    torch.manual_seed(0)
+    model = Failing(5, CLASSES)
+    pskd = snapshot_of(model, loader_of(batch_size=12))
+
+    def step(x, y):
+        model.fails = True
+        with pytest.raises(RuntimeError, match='out of memory'):
+            model(x[:6])
+        found = []
+        for part in (slice(6, 12), slice(0, 6)):
+            logits = checkpoint(model, x[part], use_reentrant=False)  # backward() breaks off its second call
+            loss = pskd.loss(logits, y[part])
+            loss.backward()
+            found.append((loss, softened(logits, y[part], pskd.past.teacher(x[part]))))
+        return found
+
+    for loss, expected in sum(two_epochs(pskd, step), []):
+        torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize(
     'of_output',
     [lambda z: z, lambda z: z.float().view(6, CLASSES), lambda z: z.clone().mul_(1), lambda z: z[torch.arange(6)]],
@@ -329,6 +363,32 @@ def test_frskd_takes_the_maps_of_the_pass_that_the_loss_is_of():
     frskd.add_hooks()
     with pytest.raises(RuntimeError, match='use_reentrant=False'):
         frskd.loss(checkpoint(model, a.requires_grad_(), use_reentrant=True), y)
+
+
+class Checkpointed(nn.Sequential):
+    """Its first layer is not repeated in the backward pass, the others are."""
+
+    def forward(self, x):
+        return checkpoint(self.rest, self[0](x), use_reentrant=False)
+
+    def rest(self, x):
+        for layer in [*self][1:]:
+            x = layer(x)
+        return x
+
+
+def test_frskd_takes_no_maps_of_a_checkpoint_s_second_pass():
+    images, y = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    found = []
+    for kind in (nn.Sequential, Checkpointed):
+        model = kind(*conv())
+        frskd = FRSKD(model, ['0', '1'], CLASSES, example=images[0])
+        found.append([])
+        for x in images:
+            loss = frskd.loss(model(x), y)
+            loss.backward()
+            found[-1].append(loss.detach())
+    torch.testing.assert_close(*found)
 
 
 def test_frskds_hooks_come_off_and_on():
