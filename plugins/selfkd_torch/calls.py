@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_map
 
 from selfkd.past import CopyPast
 from selfkd.checks import is_compiling
+from selfkd.past import CopyPast
+from selfkd.teacher import unwrap
 
 __all__ = ['Calls', 'Hook', 'copied', 'origin', 'origins', 'recomputes']
 
@@ -183,6 +185,7 @@ class Calls:
             return
         pasts: Sequence[Tensor] = ()
         if self.past is not None and self.past.ready:
+            self.past.teacher.follow(unwrap(module))
             # Copies: a model may write into its inputs, and these are the student's.
             args, kwargs = tree_map(copied, (args, kwargs))
             given = self._given(self.past.run(self.past.model, *args, **kwargs))

@@ -100,6 +100,30 @@ def test_a_call_that_fails_and_one_that_checkpoint_repeats():
         torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize('frozen', ['norm', 'all'])
+def test_the_copy_runs_in_the_mode_that_each_call_has(frozen):
+    """Loops that set it in each step, and that train in evaluation mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.0), nn.Linear(5, CLASSES))
+    pskd = snapshot_of(model)
+
+    def step(x, y):
+        model.train()
+        (model if frozen == 'all' else model[0]).eval()
+        logits = model(x)
+        return pskd.loss(logits, y), softened(logits, y, past[0](x))
+
+    past = []
+    for _ in range(2):
+        past[:] = [copy.deepcopy(model).eval()]
+        found = [step(x, y) for x, y in pskd.batches()]
+        model.train()
+        with torch.no_grad():
+            model[2].weight.mul_(2)
+    for loss, expected in found:
+        torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize(
     'of_output',
     [lambda z: z, lambda z: z.float().view(6, CLASSES), lambda z: z.clone().mul_(1), lambda z: z[torch.arange(6)]],
