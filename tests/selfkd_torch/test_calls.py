@@ -100,6 +100,20 @@ def test_a_call_that_fails_and_one_that_checkpoint_repeats():
         torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_a_validation_loss_within_an_epoch_is_refused(teacher):
+    """Else the past of the training batch would be in it."""
+    model = linear()
+    pskd = PSKD(loader_of(), max_epochs=2) if teacher == 'bank' else snapshot_of(model)
+    for x, y in pskd.batches():
+        with torch.no_grad(), pytest.raises(RuntimeError, match='for validation use the plain one'):
+            pskd.loss(model(-x), y)
+        pskd.loss(model(x), y)
+        with torch.no_grad(), pytest.raises(RuntimeError, match='for validation use the plain one'):
+            pskd.loss(model(-x), y)
+        break
+
+
 @pytest.mark.parametrize('frozen', ['norm', 'all'])
 def test_the_copy_runs_in_the_mode_that_each_call_has(frozen):
     """Loops that set it in each step, and that train in evaluation mode."""
