@@ -6,7 +6,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.data import Dataset
 
 from selfkd.past import CopyPast
 from selfkd.checks import is_compiling
@@ -218,11 +219,20 @@ class Calls:
 
 
 def copied(value):
-    """A tensor's copy, and a user's own batch type with copies of its tensors; for ``tree_map``."""
+    """A tensor's copy, and a copy of an object that has tensors in it (a user's own batch type); for ``tree_map``."""
+    return _copied(value, {})
+
+
+def _copied(value, known: Dict[int, Any]):
     if isinstance(value, Tensor):
         return value.detach().clone()
-    fields = {} if isinstance(value, nn.Module) else getattr(value, '__dict__', {})
-    if any(isinstance(field, Tensor) for field in fields.values()):  # a batch type of the user's own
-        value = copy.copy(value)
-        vars(value).update({name: tree_map(copied, field) for name, field in fields.items()})
-    return value
+    if isinstance(value, (nn.Module, Dataset, type)):
+        return value
+    if id(value) not in known:
+        known[id(value)] = value
+        fields, form = tree_flatten(dict(getattr(value, '__dict__', {})))
+        copies = [_copied(field, known) for field in fields]
+        if any(new is not old for new, old in zip(copies, fields)):
+            known[id(value)] = new = copy.copy(value)
+            vars(new).update(tree_unflatten(copies, form))
+    return known[id(value)]

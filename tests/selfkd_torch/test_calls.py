@@ -245,7 +245,21 @@ class Own:
         self.x = x
 
 
-@pytest.mark.parametrize('wrap', [lambda x: x, lambda x: dict(x=x), Own], ids=['tensor', 'dict', 'own type'])
+class Stored:
+    """As PyTorch Geometric's batches are: the tensors lie in an object within."""
+
+    def __init__(self, x):
+        self.store, self.owner = Own(x), self
+
+    @property
+    def x(self):
+        return self.store.x
+
+
+WRAPS = [lambda x: x, lambda x: dict(x=x), Own, Stored]
+
+
+@pytest.mark.parametrize('wrap', WRAPS, ids=['tensor', 'dict', 'own type', 'own type with another inside'])
 def test_a_model_that_writes_into_its_input(wrap):
     model = WritesIntoItsInput()
     pskd = snapshot_of(model, loader_of(torch.ones(6, 5), Y[:6]))
