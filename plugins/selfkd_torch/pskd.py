@@ -313,6 +313,9 @@ class PSKD(Method):
             what = f'step {epoch * each + 1} of max_steps' if self.max_steps else f'epoch {epoch + 1} of max_epochs'
             raise ValueError(f'PSKD: {what}={length}: alpha is for that many')
         new = super().begin_epoch()
+        if new:  # criteria may change between epochs
+            self.cross_entropies.clear()
+            self.sees_log_probs = False
         self.synchronize()
         self._progress, self._inside = min((epoch if self.interval else epoch + 1) * each / length, 1.0), True
         if new and epoch:

@@ -389,6 +389,16 @@ def test_a_loss_that_is_no_plain_cross_entropy_is_refused(kind):
     assert torch._C._len_torch_function_stack() == 0
 
 
+def test_a_criterion_is_looked_at_in_each_epoch():
+    criterion, model = Written('smoothed'), linear()
+    pskd = PSKD(loader_of(), num_classes=CLASSES, max_epochs=2)
+    with pskd.tap(criterion):
+        each(pskd.batches(), lambda x, y: criterion(model(x), y))
+    criterion.kind = 'focal'  # as of some schedule
+    with pytest.raises(ValueError, match='it is not the cross-entropy of a softmax'), pskd.tap(criterion):
+        each(pskd.batches(), lambda x, y: criterion(model(x), y))
+
+
 def conv():
     torch.manual_seed(0)
     return nn.Sequential(
@@ -503,9 +513,30 @@ def test_partners_are_prepared_as_the_batch_is():
         cskd = CSKD(loader_of(images), linear(), labels=Y)
         with pytest.raises(ValueError, match='the Linear was called with .* of mean .*, but partners would come as'):
             each(cskd.batches(), lambda x, y: cskd.loss(cskd.model(change(x)), y))  # noqa: B023
+    cskd = CSKD(loader_of(images), linear(), labels=Y)
+    each(cskd.batches(), lambda x, y: cskd.loss(cskd.model(x), y))
+    with pytest.raises(ValueError, match='but partners would come as'):  # in a later epoch, too
+        each(cskd.batches(), lambda x, y: cskd.loss(cskd.model(normalized(x)), y))
     cskd = CSKD(loader_of(), linear(), labels=Y)
     with pytest.raises(RuntimeError, match='given as model= was not called before the loss'):
         each(cskd.batches(), lambda x, y: cskd.loss(torch.randn(6, CLASSES, requires_grad=True), y))
+
+
+def test_the_look_at_the_inputs_draws_nothing():
+    """Else a resumed run, which looks in its first epoch, would draw other noise than the run that it resumes."""
+    drawn = []
+
+    def noisy(batch):
+        drawn.append(torch.rand(()).item())
+        return batch[0] + 1e-6 * drawn[-1]
+
+    cskd = CSKD(loader_of(), linear(), labels=Y, inputs=noisy)
+    torch.manual_seed(0)
+    for x, y in cskd.batches():
+        cskd.loss(cskd.model(x), y)
+    torch.manual_seed(0)
+    torch.empty((), dtype=torch.int64).random_()  # the loader's seed
+    assert drawn[2:] == [torch.rand(()).item() for _ in range(2)]
 
 
 def test_half_precision_class_weights():
