@@ -453,6 +453,19 @@ def test_frskd_takes_no_maps_of_a_checkpoint_s_second_pass():
     torch.testing.assert_close(*found)
 
 
+def test_a_self_teacher_that_no_optimizer_trains_is_said(monkeypatch, caplog):
+    monkeypatch.setattr('selfkd_torch.frskd.IDLE', 3)
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for forgotten in (False, True):
+        model = conv()
+        frskd = FRSKD(model, ['0', '1'], CLASSES, example=x)
+        optimizer = torch.optim.SGD([*model.parameters(), *([] if forgotten else frskd.parameters())], lr=0.01)
+        for _ in range(4):
+            frskd.loss(model(x), y).backward()
+            optimizer.step()
+        assert ('has the optimizer its parameters' in caplog.text) is forgotten
+
+
 def test_frskds_hooks_come_off_and_on():
     model, x, y = conv(), torch.randn(4, 3, 8, 8), torch.arange(4)
     frskd = FRSKD(model, ['0', '1'], CLASSES, example=x)
