@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import Dataset
 
-from selfkd.past import CopyPast
 from selfkd.checks import is_compiling
 from selfkd.past import CopyPast
 from selfkd.teacher import unwrap
@@ -50,13 +49,13 @@ def origins(start: Node, wanted) -> set:
     return found
 
 
-class Hook:
-    """A hook of a module's calls that copies and pickles of the module have no more: there it does nothing."""
 def recomputes() -> bool:
     """Whether a module is called within a backward pass: by ``torch.utils.checkpoint``, once more for the same loss."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+class Hook:
+    """A hook of a module's calls that copies and pickles of the module have no more: there it does nothing."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -198,12 +197,12 @@ class Calls:
         call = self._open.pop() if self._open else None
         if call is None:
             return
-        try:
-            given = self._given(output)
-        except Exception:  # it does not give this in evaluation mode, say; a loss of it is refused
         if output is None:  # it failed (out of memory, say), and the loop may try again
             self._calls.remove(call)
             return
+        try:
+            given = self._given(output)
+        except Exception:  # it does not give this in evaluation mode, say; a loss of it is refused
             return
         call.logits = call.logits or [_Logits() for _ in given]
         for known, logits in zip(call.logits, given):
