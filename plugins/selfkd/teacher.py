@@ -73,6 +73,12 @@ class SnapshotTeacher:
             return
         self.model.train()  # a toolkit's own train() keeps frozen norms in evaluation mode
         if model.training:
+            self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """In mode ``'train'``: puts each module of the copy into the mode that the model's is in now, at its call in
+        training. A loop may train a part or all of it in evaluation mode."""
+        if self.mode == 'train':
             training = {name: module.training for name, module in model.named_modules()}
             for name, module in self.model.named_modules():
                 module.training = training.get(name, module.training)

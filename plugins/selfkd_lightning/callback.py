@@ -136,6 +136,8 @@ class MethodCallback(pl.Callback):
                 callback._data = data
                 with in_words(WORDS):
                     callback.prepare(data)
+        elif self.method is None:
+            raise ValueError(self._one_loader())
         else:
             needs = any(callback.by_rows for callback in self._all(trainer))
             if needs and loader.dataset is not data.loader.dataset:
@@ -146,12 +148,15 @@ class MethodCallback(pl.Callback):
             data.replace(loader)
         return data.lend()
 
+    def _one_loader(self) -> str:
+        return f'{self.name}: the training data must come from one DataLoader (of a ConcatDataset)'
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._leads(trainer):
             return
         data = self._data
         if data is None or trainer.train_dataloader is not data.lend():
-            raise ValueError(f'{self.name}: the training data must come from one DataLoader (of a ConcatDataset)')
+            raise ValueError(self._one_loader())
         self._updates, data.epoch = trainer.global_step, trainer.current_epoch
         for callback in self._all(trainer):
             with in_words(WORDS):

@@ -165,6 +165,11 @@ class PSKD(MethodCallback):
         self._by_steps = False
         if trainer.fast_dev_run:  # a look whether it runs, with the tap; it learns from no past
             return dict(max_epochs=2, interval=None)
+        if self._settings['interval'] and len(trainer.optimizers) > 1:
+            raise ValueError(
+                f'PSKD: interval= counts steps of the optimizer, and the Trainer counts those of all '
+                f'{len(trainer.optimizers)} optimizers, so when training ends is not known: leave out interval'
+            )
         if self._settings['interval'] and trainer.estimated_stepping_batches not in (math.inf, -1):
             return dict(max_steps=trainer.estimated_stepping_batches)
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf

@@ -6,11 +6,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.data import Dataset
 
+from selfkd.checks import is_compiling
 from selfkd.past import CopyPast
+from selfkd.teacher import unwrap
 
-__all__ = ['Calls', 'Hook', 'copied', 'origin', 'origins']
+__all__ = ['Calls', 'Hook', 'copied', 'origin', 'origins', 'recomputes']
 
 # What gives the same values in another form: where one tensor was shaped by two, these are two ways from one origin.
 RESHAPES = {
@@ -44,6 +47,11 @@ def origins(start: Node, wanted) -> set:
         if not hits:
             ways.extend(way[0].next_functions)
     return found
+
+
+def recomputes() -> bool:
+    """Whether a module is called within a backward pass: by ``torch.utils.checkpoint``, once more for the same loss."""
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Hook:
@@ -99,7 +107,7 @@ class Calls:
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._hooks = [
             inner.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
-            inner.register_forward_hook(Hook(self._after)),
+            inner.register_forward_hook(Hook(self._after), always_call=True),
         ]
 
     def leave(self) -> None:
@@ -172,11 +180,12 @@ class Calls:
         return tuple(several)
 
     def _before(self, module: nn.Module, args, kwargs) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or recomputes():
             self._open.append(None)
             return
         pasts: Sequence[Tensor] = ()
         if self.past is not None and self.past.ready:
+            self.past.teacher.follow(unwrap(module))
             # Copies: a model may write into its inputs, and these are the student's.
             args, kwargs = tree_map(copied, (args, kwargs))
             given = self._given(self.past.run(self.past.model, *args, **kwargs))
@@ -187,6 +196,9 @@ class Calls:
     def _after(self, module: nn.Module, args, output) -> None:
         call = self._open.pop() if self._open else None
         if call is None:
+            return
+        if output is None:  # it failed (out of memory, say), and the loop may try again
+            self._calls.remove(call)
             return
         try:
             given = self._given(output)
@@ -206,11 +218,20 @@ class Calls:
 
 
 def copied(value):
-    """A tensor's copy, and a user's own batch type with copies of its tensors; for ``tree_map``."""
+    """A tensor's copy, and a copy of an object that has tensors in it (a user's own batch type); for ``tree_map``."""
+    return _copied(value, {})
+
+
+def _copied(value, known: Dict[int, Any]):
     if isinstance(value, Tensor):
         return value.detach().clone()
-    fields = {} if isinstance(value, nn.Module) else getattr(value, '__dict__', {})
-    if any(isinstance(field, Tensor) for field in fields.values()):  # a batch type of the user's own
-        value = copy.copy(value)
-        vars(value).update({name: tree_map(copied, field) for name, field in fields.items()})
-    return value
+    if isinstance(value, (nn.Module, Dataset, type)):
+        return value
+    if id(value) not in known:
+        known[id(value)] = value
+        fields, form = tree_flatten(dict(getattr(value, '__dict__', {})))
+        copies = [_copied(field, known) for field in fields]
+        if any(new is not old for new, old in zip(copies, fields)):
+            known[id(value)] = new = copy.copy(value)
+            vars(new).update(tree_unflatten(copies, form))
+    return known[id(value)]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
 from selfkd.pairing import SameClassPairing
-from selfkd.teacher import unwrap
+from selfkd.teacher import random_state, unwrap
 from selfkd.transfer import to_device
 
 from .batches import Method
@@ -41,7 +41,7 @@ class CSKD(Method):
         inputs: gives the model's input from a batch, where that is not the batch's first entry as it is. What the loop
             does with a batch before the model (normalisation, augmentation on the accelerator) belongs in here, since
             it must be done with the partners as well: ``inputs=lambda batch: normalize(batch[0].cuda())``. The first
-            batch shows whether it is: the model must be called with what this gives.
+            batch of each epoch shows whether it is: the model must be called with what this gives.
         outputs: gives the logits from what the model returns, where that is not they.
         seed: of the partners.
 
@@ -93,7 +93,7 @@ class CSKD(Method):
         self._partner_rows: Any = None
         self._partners: Any = None
         self._labels_at: Any = None  # the entry of a batch that is the labels, once it is known
-        self._check: Optional[_SameInputs] = None  # in the first batch
+        self._check: Optional[_SameInputs] = None  # in the first batch of an epoch
         self._checked = False
         self.logs: Dict[str, Tensor] = {}
 
@@ -145,6 +145,11 @@ class CSKD(Method):
 
     # What Batches calls.
 
+    def begin_epoch(self) -> bool:
+        new = super().begin_epoch()
+        self._checked = self._checked and not new
+        return new
+
     def begin_step(self, rows, partners, batch) -> None:
         super().begin_step(rows, partners, batch)
         self._rows, (self._partner_rows, self._partners) = rows, partners
@@ -194,7 +199,8 @@ class _SameInputs:
     def __init__(self, model: nn.Module, inputs: Callable, batch):
         self._kind = type(unwrap(model)).__name__
         # Of copies: neither what the loop nor what inputs= does with the batch in place changes the other.
-        self._expected, again = (inputs(tree_map(copied, batch)) for _ in range(2))
+        with random_state(0, next(model.parameters()).device):  # a look must not change what is drawn later
+            self._expected, again = (inputs(tree_map(copied, batch)) for _ in range(2))
         self._random = not _alike(self._expected, again)
         self._calls: List[Tuple[tuple, dict]] = []
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -1,5 +1,6 @@
 """FRSKD in a training loop of your own."""
 
+import logging
 from functools import partial, reduce
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -13,13 +14,16 @@ from selfkd.pyramid import SelfTeacherPyramid, dry_run
 from selfkd.teacher import unwrap
 
 from .batches import Batches, Method
-from .calls import Hook, origins
+from .calls import Hook, origins, recomputes
 from .tap import add_terms
 
 __all__ = ['FRSKD', 'FRSKDOfBatches']
 
+logger = logging.getLogger(__name__)
+
 MAX_LAYERS = 4  # finer maps cost most and say least of the class
 PASSES = 8  # through the model, that wait for their losses
+IDLE = 500  # losses after which the self-teacher must have learnt something
 
 
 class FRSKD:
@@ -103,6 +107,7 @@ class FRSKD:
         self.self_teacher = SelfTeacherPyramid(
             [shape[1] for shape in shapes], num_classes, width=width, depth=depth, repeats=repeats
         ).to(device)
+        self._losses, self._begun_with = 0, torch.zeros(())  # what the self-teacher was at the first of them
         self._pyramid: nn.Module = self.self_teacher
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._pyramid = nn.parallel.DistributedDataParallel(self.self_teacher, broadcast_buffers=False)
@@ -138,7 +143,7 @@ class FRSKD:
         self._feats.clear()
 
     def _keep(self, name: str, module: nn.Module, args, output) -> None:
-        if torch.is_grad_enabled() and isinstance(output, Tensor):
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and not recomputes():
             if self._settled or len(self._feats) >= PASSES * len(self.layers):
                 self._feats.clear()
                 self._settled = False
@@ -197,6 +202,7 @@ class FRSKD:
             RuntimeError: the layers were not run since the last loss, or it is not known in which pass.
         """
         feats = self._take_maps(logits)
+        self._warn_if_idle()
         self._pyramid.train()
         refined, teacher_logits = self._pyramid(feats)
         options_of: Dict[str, Any] = dict(alpha=self.alpha, beta=self.beta, temperature=self.temperature)
@@ -205,12 +211,25 @@ class FRSKD:
         self.logs = {name: term.detach().mean() if term.dim() else term.detach() for name, term in terms.items()}
         return reduce(torch.add, terms.values())
 
+    def _warn_if_idle(self) -> None:
+        """By values: some optimizers change weights behind autograd's back."""
+        if self._losses == 0:
+            self._begun_with = self.self_teacher.fc.weight.detach().clone()
+        self._losses += 1
+        if self._losses == IDLE and torch.equal(self._begun_with, self.self_teacher.fc.weight):
+            logger.warning(
+                'FRSKD: the weights of the self-teacher are the initial ones after %d losses, so it teaches nothing: '
+                'has the optimizer its parameters, [*model.parameters(), *frskd.parameters()]?',
+                IDLE,
+            )
+
     def state_dict(self) -> dict:
         """The self-teacher's weights, for a checkpoint that training goes on from."""
         return self.self_teacher.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         self.self_teacher.load_state_dict(state)
+        self._losses = 0
 
 
 class FRSKDOfBatches(Method):

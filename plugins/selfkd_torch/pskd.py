@@ -225,10 +225,11 @@ class PSKD(Method):
     def past_of(self, logits: Tensor, target: Tensor, *, keep: bool = True) -> Optional[Prediction]:
         """What was predicted for the batch; None where nothing was. What is predicted now is kept, unless ``keep`` is
         False (it may then have the shape of logits alone)."""
-        if not self._inside:
+        if not (self._inside and torch.is_grad_enabled()):
             raise RuntimeError(
-                'PSKD: the loss is for training, in a loop over pskd.batches(); for validation use the plain one. (A '
-                "prefetcher that takes batches ahead goes inside: PSKD(prefetcher, teacher='snapshot', ...))"
+                'PSKD: the loss is for training, with gradients, in a loop over pskd.batches(); for validation use the '
+                'plain one. (A prefetcher that takes batches ahead goes inside: '
+                "PSKD(prefetcher, teacher='snapshot', ...))"
             )
         self._decide(logits, target)
         self.used, self.count = self.used + 1, self.count + 1
@@ -312,6 +313,9 @@ class PSKD(Method):
             what = f'step {epoch * each + 1} of max_steps' if self.max_steps else f'epoch {epoch + 1} of max_epochs'
             raise ValueError(f'PSKD: {what}={length}: alpha is for that many')
         new = super().begin_epoch()
+        if new:  # criteria may change between epochs
+            self.cross_entropies.clear()
+            self.sees_log_probs = False
         self.synchronize()
         self._progress, self._inside = min((epoch if self.interval else epoch + 1) * each / length, 1.0), True
         if new and epoch:

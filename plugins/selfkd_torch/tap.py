@@ -245,7 +245,7 @@ def refuse_unless_cross_entropy(module: nn.Module, logits: Tensor, target: Tenso
     same = torch.allclose(targets, found[1], atol=1e-3)
     if not (same and torch.allclose(sums, torch.ones_like(sums), atol=1e-2) and targets.min() > -1e-2):
         raise ValueError(
-            f'PSKD: tap({kind}()): for the logits of the first batch it is not the cross-entropy of a softmax, an even '
+            f'PSKD: tap({kind}()): in the first batch of this epoch it is not the cross-entropy of a softmax, an even '
             'mean over samples or a value for each (a binary or focal loss, class weights, a sum?), and is not mixed '
             'with one: use nn.CrossEntropyLoss, which takes weights and any reduction, or pskd.loss(logits, target)'
         )

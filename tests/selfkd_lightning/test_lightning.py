@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers.loops import EPOCHS, LogSoftmaxLoss, network
 from helpers.processes import in_processes
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
 pl = pytest.importorskip('lightning.pytorch', reason='lightning is not installed')
 
@@ -473,6 +473,15 @@ class Fetching(Classifier):
         return self.loss_of(next(dataloader_iter)[0])
 
 
+class TwoOptimizers(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD([parameter], lr=0.1) for parameter in [*self.net.parameters()][:2]]
+
+
 class TwoParts(Classifier):
     def __init__(self):
         super().__init__()
@@ -572,6 +581,10 @@ def test_what_cannot_work_is_refused(digits):
         (ValueError, 'limit_train_batches', dict(loader=stream, callback=PSKD(teacher='ema', interval=2))),
         (ValueError, 'samples may be mixed', dict(module=Mixed(), callback=PSKD(teacher='bank'))),
         (ValueError, r'from one DataLoader \(of a ConcatDataset\)', dict(loader=[loader, loader])),
+        (ValueError, r'from one DataLoader \(of a ConcatDataset\)',
+         dict(loader=dict(a=loader, b=loader_of(Subset(digits, range(20)))), callback=PSKD(teacher='bank'))),
+        (ValueError, 'counts those of all 2 optimizers',
+         dict(module=TwoOptimizers(), callback=PSKD(teacher='snapshot', interval=2))),
         (ValueError, r'training_step\(dataloader_iter\) fetches', dict(module=Fetching())),
         (ValueError, r"but there are \['net', 'head'\]", dict(module=TwoParts(), callback=snapshot)),
         (ValueError, 'compile the network inside', dict(module=torch.compile(Classifier(), backend='eager'))),

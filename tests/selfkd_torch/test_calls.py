@@ -66,6 +66,78 @@ def two_epochs(pskd, step):
     return found
 
 
+class Failing(nn.Linear):
+    """As a model that runs out of memory: the loop catches it."""
+
+    fails = False
+
+    def forward(self, x):
+        if self.fails and self.weight.requires_grad:  # the student's
+            self.fails = False
+            raise RuntimeError('out of memory')
+        return super().forward(x)
+
+
+def test_a_call_that_fails_and_one_that_checkpoint_repeats():
+    """Whatever happens to a call, the next one has its own past."""
+    torch.manual_seed(0)
+    model = Failing(5, CLASSES)
+    pskd = snapshot_of(model, loader_of(batch_size=12))
+
+    def step(x, y):
+        model.fails = True
+        with pytest.raises(RuntimeError, match='out of memory'):
+            model(x[:6])
+        found = []
+        for part in (slice(6, 12), slice(0, 6)):
+            logits = checkpoint(model, x[part], use_reentrant=False)  # backward() breaks off its second call
+            loss = pskd.loss(logits, y[part])
+            loss.backward()
+            found.append((loss, softened(logits, y[part], pskd.past.teacher(x[part]))))
+        return found
+
+    for loss, expected in sum(two_epochs(pskd, step), []):
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize('teacher', ['bank', 'snapshot'])
+def test_a_validation_loss_within_an_epoch_is_refused(teacher):
+    """Else the past of the training batch would be in it."""
+    model = linear()
+    pskd = PSKD(loader_of(), max_epochs=2) if teacher == 'bank' else snapshot_of(model)
+    for x, y in pskd.batches():
+        with torch.no_grad(), pytest.raises(RuntimeError, match='for validation use the plain one'):
+            pskd.loss(model(-x), y)
+        pskd.loss(model(x), y)
+        with torch.no_grad(), pytest.raises(RuntimeError, match='for validation use the plain one'):
+            pskd.loss(model(-x), y)
+        break
+
+
+@pytest.mark.parametrize('frozen', ['norm', 'all'])
+def test_the_copy_runs_in_the_mode_that_each_call_has(frozen):
+    """Loops that set it in each step, and that train in evaluation mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.0), nn.Linear(5, CLASSES))
+    pskd = snapshot_of(model)
+
+    def step(x, y):
+        model.train()
+        (model if frozen == 'all' else model[0]).eval()
+        logits = model(x)
+        return pskd.loss(logits, y), softened(logits, y, past[0](x))
+
+    past = []
+    for _ in range(2):
+        past[:] = [copy.deepcopy(model).eval()]
+        found = [step(x, y) for x, y in pskd.batches()]
+        model.train()
+        with torch.no_grad():
+            model[2].weight.mul_(2)
+    for loss, expected in found:
+        torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize(
     'of_output',
     [lambda z: z, lambda z: z.float().view(6, CLASSES), lambda z: z.clone().mul_(1), lambda z: z[torch.arange(6)]],
@@ -173,7 +245,21 @@ class Own:
         self.x = x
 
 
-@pytest.mark.parametrize('wrap', [lambda x: x, lambda x: dict(x=x), Own], ids=['tensor', 'dict', 'own type'])
+class Stored:
+    """As PyTorch Geometric's batches are: the tensors lie in an object within."""
+
+    def __init__(self, x):
+        self.store, self.owner = Own(x), self
+
+    @property
+    def x(self):
+        return self.store.x
+
+
+WRAPS = [lambda x: x, lambda x: dict(x=x), Own, Stored]
+
+
+@pytest.mark.parametrize('wrap', WRAPS, ids=['tensor', 'dict', 'own type', 'own type with another inside'])
 def test_a_model_that_writes_into_its_input(wrap):
     model = WritesIntoItsInput()
     pskd = snapshot_of(model, loader_of(torch.ones(6, 5), Y[:6]))
@@ -303,6 +389,16 @@ def test_a_loss_that_is_no_plain_cross_entropy_is_refused(kind):
     assert torch._C._len_torch_function_stack() == 0
 
 
+def test_a_criterion_is_looked_at_in_each_epoch():
+    criterion, model = Written('smoothed'), linear()
+    pskd = PSKD(loader_of(), num_classes=CLASSES, max_epochs=2)
+    with pskd.tap(criterion):
+        each(pskd.batches(), lambda x, y: criterion(model(x), y))
+    criterion.kind = 'focal'  # as of some schedule
+    with pytest.raises(ValueError, match='it is not the cross-entropy of a softmax'), pskd.tap(criterion):
+        each(pskd.batches(), lambda x, y: criterion(model(x), y))
+
+
 def conv():
     torch.manual_seed(0)
     return nn.Sequential(
@@ -329,6 +425,45 @@ def test_frskd_takes_the_maps_of_the_pass_that_the_loss_is_of():
     frskd.add_hooks()
     with pytest.raises(RuntimeError, match='use_reentrant=False'):
         frskd.loss(checkpoint(model, a.requires_grad_(), use_reentrant=True), y)
+
+
+class Checkpointed(nn.Sequential):
+    """Its first layer is not repeated in the backward pass, the others are."""
+
+    def forward(self, x):
+        return checkpoint(self.rest, self[0](x), use_reentrant=False)
+
+    def rest(self, x):
+        for layer in [*self][1:]:
+            x = layer(x)
+        return x
+
+
+def test_frskd_takes_no_maps_of_a_checkpoint_s_second_pass():
+    images, y = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    found = []
+    for kind in (nn.Sequential, Checkpointed):
+        model = kind(*conv())
+        frskd = FRSKD(model, ['0', '1'], CLASSES, example=images[0])
+        found.append([])
+        for x in images:
+            loss = frskd.loss(model(x), y)
+            loss.backward()
+            found[-1].append(loss.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_a_self_teacher_that_no_optimizer_trains_is_said(monkeypatch, caplog):
+    monkeypatch.setattr('selfkd_torch.frskd.IDLE', 3)
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for forgotten in (False, True):
+        model = conv()
+        frskd = FRSKD(model, ['0', '1'], CLASSES, example=x)
+        optimizer = torch.optim.SGD([*model.parameters(), *([] if forgotten else frskd.parameters())], lr=0.01)
+        for _ in range(4):
+            frskd.loss(model(x), y).backward()
+            optimizer.step()
+        assert ('has the optimizer its parameters' in caplog.text) is forgotten
 
 
 def test_frskds_hooks_come_off_and_on():
@@ -391,9 +526,30 @@ def test_partners_are_prepared_as_the_batch_is():
         cskd = CSKD(loader_of(images), linear(), labels=Y)
         with pytest.raises(ValueError, match='the Linear was called with .* of mean .*, but partners would come as'):
             each(cskd.batches(), lambda x, y: cskd.loss(cskd.model(change(x)), y))  # noqa: B023
+    cskd = CSKD(loader_of(images), linear(), labels=Y)
+    each(cskd.batches(), lambda x, y: cskd.loss(cskd.model(x), y))
+    with pytest.raises(ValueError, match='but partners would come as'):  # in a later epoch, too
+        each(cskd.batches(), lambda x, y: cskd.loss(cskd.model(normalized(x)), y))
     cskd = CSKD(loader_of(), linear(), labels=Y)
     with pytest.raises(RuntimeError, match='given as model= was not called before the loss'):
         each(cskd.batches(), lambda x, y: cskd.loss(torch.randn(6, CLASSES, requires_grad=True), y))
+
+
+def test_the_look_at_the_inputs_draws_nothing():
+    """Else a resumed run, which looks in its first epoch, would draw other noise than the run that it resumes."""
+    drawn = []
+
+    def noisy(batch):
+        drawn.append(torch.rand(()).item())
+        return batch[0] + 1e-6 * drawn[-1]
+
+    cskd = CSKD(loader_of(), linear(), labels=Y, inputs=noisy)
+    torch.manual_seed(0)
+    for x, y in cskd.batches():
+        cskd.loss(cskd.model(x), y)
+    torch.manual_seed(0)
+    torch.empty((), dtype=torch.int64).random_()  # the loader's seed
+    assert drawn[2:] == [torch.rand(()).item() for _ in range(2)]
 
 
 def test_half_precision_class_weights():

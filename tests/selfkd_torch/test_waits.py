@@ -80,14 +80,14 @@ def train(name, put, look=lambda epoch: None, default=None):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, foreach=False)
         losses = []
         for epoch in range(3):
-            for inputs, labels in loader() if name == 'frskd' else method.batches():
+            for batch, (inputs, labels) in enumerate(loader() if name == 'frskd' else method.batches()):
                 inputs, labels = put(inputs), put(labels.flatten())
                 look(-1)
                 loss = method.loss(model(inputs), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                look(epoch)
+                look(-1 if name == 'cskd' and batch == 0 else epoch)  # CS-KD looks at an epoch's first batch
                 losses.append(loss.detach())
     return losses
 
