@@ -74,6 +74,7 @@ class _Logits:
         self.past = past
         self.node: Optional[Node] = None  # where they are in autograd's graph
         self.shape: Optional[torch.Size] = None
+        self.samples: Optional[Tensor] = None  # a number for each, by its values
 
 
 class _Call:
@@ -91,12 +92,14 @@ class Calls:
         outputs: gives the logits from what the model returns, or a tuple of them; None: they are what it returns.
         model_name: for messages.
 
-    ``past`` is the copy that runs beside each call, once it is ready; None where that is not known yet.
+    ``past`` is the copy that runs beside each call, once it is ready; None where that is not known yet. While ``looks``
+    is set, logits whose samples the loop has put in another order are refused.
     """
 
     def __init__(self, outputs: Optional[Callable], model_name: str):
         self.outputs, self.model_name = outputs, model_name
         self.past: Optional[CopyPast] = None
+        self.looks = False
         self._calls: List[_Call] = []
         self._open: List[Optional[_Call]] = []  # calls that have not returned yet
         self._hooks: List = []
@@ -137,6 +140,7 @@ class Calls:
             return self._nth(call, len(call.inside) - 1) if call.logits else _Logits()
         found = self._sources(logits)
         if len(found) == 1:
+            self._refuse_moved(found[0], logits)
             return found[0]
         if not self._calls:
             raise RuntimeError(
@@ -156,6 +160,17 @@ class Calls:
             return given
         known: Dict[Node, _Logits] = {one.node: one for one in given if one.node}
         return [known[node] for node in origins(origin(logits), known)]
+
+    def _refuse_moved(self, given: _Logits, logits: Tensor) -> None:
+        """By values: an index that keeps all samples where they are is no harm, and arithmetic is not judged."""
+        if given.samples is None or given.shape != logits.shape:
+            return
+        samples = _numbered(logits)
+        if ((samples != given.samples) & torch.isin(samples, given.samples)).any():
+            raise RuntimeError(
+                f'PSKD: between the {self.model_name} and the loss samples were put in another order (logits[index], '
+                'flip, cat), and their past predictions were not: give the loss the logits in the order of the call'
+            )
 
     def _nth(self, call: _Call, number: int) -> _Logits:
         """The logits that the model's own loss of this number is of: in the order of ``outputs``."""
@@ -207,6 +222,7 @@ class Calls:
         call.logits = call.logits or [_Logits() for _ in given]
         for known, logits in zip(call.logits, given):
             known.node, known.shape = origin(logits), logits.shape
+            known.samples = _numbered(logits) if self.looks else None
         for number, inside in enumerate(call.inside):
             node = self._nth(call, number).node
             assert node is not None  # it was just noted
@@ -215,6 +231,12 @@ class Calls:
                     f'PSKD: the {self.model_name} computes a cross-entropy of other logits than outputs= gives, to '
                     'which the past does not belong (an auxiliary head): set outputs=, or compute its loss outside'
                 )
+
+
+def _numbered(logits: Tensor) -> Tensor:
+    """A number for each sample, that of another one is another."""
+    values = logits.detach().flatten(1).double()
+    return values @ torch.linspace(1, 2, values.shape[1], dtype=values.dtype, device=values.device)
 
 
 def copied(value):

@@ -120,6 +120,7 @@ class PSKD(Method):
         self._saved: Dict[str, Any] = {}  # of a bank that is not made yet
         # Loss modules of tap() that have shown that they are.
         self.cross_entropies: WeakSet[nn.Module] = WeakSet()
+        self._looks = False  # at the order of samples, in an epoch's first batch
         self.sees_log_probs = False  # whether F.nll_loss has shown that it gets them
         self._begin_with(teacher)
         self.data.methods.append(self)
@@ -316,6 +317,7 @@ class PSKD(Method):
         if new:  # criteria may change between epochs
             self.cross_entropies.clear()
             self.sees_log_probs = False
+            self._looks = True
         self.synchronize()
         self._progress, self._inside = min((epoch if self.interval else epoch + 1) * each / length, 1.0), True
         if new and epoch:
@@ -328,6 +330,7 @@ class PSKD(Method):
         super().begin_step(rows, partners, batch)
         self._rows = rows
         self._calls.forget()
+        self._calls.looks, self._looks = self._looks, False  # in an epoch's first batch
         self.past.begin_step(self.data.step, rows)
 
     def end_step(self) -> None:

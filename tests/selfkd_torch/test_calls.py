@@ -178,6 +178,23 @@ def test_logits_of_no_call_or_of_two_are_refused_in_the_first_epoch():
         each(pskd.batches(), lambda x, y: pskd.loss(checkpoint(model, x.requires_grad_(), use_reentrant=True), y))
 
 
+@pytest.mark.parametrize(
+    'move', [lambda z: z[[1, 0, 2, 3, 4, 5]], lambda z: z.flip(0), lambda z: torch.cat([z[3:], z[:3]])]
+)
+def test_samples_in_another_order_than_the_call_s_are_refused(move):
+    model = linear()
+    pskd = snapshot_of(model)
+    with pytest.raises(RuntimeError, match='samples were put in another order'):
+        each(pskd.batches(), lambda x, y: pskd.loss(move(model(x)), move(y)))
+
+
+def test_an_index_that_moves_no_sample_and_arithmetic_are_no_harm():
+    model = linear()
+    pskd = snapshot_of(model)
+    two_epochs(pskd, lambda x, y: pskd.loss(model(x)[y >= 0] / 2, y).backward())
+    assert float(pskd.logs['pskd_soft']) > 0
+
+
 def _used(pskd):
     pskd.used = 1
 

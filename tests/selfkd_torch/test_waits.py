@@ -87,7 +87,8 @@ def train(name, put, look=lambda epoch: None, default=None):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                look(-1 if name == 'cskd' and batch == 0 else epoch)  # CS-KD looks at an epoch's first batch
+                looks = name in ('cskd', 'snapshot', 'ema') and batch == 0  # at an epoch's first batch
+                look(-1 if looks else epoch)
                 losses.append(loss.detach())
     return losses
 
