@@ -172,7 +172,7 @@ def experiment_page(name: str) -> str:
         tables='\n\n'.join(f'**{title}**\n\n{comparison_table(of, CIFAR)}' for title, of in panels_of(runs).items()),
         note=NOTE,
         held_out=held_out_table(runs),
-        how=experiments.CIFAR_HOW,
+        how=re.sub(r'(?<!\n)\n(?![ \n])', ' ', experiments.CIFAR_HOW),  # a paragraph is a line
         settings=settings,
         commits=', '.join(sorted({run['commit'] for of in runs.values() for run in of})),
     )
