@@ -132,7 +132,7 @@ def main() -> None:
 
     os.environ['OMP_NUM_THREADS'] = '1'
     jobs = make_jobs(args)
-    print(f'Training {len(jobs)} small ResNets on handwritten digits, 5 to 30 seconds each, two at a time')
+    print(f'Training {len(jobs)} small ResNets on handwritten digits, half a minute each, two at a time')
     processes = min(2, os.cpu_count() or 1)
     with multiprocessing.get_context('spawn').Pool(processes) as pool:
         outcomes = list(tqdm(pool.imap_unordered(train, jobs), total=len(jobs), unit='run'))

@@ -51,7 +51,8 @@ def origins(start: Node, wanted) -> set:
 
 def recomputes() -> bool:
     """Whether a module is called within a backward pass: by ``torch.utils.checkpoint``, once more for the same loss."""
-    return not is_compiling() and torch._C._current_graph_task_id() != -1
+    task = getattr(torch._C, '_current_graph_task_id', None)  # of torch 2
+    return task is not None and not is_compiling() and task() != -1
 
 
 class Hook:
@@ -234,9 +235,9 @@ class Calls:
 
 
 def _numbered(logits: Tensor) -> Tensor:
-    """A number for each sample, that of another one is another."""
-    values = logits.detach().flatten(1).double()
-    return values @ torch.linspace(1, 2, values.shape[1], dtype=values.dtype, device=values.device)
+    """A number for each sample by the bits of its logits, in integers: a sum of floats depends on where a row lies."""
+    bits = logits.detach().float().flatten(1).contiguous().view(torch.int32).long()
+    return (bits * torch.arange(1, 2 * bits.shape[1], 2, device=bits.device)).sum(1)
 
 
 def copied(value):
