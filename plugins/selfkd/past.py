@@ -102,7 +102,6 @@ class AveragePast(CopyPast):
             self._share_buffers()
 
     def begin_period(self, model: nn.Module) -> None:
-        self.teacher.take_mode(model)  # at the copy's birth the model may not have been in the mode that it trains in
         self.ready = True
 
     def state_dict(self, mid_period: bool = True) -> Dict[str, Any]:

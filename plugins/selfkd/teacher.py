@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+import weakref
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -32,9 +33,10 @@ class SnapshotTeacher:
 
     Args:
         model: the model to copy, unwrapped (not the DDP module).
-        mode: ``'train'`` runs the copy in the mode of the student: dropout and other noise drawn anew, batch norm by
-            the batch's statistics (the copy's running ones stay as they are); what the student keeps in evaluation mode
-            (frozen batch norms) stays so. That is PS-KD's past prediction: what the network gave while it trained.
+        mode: ``'train'`` runs the copy in the mode that the student is in at the call: dropout and other noise drawn
+            anew, batch norm by the batch's statistics (the copy's running ones stay as they are); what the student
+            keeps in evaluation mode (frozen batch norms) stays so. That is PS-KD's past prediction: what the network
+            gave while it trained.
             ``'eval'`` runs it in evaluation mode, without noise: sharper on the samples that it has learnt.
         copy_model: False takes the model itself, for a copy that somebody else keeps (an average of the weights).
 
@@ -63,23 +65,19 @@ class SnapshotTeacher:
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.track_running_stats = False  # in training mode: normalise by the batch, without keeping account
-        self.take_mode(model)
+        self.follow(model)
         self.begin_step(0)
 
-    def take_mode(self, model: nn.Module) -> None:
-        """In mode ``'train'``: puts each module of the copy into the mode of the model's."""
+    def follow(self, model: nn.Module) -> None:
+        """Names the student, whose modules' modes (training or evaluation) the copy's take at each call."""
+        self._student = weakref.ref(model)
+
+    def _take_modes(self) -> None:
+        student = self._student()
         if self.mode == 'eval':
             self.model.eval()
-            return
-        self.model.train()  # a toolkit's own train() keeps frozen norms in evaluation mode
-        if model.training:
-            self.follow(model)
-
-    def follow(self, model: nn.Module) -> None:
-        """In mode ``'train'``: puts each module of the copy into the mode that the model's is in now, at its call in
-        training. A loop may train a part or all of it in evaluation mode."""
-        if self.mode == 'train':
-            training = {name: module.training for name, module in model.named_modules()}
+        elif student is not None and student is not self.model:
+            training = {name: module.training for name, module in student.named_modules()}
             for name, module in self.model.named_modules():
                 module.training = training.get(name, module.training)
 
@@ -89,7 +87,7 @@ class SnapshotTeacher:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes over the model's present parameters and buffers, and which of its modules are in training mode.
+        """Takes over the model's present parameters and buffers.
 
         Raises:
             ValueError: the model's tensors differ in number or shape from those copied.
@@ -99,7 +97,7 @@ class SnapshotTeacher:
             raise ValueError('model: is not the model that this teacher was made from (other tensors or shapes)')
         for mine, other in zip(ours, theirs):
             mine.copy_(other)
-        self.take_mode(model)
+        self.follow(model)
 
     @torch.no_grad()
     def average(self, model: nn.Module, decay: float) -> None:
@@ -125,6 +123,7 @@ class SnapshotTeacher:
         """Calls a method of the copy, as ``teacher.run(teacher.model.extract_feat, images)``, with its own noise."""
         seed = step_seed(self._step, self._calls)
         self._calls += 1
+        self._take_modes()
         with random_state(seed, _tensors(self.model)[0].device):
             return function(*args, **kwargs)
 

@@ -39,9 +39,10 @@ class StoredAverage(CopyPast):
     def __init__(self, mode: str):
         self.mode = mode
 
-    def follow(self, average):
-        """Before each update, as validation may have put it into evaluation mode."""
+    def follow(self, average, model):
+        """Before each update, as fairseq may have replaced it."""
         self.teacher = SnapshotTeacher(average, mode=self.mode, copy_model=False)
+        self.teacher.follow(model)
         use_current_weights(average)
 
     def state_dict(self, mid_period=True):

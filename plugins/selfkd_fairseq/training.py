@@ -106,7 +106,7 @@ class Training:
         position = (self.epoch, self.train_itr.iterations_in_epoch)
         begins, self.position = position != self.position, position  # and is not the next of --update-freq batches
         if begins and ema_model is not None:
-            self.past.follow(ema_model)
+            self.past.follow(ema_model, self.model)
         if begins and self.cfg.pskd_interval and update_num and update_num % self.cfg.pskd_interval == 0:
             self.past.begin_period(self.model)
         if isinstance(self.past, BankPast):

@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from selfkd.checks import is_compiling
 from selfkd.past import CopyPast
-from selfkd.teacher import unwrap
 
 __all__ = ['Calls', 'Hook', 'copied', 'origin', 'origins', 'recomputes']
 
@@ -201,7 +200,6 @@ class Calls:
             return
         pasts: Sequence[Tensor] = ()
         if self.past is not None and self.past.ready:
-            self.past.teacher.follow(unwrap(module))
             # Copies: a model may write into its inputs, and these are the student's.
             args, kwargs = tree_map(copied, (args, kwargs))
             given = self._given(self.past.run(self.past.model, *args, **kwargs))

@@ -75,16 +75,21 @@ def test_in_train_mode_batch_norm_is_by_the_batch_and_keeps_no_account():
     assert model[0].running_mean[0] > 7
     teacher.update(model)
     assert torch.equal(teacher.model[0].running_mean, model[0].running_mean)
-    model[1].train()  # its owner thaws it: the copy follows at its next refresh
-    assert not teacher.model[1].training
-    teacher.update(model)
-    assert teacher.model[1].training
+    model[1].train()  # its owner thaws it
+    torch.testing.assert_close(teacher(x).mean(0), torch.zeros(3), rtol=0, atol=1e-3)
+    model.eval()  # a loop may train the whole network in evaluation mode
+    torch.testing.assert_close(teacher(x), model(x))
 
 
-def test_a_model_in_evaluation_mode_is_copied_for_training():
+def test_a_copy_of_a_model_in_evaluation_mode_trains_with_it():
     """Hooks may make the copy while the student is still as validation left it."""
-    teacher = SnapshotTeacher(nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()).eval())
-    assert all(module.training for module in teacher.model.modules())
+    model, x = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Dropout()).eval(), 100 + torch.randn(64, 3)
+    teacher = SnapshotTeacher(model)
+    teacher.update(model)
+    model.train()
+    out = teacher(x)
+    assert (out == 0).any()
+    assert out.mean().abs() < 1
 
 
 def test_an_unknown_mode_is_refused():
@@ -167,12 +172,14 @@ def test_random_states_of_torch_numpy_and_python_are_left_alone(mode):
 
 
 def test_a_copy_that_somebody_else_keeps_is_not_copied():
-    average = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()).eval()
+    student = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+    average = copy.deepcopy(student).eval()
     teacher = SnapshotTeacher(average, copy_model=False)
+    teacher.follow(student)
     assert teacher.model is average
-    assert average.training  # the mode of training, whatever its owner left it in
     before = copy.deepcopy(average.state_dict())
     teacher(torch.randn(8, 2))
+    assert average.training  # the student's mode, whatever its owner left it in
     assert all(torch.equal(before[name], value) for name, value in average.state_dict().items())
 
 

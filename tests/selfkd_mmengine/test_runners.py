@@ -1,6 +1,7 @@
 """mmengine's less usual ways to run: FlexibleRunner and its strategies, two nodes, torch.compile."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from helpers import ROOT
 from helpers.mmengine import assert_same_state, digits_config, train
 from helpers.processes import free_port, run_module
 from mmengine._strategy import BaseStrategy, SingleDeviceStrategy
+from mmengine.hooks import Hook
 from mmengine.registry import STRATEGIES
 from mmengine.runner import FlexibleRunner
 
@@ -35,6 +37,27 @@ def test_flexible_runner_trains_and_resumes_as_runner_does(digits, tmp_path, hoo
     resumed = flexible(digits, tmp_path / 'resumed', hook, resume=True, load_from=checkpoint)
     resumed.train()
     assert_same_state(resumed.model.state_dict(), expected)
+
+
+class FullDisk(Hook):
+    """From the last epoch on, no file grows beyond 50 kB."""
+
+    def after_train_epoch(self, runner):
+        if runner.epoch + 1 == runner.max_epochs:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(digits, tmp_path):
+    """mmengine deletes a checkpoint before it writes the next one: our configs keep two."""
+    expected = train(digits_config(digits, tmp_path / 'straight', PSKD)).model.state_dict()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match='File too large'):
+            train(digits_config(digits, tmp_path / 'full', PSKD), FullDisk())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resumed = digits_config(digits, tmp_path / 'full', PSKD, resume=True)
+    assert_same_state(train(resumed).model.state_dict(), expected)
 
 
 # Stands in for mmengine's DeepSpeedStrategy, whose library is not installed, and comes of the same base.
