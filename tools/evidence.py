@@ -69,7 +69,10 @@ COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
     },
 }
 
-CIFAR = {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')}  # of the experiments
+EXPERIMENTS = {  # by the module that trains them
+    'cifar': {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')},
+    'language_model': {**CLASSIFICATION, **SCALED},
+}
 DRAWN = {  # section: what its picture has of the columns, if not all
     'digits': ('error %', 'NLL', 'ECE %'),
     'mnist': ('error %', 'NLL scaled', 'ECE %'),
@@ -77,7 +80,7 @@ DRAWN = {  # section: what its picture has of the columns, if not all
     'detectron2': ('AP50 %', 'ECE %'),
     'translation': ('chrF', 'NLL (bits)', 'ECE %'),
 }
-CIFAR_DRAWN = ('error %', 'NLL', 'ECE %', 'NLL scaled')
+EXPERIMENTS_DRAWN = ('error %', 'NLL', 'ECE %', 'NLL scaled')
 WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
 PAGE = """\
 # {title}
@@ -92,7 +95,7 @@ PAGE = """\
 
 {note}
 
-## On the held-out images, while training
+## On held-out data, while training
 
 {held_out}
 
@@ -139,22 +142,25 @@ def draw(name: str, panels: Panels, columns: Dict[str, tuple], drawn: Sequence[s
     forest.draw(str(DOCS / f'evidence/{name}.svg'), panels, {title: columns[title] for title in drawn})
 
 
-def trained(name: str) -> Dict[str, List[dict]]:
-    """The finished runs of an experiment: method -> lines of its raw results."""
+def trained(name: str) -> Dict[str, Dict[str, List[dict]]]:
+    """The finished runs of an experiment: panel -> method -> lines of its raw results."""
     import experiment_runner
     import experiments
 
-    found: Dict[str, List[dict]] = {}
+    found: Dict[str, Dict[str, List[dict]]] = {}
     for run in experiment_runner.finished(DOCS / f'evidence/raw/{name}.jsonl', experiments.EXPERIMENTS[name]):
-        found.setdefault(run['method'], []).append(run)
+        found.setdefault(run['panel'], {}).setdefault(run['method'], []).append(run)
     return found
 
 
-def panels_of(runs: Dict[str, List[dict]]) -> Panels:
+def panels_of(runs: Dict[str, Dict[str, List[dict]]]) -> Panels:
     """What the finished runs measured, at the end and earlier."""
     return {
-        title: {method: [dict(run['measures'][when], seed=run['seed']) for run in of] for method, of in runs.items()}
-        for when, title in WHEN.items()
+        f'{panel}, {when}'.strip(', '): {
+            method: [dict(run['measures'][key], seed=run['seed']) for run in of] for method, of in of_panel.items()
+        }
+        for panel, of_panel in runs.items()
+        for key, when in WHEN.items()
     }
 
 
@@ -163,18 +169,21 @@ def experiment_page(name: str) -> str:
     import experiments
 
     experiment, runs = experiments.EXPERIMENTS[name], trained(name)
-    settings = ', '.join(f'`{key}={value}`' for key, value in experiment.settings.items())
+    lines = [line for of_panel in runs.values() for of_method in of_panel.values() for line in of_method]
+    columns = EXPERIMENTS[experiment.module]
     return PAGE.format(
         name=name,
         title=experiment.title,
-        done=sum(map(len, runs.values())),
-        all=experiment.seeds * len(experiment.methods),
-        tables='\n\n'.join(f'**{title}**\n\n{comparison_table(of, CIFAR)}' for title, of in panels_of(runs).items()),
+        done=len(lines),
+        all=experiment.seeds * len(experiment.methods) * len(experiment.panels),
+        tables='\n\n'.join(f'**{title}**\n\n{comparison_table(of, columns)}' for title, of in panels_of(runs).items()),
         note=NOTE,
-        held_out=held_out_table(runs),
-        how=re.sub(r'(?<!\n)\n(?![ \n])', ' ', experiments.CIFAR_HOW),  # a paragraph is a line
-        settings=settings,
-        commits=', '.join(sorted({run['commit'] for of in runs.values() for run in of})),
+        held_out='\n\n'.join(
+            (f'**{panel}**\n\n' if panel else '') + held_out_table(of_panel) for panel, of_panel in runs.items()
+        ),
+        how=re.sub(r'(?<!\n)\n(?![ \n])', ' ', experiments.HOW[experiment.module]),  # a paragraph is a line
+        settings=', '.join(f'`{key}={value}`' for key, value in experiment.settings.items()),
+        commits=', '.join(sorted({line['commit'] for line in lines})),
     )
 
 
@@ -201,7 +210,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run = parser.add_subparsers(dest='command', metavar='run').add_parser('run', help='train what is missing')
     run.add_argument('name', choices=list(experiments.EXPERIMENTS))
-    run.add_argument('--data', default='work_dirs/evidence-data', help='folder of the images (default: %(default)s)')
+    run.add_argument('--data', default='work_dirs/evidence-data', help='folder of the data (default: %(default)s)')
     run.add_argument('--processes', type=int, default=os.cpu_count(), help='a thread each (default: one per core)')
     run.add_argument('--methods', nargs='+', metavar='METHOD', help='only these, so that their seeds come first')
     args = parser.parse_args(arguments)
@@ -217,7 +226,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         draw(name, measured()[name], COLUMNS[name], DRAWN.get(name, list(COLUMNS[name])))
         print(f'{name}: written')
     for name in filter(trained, experiments.EXPERIMENTS):
-        draw(name, panels_of(trained(name)), CIFAR, CIFAR_DRAWN)
+        columns = EXPERIMENTS[experiments.EXPERIMENTS[name].module]
+        draw(name, panels_of(trained(name)), columns, EXPERIMENTS_DRAWN)
         (DOCS / f'evidence/{name}.md').write_text(experiment_page(name))
         print(f'{name}.md: written')
 

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
 from pathlib import Path
 from typing import Dict, Iterator, List
 
@@ -21,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def runs_of(experiment: Experiment) -> List[dict]:
     """All runs, seed by seed, so that whatever is finished is as many runs of each method, give or take one."""
     return [
-        dict(method=name, seed=seed, settings={**experiment.settings, **method})
+        dict(panel=panel, method=name, seed=seed, settings={**experiment.settings, **shared, **method})
         for seed in range(experiment.seeds)
+        for panel, shared in experiment.panels.items()
         for name, method in experiment.methods.items()
     ]
 
@@ -31,7 +33,7 @@ def finished(path: Path, experiment: Experiment) -> List[dict]:
     """The lines of the file that are runs of the experiment as it is defined now, in the experiment's order."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found = {_key(line): line for line in lines}
-    return [found[_key(run)] for run in runs_of(experiment) if _key(run) in found]
+    return [{**found[_key(run)], **run} for run in runs_of(experiment) if _key(run) in found]
 
 
 def train_missing(path: Path, experiment: Experiment, data: str, processes: int) -> None:
@@ -40,9 +42,7 @@ def train_missing(path: Path, experiment: Experiment, data: str, processes: int)
     Raises:
         RuntimeError: another runner is at work on this file.
     """
-    import cifar
-
-    cifar.prepare(data)  # refused before anything is trained
+    import_module(experiment.module).prepare(data)  # refused before anything is trained
     path.parent.mkdir(parents=True, exist_ok=True)
     os.environ['OMP_NUM_THREADS'] = '1'
     with _opened(path) as file:
@@ -52,22 +52,21 @@ def train_missing(path: Path, experiment: Experiment, data: str, processes: int)
         origin = dict(commit=_commit(), versions=_versions())
         context = multiprocessing.get_context('spawn')
         with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
-            jobs = {pool.submit(_train, data, run): run for run in missing}
+            jobs = {pool.submit(_train, experiment.module, data, run): run for run in missing}
             try:
                 for job in as_completed(jobs):
                     line = {**jobs[job], **origin, **job.result()}
                     file.write(json.dumps(line) + '\n')
                     file.flush()
-                    print(f'{time.strftime("%H:%M")} {line["method"]}, seed {line["seed"]}: {line["seconds"]:.0f} s')
+                    what = ', '.join(filter(None, (line['panel'], line['method'], f'seed {line["seed"]}')))
+                    print(f'{time.strftime("%H:%M")} {what}: {line["seconds"]:.0f} s', flush=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
-def _train(data: str, run: dict) -> dict:
-    import cifar
-
-    return cifar.run(data, run['settings'], run['seed'])
+def _train(module: str, data: str, run: dict) -> dict:
+    return import_module(module).run(data, run['settings'], run['seed'])
 
 
 def _end_with_parent() -> None:

@@ -1,7 +1,7 @@
-"""What `python tools/evidence.py run NAME` trains: a list of runs, methods x seeds, for each experiment.
+"""What `python tools/evidence.py run NAME` trains: a list of runs, panels x methods x seeds, for each experiment.
 
 Methods stand in the order of their value, plain training first: all of them are trained with one seed before the next
-seed's turn. Keys of settings and methods: tools/cifar.py.
+seed's turn. Keys of settings, panels and methods: the module that trains (tools/cifar.py, tools/language_model.py).
 """
 
 from typing import Dict, NamedTuple, Optional, Sequence
@@ -13,12 +13,16 @@ class Experiment(NamedTuple):
     settings: what all its runs share.
     methods: name -> what differs; the others are compared with the first one.
     seeds: how many.
+    module: that trains and measures a run.
+    panels: name -> settings of a table of their own.
     """
 
     title: str
     settings: dict
     methods: Dict[str, dict]
     seeds: int = 5
+    module: str = 'cifar'
+    panels: Dict[str, dict] = {'': {}}
 
     def only(self, methods: Optional[Sequence[str]]) -> 'Experiment':
         """With these methods, or all. ValueError: one is not of the experiment."""
@@ -55,6 +59,29 @@ STORAGE = {
     'whole rows': dict(pskd=dict(alpha=0.8)),
     'top-2': dict(pskd=dict(alpha=0.8, top_k=2)),  # the rest spread evenly over the other classes
 }
+LANGUAGE_HOW = """\
+English sentences of Multi30k, task 1, from [multi30k/dataset](https://github.com/multi30k/dataset), in a byte-pair
+encoding of 4,000 words. A GPT-2 of three layers and width 128 (1.1 million weights), with its usual dropout, in the
+Hugging Face Trainer: AdamW, batches of 32 sentences, a learning rate that falls linearly to zero. Each seed draws 4,000
+sentences from the second half of the training set, the order, the dropout and, from random weights, those. Fine-tuning
+continues a model that was trained plainly for 10 epochs on the first half. The temperature and the epoch of the lowest
+NLL come from the validation set, the measures from test_2016_flickr. NLL is in nats a token.
+
+    git clone https://github.com/multi30k/dataset FOLDER/multi30k
+    python tools/evidence.py run language-model --data FOLDER"""
+HOW = {'cifar': CIFAR_HOW, 'language_model': LANGUAGE_HOW}
+LANGUAGE_METHODS = {
+    'plain': {},
+    'PS-KD 0.3': dict(pskd=dict(alpha=0.3)),
+    'PS-KD 0.8': dict(pskd=dict(alpha=0.8)),
+    'PS-KD 0.1': dict(pskd=dict(alpha=0.1)),
+    'label smoothing': dict(label_smoothing=0.1),
+}
+LANGUAGE_PANELS = {
+    f'{name}, {epochs} epochs': dict(start=start, epochs=epochs, lr=lr)
+    for name, start, lr in (('fine-tuned', 'trained', 3e-4), ('from random weights', 'random', 1e-3))
+    for epochs in (3, 10)
+}
 EXPERIMENTS = {
     'cifar10-4000': Experiment('CIFAR-10, 4,000 labels', CIFAR, METHODS),
     'cifar10-10000-noisy': Experiment(
@@ -62,4 +89,11 @@ EXPERIMENTS = {
     ),
     'cifar10-4000-long': Experiment('CIFAR-10, 4,000 labels, 120 epochs', dict(CIFAR, epochs=120), METHODS),
     'bank-storage': Experiment('What the bank keeps: CIFAR-10, 4,000 labels', CIFAR, STORAGE),
+    'language-model': Experiment(
+        'A language model on 4,000 sentences',
+        dict(sentences=4000, batch=32),
+        LANGUAGE_METHODS,
+        module='language_model',
+        panels=LANGUAGE_PANELS,
+    ),
 }
