@@ -1,6 +1,6 @@
 """CS-KD for the regions of MMDetection's two-stage detectors."""
 
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from mmdet.models.losses.utils import weight_reduce_loss
@@ -14,7 +14,7 @@ from selfkd.checks import at_least_zero, positive
 from selfkd.losses import distillation_kl
 from selfkd.pairing import same_class_partners
 from selfkd.seeds import step_generator
-from selfkd_mmengine import SelfKDHook
+from selfkd_mmengine import SelfKDHook, only_looks
 
 from .heads import check_region_heads, per_stage, region_heads, stage_of
 
@@ -65,12 +65,13 @@ class CSKDHook(SelfKDHook):
 
     def setup(self, runner: Runner, model: nn.Module) -> None:
         self.student = model
+        self._rois: Optional[Tensor] = None
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         self._handles.append(self.student.register_forward_pre_hook(self._see_samples, with_kwargs=True))
         for extractor in per_stage(self.student.roi_head.bbox_roi_extractor):
-            self._handles.append(extractor.register_forward_pre_hook(self._see_regions))
+            self._handles.append(extractor.register_forward_pre_hook(self._see_regions, with_kwargs=True))
 
     def before_train_iter(self, runner: Runner, batch_idx, data_batch=None) -> None:
         super().before_train_iter(runner, batch_idx, data_batch)
@@ -79,17 +80,26 @@ class CSKDHook(SelfKDHook):
     def _see_samples(self, model: nn.Module, args, kwargs) -> None:
         self._samples = args[1] if len(args) > 1 else kwargs.get('data_samples')
 
-    def _see_regions(self, extractor: nn.Module, args) -> None:
-        self._rois = args[1]  # of the stage whose loss comes next
+    def _see_regions(self, extractor: nn.Module, args, kwargs) -> None:
+        self._rois = args[1] if len(args) > 1 else kwargs['rois']  # of the stage whose loss comes next
 
     def before_forward(self, inputs: Tensor) -> None:
-        self.logs = {}
+        self.logs, self._rois = {}, None
+
+    def _tap(self, module, args, kwargs, output):
+        return None if only_looks(kwargs) else super()._tap(module, args, kwargs, output)
 
     def rewrite_loss(self, arguments: Dict[str, Any], loss: Tensor) -> Tensor:
         if self.weight == 0:
             return loss
         stage, prefix = stage_of(self.student, self.tapped)
         logits, label = arguments['cls_score'], arguments['label']
+        if self._rois is None or len(self._rois) != len(label):
+            seen = 0 if self._rois is None else len(self._rois)
+            raise RuntimeError(
+                f'CSKDHook: {type(self.student.roi_head).__name__} computes the loss of {len(label)} regions, but its '
+                f'bbox_roi_extractor read {seen}: which objects they show is not known; train it without CSKDHook'
+            )
         assigner = per_stage(self.student.roi_head.bbox_assigner)[stage]
         overlaps = getattr(assigner, 'iou_calculator', BboxOverlaps2D())
         partners = same_class_partners(

@@ -8,10 +8,7 @@ from mmdet.models.roi_heads import (
     BBoxHead,
     CascadeRoIHead,
     ConvFCBBoxHead,
-    DynamicRoIHead,
     FCNMaskHead,
-    MaskScoringRoIHead,
-    PointRendRoIHead,
     Shared2FCBBoxHead,
     Shared4Conv1FCBBoxHead,
     StandardRoIHead,
@@ -24,6 +21,7 @@ __all__ = [
     'check_region_heads',
     'check_region_loss',
     'check_replaced_head',
+    'check_roi_head',
     'has_focal_loss',
     'per_stage',
     'region_heads',
@@ -33,9 +31,6 @@ __all__ = [
 
 # Exactly these: subclasses choose positives by looking at predictions, or compute other losses.
 DENSE_HEADS = (RetinaHead, FCOSHead, ATSSHead)
-# Exactly these classify regions as StandardRoIHead or CascadeRoIHead does; others read them otherwise, classify them
-# twice, or weigh them.
-ROI_HEADS = (StandardRoIHead, CascadeRoIHead, DynamicRoIHead, MaskScoringRoIHead, PointRendRoIHead)
 
 # What a config with StandardRoIHead has; with CascadeRoIHead also the last two. In train_cfg.rcnn, and as parts' types:
 OPTIONS: Tuple[str, ...] = ('bbox_roi_extractor', 'bbox_head', 'mask_roi_extractor', 'mask_head', 'shared_head')
@@ -80,6 +75,23 @@ def stage_of(model: nn.Module, loss_cls: nn.Module) -> Tuple[int, str]:
     return stage, f's{stage}.' if len(heads) > 1 else ''
 
 
+def check_roi_head(hook: str, model: nn.Module) -> None:
+    """Refuses a RoI head that does not classify each region once, as MMDetection's two do and those made from them."""
+    roi_head = model.roi_head
+    name = type(roi_head).__name__
+    if not isinstance(roi_head, (StandardRoIHead, CascadeRoIHead)) or not roi_head.with_bbox:
+        raise ValueError(
+            f'{hook}: {type(model).__name__} with the RoI head {name} is not supported: it is no StandardRoIHead or '
+            f'CascadeRoIHead with a bbox_head, nor derived from one; train it without {hook}'
+        )
+    if getattr(roi_head, 'num_instance', 1) > 1:
+        raise ValueError(
+            f'{hook}: {name} classifies each region {roi_head.num_instance} times (CrowdDet), and trains whichever '
+            'order of the answers fits the labels best: which one belongs to which prediction is not known. Train it '
+            f'without {hook}'
+        )
+
+
 def check_region_heads(hook: str, model: nn.Module) -> None:
     """Refuses what is no two-stage detector with a softmax over the classes of its regions."""
     roi_head: Any = getattr(model, 'roi_head', None)
@@ -88,12 +100,11 @@ def check_region_heads(hook: str, model: nn.Module) -> None:
             f'{hook}: {type(model).__name__} has no RoI head, and {hook} compares the classes of regions: take a '
             f'two-stage detector (Faster, Mask, Cascade R-CNN), or train it without {hook}'
         )
-    kind = getattr(roi_head, 'plain_type', type(roi_head))  # FRSKD's is one of these with a self-teacher
-    if kind not in ROI_HEADS or not roi_head.with_bbox:
-        names = ', '.join(kind.__name__ for kind in ROI_HEADS)
+    check_roi_head(hook, model)
+    if getattr(roi_head, 'num_branch', 1) > 1:
         raise ValueError(
-            f'{hook}: {type(model).__name__} with the RoI head {type(roi_head).__name__} is not supported: of the '
-            f'two-stage detectors those with {names} are (Faster, Mask, Cascade R-CNN); train it without {hook}'
+            f'{hook}: {type(roi_head).__name__} reads each image {roi_head.num_branch} times (TridentNet), so that an '
+            f'object would be its own partner; train it without {hook}'
         )
     for head in region_heads(model):
         check_region_loss(hook, head)

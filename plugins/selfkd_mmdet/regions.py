@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from mmdet.models.losses import CrossEntropyCustomLoss, CrossEntropyLoss, FocalLoss, SeesawLoss
-from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads import CascadeRoIHead
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,7 +15,7 @@ from selfkd.losses import quality_focal_loss, soft_cross_entropy
 from selfkd.past import CopyPast
 from selfkd_mmengine.pskd_hook import is_sigmoid
 
-from .heads import per_stage, region_heads
+from .heads import check_roi_head, per_stage, region_heads
 
 __all__ = ['Regions', 'check_past_of_regions', 'hard_background', 'logits_of', 'past_losses']
 
@@ -32,17 +32,7 @@ def check_past_of_regions(hook: str, model: nn.Module) -> None:
     """
     roi_head = model.roi_head
     name = type(roi_head).__name__
-    if not isinstance(roi_head, (StandardRoIHead, CascadeRoIHead)) or not roi_head.with_bbox:
-        raise ValueError(
-            f'{hook}: {type(model).__name__} with the RoI head {name} is not supported: it is no StandardRoIHead or '
-            f'CascadeRoIHead with a bbox_head, nor derived from one; train it without {hook}'
-        )
-    if getattr(roi_head, 'num_instance', 1) > 1:
-        raise ValueError(
-            f'{hook}: {name} classifies each region {roi_head.num_instance} times (CrowdDet), and trains whichever '
-            "order of the answers fits the labels best: which of the past's belongs to which is not known. Train it "
-            f'without {hook}'
-        )
+    check_roi_head(hook, model)
     others = [part for part in inspect.signature(roi_head._bbox_forward).parameters if part not in REGIONS]
     if others:
         raise ValueError(

@@ -36,7 +36,7 @@ class Nearness:
         return 1 / (1 + torch.cdist(*centres) / 64)
 
 
-OTHERS = ['dynamic', 'mask scoring', 'point rend', 'sabl']
+OTHERS = ['dynamic', 'mask scoring', 'point rend', 'sabl', 'double head', 'pisa']
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,8 @@ def test_loss_and_gradient_recomputed(voc, tmp_path, case):
         options = {**FRSKD, 'model.roi_head.alpha': 0.0}
     model = case if case in MODIFY else 'faster-rcnn'
     cfg = config(voc, tmp_path, CSKD, model=model, **options)
+    if case == 'pisa':
+        cfg.model.train_cfg.rcnn.carl = None  # a loss of the class scores, too
     if case == 'one class':
         cfg.train_dataloader.dataset.pipeline.insert(3, dict(type='OneClass'))
     train(cfg, regions := Regions())
