@@ -121,9 +121,18 @@ def scores(head: nn.Module, output, queries: bool = False) -> Tensor:
     logits = torch.cat([_of_places(level, classes) for level in maps])
     if gives_probs(head):
         return logits.float().logit(eps=1e-6)
-    if hasattr(head, 'loss_obj') or isinstance(head, AutoAssignHead):
-        return _logit_of_product(logits, torch.cat([_of_places(level, 1) for level in parts[2]]))
+    objectness = _objectness(head, parts, [(len(m), m.shape[1] // classes, *m.shape[2:]) for m in maps])
+    if objectness is not None:
+        return _logit_of_product(logits, torch.cat([_of_places(level, 1) for level in objectness]))
     return logits
+
+
+def _objectness(head: nn.Module, parts, shapes: List[tuple]) -> Optional[list]:
+    """The third output, if it is trained and has a value for each place. A head may have its loss from a base class,
+    and no such output."""
+    trained = hasattr(head, 'loss_obj') or isinstance(head, AutoAssignHead)
+    third = parts[2] if trained and len(parts) > 2 and isinstance(parts[2], (tuple, list)) else ()
+    return list(third) if [getattr(level, 'shape', None) for level in third] == shapes else None
 
 
 def _class_maps(head: nn.Module, parts) -> list:

@@ -104,6 +104,16 @@ def test_a_score_of_class_times_objectness_is_the_products_logit():
     assert certain.isfinite().all()
 
 
+def test_a_head_that_only_inherits_the_loss_of_objectness_has_none():
+    """As of heads made from YOLOv5's that score classes alone."""
+    head = nn.Module()
+    head.num_classes, head.loss_obj = 3, nn.Identity()
+    classes, boxes = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, 4)
+    expected = classes.permute(0, 2, 3, 1).reshape(-1, 3)
+    for others in ([boxes], [[boxes], [torch.zeros(2, 16, 4, 8)]], [[boxes], None]):
+        assert torch.equal(scores(head, ([classes], *others)), expected)
+
+
 def test_heads_that_give_probabilities_have_their_logits_taken_and_unknown_ones_are_refused():
     center = CenterNetHead(in_channels=4, feat_channels=4, num_classes=3)
     output = center([torch.randn(2, 4, 5, 5)])
