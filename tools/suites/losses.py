@@ -8,18 +8,19 @@ import torch.nn.functional as F
 from costs import Table, compare, used_device
 
 from selfkd.bank import PredictionBank
-from selfkd.losses import TopK, pskd_loss
+from selfkd.losses import TopK, linear_pskd_loss, pskd_loss
 
 __all__ = ['bank_suite', 'loss_suite']
 
 
 class Logits(NamedTuple):
-    """Shape of a loss: its logits."""
+    """Shape of a loss: its logits, and the hidden states that they come from."""
 
     rows: int
     classes: int
     dtype: torch.dtype
     repeats: int
+    width: int
 
 
 class Bank(NamedTuple):
@@ -32,9 +33,9 @@ class Bank(NamedTuple):
 
 
 LOSSES = dict(
-    tiny=Logits(8, 50, torch.bfloat16, repeats=1),
-    small=Logits(1024, 32000, torch.float32, repeats=20),
-    full=Logits(8192, 128000, torch.bfloat16, repeats=20),
+    tiny=Logits(8, 50, torch.bfloat16, repeats=1, width=16),
+    small=Logits(1024, 32000, torch.float32, repeats=20, width=512),
+    full=Logits(8192, 128000, torch.bfloat16, repeats=20, width=4096),
 )
 BANKS = dict(
     tiny=Bank(40, 20, 8, repeats=1),
@@ -45,7 +46,7 @@ BANKS = dict(
 
 def loss_suite(size: str = 'small') -> List[Table]:
     """PS-KD's loss against ``torch.nn.functional.cross_entropy``, forward and backward."""
-    rows, classes, dtype, repeats = LOSSES[size]
+    rows, classes, dtype, repeats, width = LOSSES[size]
     device = used_device()
     torch.manual_seed(0)
     logits = torch.randn(rows, classes, device=device, dtype=dtype).requires_grad_()
@@ -80,7 +81,29 @@ def loss_suite(size: str = 'small') -> List[Table]:
         f"PS-KD's loss against `torch.nn.functional.cross_entropy`, {rows} x {classes} logits of {dtype}, forward and "
         'backward.'
     )
-    return [Table(title, compare(candidates, repeats=repeats))]
+    return [Table(title, compare(candidates, repeats=repeats)), _from_hidden_states(LOSSES[size], labels, top)]
+
+
+def _from_hidden_states(shape: Logits, labels: torch.Tensor, top: TopK) -> Table:
+    """The last layer and the loss in one, whose logits never exist as a whole."""
+    options = dict(device=labels.device, dtype=shape.dtype)
+    hidden = torch.randn(shape.rows, shape.width, **options).requires_grad_()
+    weight = (0.02 * torch.randn(shape.classes, shape.width, **options)).requires_grad_()
+
+    def step(loss):
+        def run():
+            loss().backward()
+            hidden.grad = weight.grad = None
+
+        return run
+
+    candidates = {
+        'F.linear, F.cross_entropy': step(lambda: F.cross_entropy(F.linear(hidden, weight), labels)),
+        'F.linear, pskd_loss, top-8 past': step(lambda: pskd_loss(F.linear(hidden, weight), labels, top, 0.4)),
+        'linear_pskd_loss, top-8 past': step(lambda: linear_pskd_loss(hidden, weight, labels, top, 0.4)),
+    }
+    title = f'The same from hidden states of {shape.width}: the last layer is computed as well.'
+    return Table(title, compare(candidates, repeats=shape.repeats))
 
 
 def bank_suite(size: str = 'small') -> List[Table]:
