@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import collect_env
 
 from selfkd.teacher import unwrap
 
@@ -69,6 +70,7 @@ def train(cfg: Config) -> Outcome:
     """Trains a config in a process of its own, which may crash or hang."""
     # A process that was forked cannot use CUDA; one that was spawned takes seconds to import the toolkits.
     context: Any = multiprocessing.get_context('spawn' if torch.cuda.is_available() else 'fork')
+    collect_env()  # mmengine logs it in each process, which takes seconds where what it imports is not there yet
     with tempfile.NamedTemporaryFile('r') as result:
         child = context.Process(target=_train, args=(cfg, result.name))
         child.start()
