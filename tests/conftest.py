@@ -38,6 +38,16 @@ def scope(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def own_visualizers():
+    """As a process of its own has none: mmengine keeps visualizers by their names, which most configs share, so that a
+    test would write into the folder of an earlier one, which pytest has removed."""
+    kinds = [sys.modules['mmengine.visualization'].Visualizer] if 'mmengine.visualization' in sys.modules else []
+    for kind in kinds:
+        kind._instance_dict.clear()
+        kinds += kind.__subclasses__()
+
+
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory):
     """An image folder of 40 training and 150 test digits, with 20 % wrong training labels."""
