@@ -72,12 +72,9 @@ def _instead(model: nn.Module) -> str:
             f'classifies the masks that its queries draw ({queries}, {parts[queries]}). The past may draw another mask '
             f'for a query, so there is no place that both classify: {way_out}'
         )
-    head = next((name for name in parts if name.endswith('head')), None)
+    head = next((name for name in parts if 'head' in name), None)
     has = f' (it has a {head}, {parts[head]})' if head else ''
-    return (
-        f'has no bbox_head or roi_head that scores boxes{has}, so there is no classification of boxes to distil: '
-        f'{way_out}'
-    )
+    return f'has no bbox_head or roi_head{has}, where PS-KD looks for the classification of boxes: {way_out}'
 
 
 def _classes(head: nn.Module) -> Optional[int]:
