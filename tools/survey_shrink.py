@@ -14,15 +14,18 @@ from selfkd_mmengine.trial import forget_weights
 SIZE = {'mmpretrain': 256, 'mmdet': 128, 'mmseg': 64}  # of the images, in pixels
 
 
-def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
-    """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step."""
+def shrink(cfg: Config, toolkit: str, folder: str, scale: int = 1) -> Config:
+    """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step.
+
+    With ``scale=2`` images are twice as large, for networks that need more places, and gradients are clipped.
+    """
     cfg = copy.deepcopy(cfg)
     forget_weights(cfg._cfg_dict)
     teacher = cfg.model.get('teacher_config')
     if isinstance(teacher, str):  # a path in the toolkit's own repository
         cfg.model.teacher_config = str(Path(__import__(toolkit).__file__).parent / '.mim' / teacher)
     # Its pooling windows are as large as the maps of this size.
-    size = 512 if 'LRASPPHead' in str(cfg.model.get('decode_head')) else SIZE[toolkit]
+    size = scale * (512 if 'LRASPPHead' in str(cfg.model.get('decode_head')) else SIZE[toolkit])
     if toolkit != 'mmpretrain':  # whose pipelines crop to the size that the network is made for
         _pad_less(cfg.model.get('data_preprocessor') or {}, size)
         if 'img_size' in (cfg.model.get('backbone') or {}):
@@ -46,6 +49,8 @@ def shrink(cfg: Config, toolkit: str, folder: str) -> Config:
         for part in ('cfg', 'dataloader', 'evaluator'):
             cfg[f'{name}_{part}'] = None
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3))
+    if scale > 1:
+        cfg.optim_wrapper['clip_grad'] = dict(max_norm=1)
     cfg.param_scheduler, cfg.custom_hooks = None, []
     cfg.default_hooks = dict(checkpoint=None)
     cfg.merge_from_dict({'work_dir': str(folder), 'log_level': 'ERROR', 'randomness': dict(seed=0), 'load_from': None})

@@ -151,10 +151,10 @@ def classify(method: str, plain: Outcome, trained: Outcome) -> str:
     message = (trained.error or '').strip().split('\n')[0]
     if plain.error:
         return 'toolkit: ' + plain.error.strip().split('\n')[0]
-    if trained.error:
-        return f'DEFECT: after {len(trained.losses)} steps {message}'
     if not all(isfinite(value) for step in plain.losses for name, value in step.items() if 'loss' in name):
         return 'toolkit: its plain loss is not finite here'
+    if trained.error:
+        return f'DEFECT: after {len(trained.losses)} steps {message}'
     first, last = (_total(trained.losses[i]) - _total(plain.losses[i]) for i in (0, -1))
     if method.startswith('PS-KD') and abs(first) > 1e-4 * abs(_total(plain.losses[0])):
         return f'DEFECT: the first step, without a past, differs from the plain one by {first:.2e}'
