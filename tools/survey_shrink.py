@@ -17,7 +17,7 @@ SIZE = {'mmpretrain': 256, 'mmdet': 128, 'mmseg': 64}  # of the images, in pixel
 def shrink(cfg: Config, toolkit: str, folder: str, scale: int = 1) -> Config:
     """The config with generated data in ``folder``, without pre-trained weights, for two epochs of one step.
 
-    With ``scale=2`` images are twice as large, for networks that need more places, and gradients are clipped.
+    Above a ``scale`` of 1 images are so many times as large, for networks that need more places, and gradients clipped.
     """
     cfg = copy.deepcopy(cfg)
     forget_weights(cfg._cfg_dict)
