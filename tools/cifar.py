@@ -182,15 +182,23 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def measure(model: nn.Module, held_out: Tuple[Tensor, Tensor], data: Data) -> Dict[str, float]:
-    """On the test set: of the logits as they are, and (``_scaled``) at a temperature fitted on held-out data."""
-    logits, labels, other = predict(model, data.test[0]), data.test[1], predict(model, data.other)
-    temperature = metrics.fit_temperature(predict(model, held_out[0]), held_out[1])
+def calibration(logits: Tensor, labels: Tensor, temperature: float) -> Dict[str, float]:
+    """Error, NLL and ECE of logits ``[N, C]``; the last two also (``_scaled``) at a temperature."""
     found = {'error': (logits.argmax(1) != labels).double().mean().item(), 'temperature': temperature}
     for ending, divisor in (('', 1.0), ('_scaled', temperature)):
         probs = (logits / divisor).softmax(1)
         found[f'nll{ending}'] = metrics.nll(probs, labels)
         found[f'ece{ending}'] = metrics.calibration_error(probs, labels)
+    return found
+
+
+def measure(model: nn.Module, held_out: Tuple[Tensor, Tensor], data: Data) -> Dict[str, float]:
+    """On the test set: of the logits as they are, and (``_scaled``) at a temperature fitted on held-out data."""
+    logits, labels, other = predict(model, data.test[0]), data.test[1], predict(model, data.other)
+    temperature = metrics.fit_temperature(predict(model, held_out[0]), held_out[1])
+    found = calibration(logits, labels, temperature)
+    for ending, divisor in (('', 1.0), ('_scaled', temperature)):
+        probs = (logits / divisor).softmax(1)
         found[f'aurc{ending}'] = metrics.aurc(probs, labels)
         found[f'auroc{ending}'] = metrics.ood_scores(probs, (other / divisor).softmax(1))['auroc']
     return found

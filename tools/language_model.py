@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Dict, List
 
 import torch
+from cifar import calibration
 from torch import Tensor
 
 from selfkd import metrics
@@ -130,13 +131,7 @@ def predict(model, rows: List[List[int]]):
 def measure(model, data: dict) -> Dict[str, float]:
     """On the test set: of the logits as they are, and (``_scaled``) at a temperature fitted on held-out data."""
     temperature = metrics.fit_temperature(*predict(model, data['held_out']))
-    logits, labels = predict(model, data['test'])
-    found = {'error': (logits.argmax(1) != labels).double().mean().item(), 'temperature': temperature}
-    for ending, divisor in (('', 1.0), ('_scaled', temperature)):
-        probs = (logits / divisor).softmax(1)
-        found[f'nll{ending}'] = metrics.nll(probs, labels)
-        found[f'ece{ending}'] = metrics.calibration_error(probs, labels)
-    return found
+    return calibration(*predict(model, data['test']), temperature)
 
 
 def run(folder: str, settings: dict, seed: int) -> dict:

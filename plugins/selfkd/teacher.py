@@ -36,8 +36,8 @@ class SnapshotTeacher:
         mode: ``'train'`` runs the copy in the mode that the student is in at the call: dropout and other noise drawn
             anew, batch norm by the batch's statistics (the copy's running ones stay as they are); what the student
             keeps in evaluation mode (frozen batch norms) stays so. That is PS-KD's past prediction: what the network
-            gave while it trained.
-            ``'eval'`` runs it in evaluation mode, without noise: sharper on the samples that it has learnt.
+            gave while it trained. ``'eval'`` runs it in evaluation mode, without noise: sharper on the samples that it
+            has learnt.
         copy_model: False takes the model itself, for a copy that somebody else keeps (an average of the weights).
 
     The noise comes from random states of its own, given by the step (``begin_step``), the process's rank and the
@@ -69,7 +69,7 @@ class SnapshotTeacher:
         self.begin_step(0)
 
     def follow(self, model: nn.Module) -> None:
-        """Names the student, whose modules' modes (training or evaluation) the copy's take at each call."""
+        """Names the student: at each call the copy's modules take the modes of its modules, training or evaluation."""
         self._student = weakref.ref(model)
 
     def _take_modes(self) -> None:

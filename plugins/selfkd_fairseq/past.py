@@ -40,7 +40,7 @@ class StoredAverage(CopyPast):
         self.mode = mode
 
     def follow(self, average, model):
-        """Before each update, as fairseq may have replaced it."""
+        """Before each update: fairseq hands its average to training steps alone."""
         self.teacher = SnapshotTeacher(average, mode=self.mode, copy_model=False)
         self.teacher.follow(model)
         use_current_weights(average)
