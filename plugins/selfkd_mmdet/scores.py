@@ -179,7 +179,7 @@ def score_loss(head: nn.Module, logits: Tensor, past: Tensor) -> Tensor:
 
     Args:
         logits: ``[places, C]``, the student's.
-        past: the same of the copy.
+        past: the same of the copy; overwritten, since it can be gigabytes where classes are many.
 
     Raises:
         RuntimeError: they are not of the same places.
@@ -189,15 +189,22 @@ def score_loss(head: nn.Module, logits: Tensor, past: Tensor) -> Tensor:
             f'PSKDHook: {type(head).__name__} scores {tuple(logits.shape)} of the student, but {tuple(past.shape)} of '
             'the past copy, so that they are not of the same places; train it without PSKDHook'
         )
-    known = (logits.isfinite() & past.isfinite()).all(1)  # heads that rule out places
-    logits, past = logits[known], past[known].float()
+    known = _finite(logits.detach()) & _finite(past)  # heads rule out places
+    if not known.all():
+        logits, past = logits[known], past[known]
     if _is_softmax(head):
-        probs = past.softmax(1)
+        probs = past.float().softmax(1)
         losses, objects = soft_cross_entropy(logits, probs, reduction='sum'), probs[:, :-1].amax(1).sum()
     else:
-        probs = past.sigmoid()
+        probs = past.float().sigmoid_()
         losses, objects = quality_focal_loss(logits, probs, reduction='sum'), probs.amax(1).sum()
     return losses / reduce_mean(objects).clamp(min=1)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Which rows are finite, without a tensor of their size."""
+    least, most = rows.aminmax(dim=1)
+    return least.isfinite() & most.isfinite()
 
 
 class Places:

@@ -1,6 +1,7 @@
 """CS-KD's and FRSKD's losses: values worked by hand, and a float64 restatement of the papers' formulas."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -100,7 +101,10 @@ def test_quality_focal_loss_is_least_at_its_target_unlike_the_focal_loss():
 def test_gradients_are_those_of_finite_differences():
     z, other = random_logits(0, 3, 4).requires_grad_(), random_logits(1, 3, 4)
     assert gradcheck(lambda z: cskd_loss(z, torch.tensor([0, 1, 2]), other, temperature=2.0, weight=3.0), z)
-    assert gradcheck(lambda z: quality_focal_loss(z, other.sigmoid()), z)
+    for gamma, reduction in ((0, 'mean'), (2, 'sum'), (2, 'none')):
+        loss = partial(quality_focal_loss, target_probs=other.sigmoid(), gamma=gamma, reduction=reduction)
+        assert gradcheck(loss, z)
+        assert gradgradcheck(loss, z)
     maps, target = random_logits(2, 2, 3, 2, 2).requires_grad_(), random_logits(3, 2, 5, 2, 2)
     assert gradcheck(lambda f: attention_transfer(f, target), maps)
     assert gradgradcheck(lambda f: attention_transfer(f, target), maps)
@@ -288,3 +292,17 @@ def test_a_level_may_be_made_from_the_level_before(scale):
     fine = given.sigmoid()
     attention_distance((fine, scale * F.avg_pool2d(fine, 2)), teachers).backward()
     torch.testing.assert_close(given.grad, alone[0])
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_quality_focal_loss_takes_little_more_memory_than_its_gradient(dtype, monkeypatch):
+    """Detectors of thousands of classes have scores of gigabytes. From whole ones it took seven times theirs."""
+    monkeypatch.setitem(NUMBERS_AT_ONCE, 'cpu', 2**10)
+    logits, target = torch.randn(999, 200).to(dtype).requires_grad_(), torch.rand(999, 200).to(dtype)
+    whole = quality_focal_loss(logits, target, reduction='none').sum()
+    found = quality_focal_loss(logits, target, reduction='sum')
+    torch.testing.assert_close(found, whole)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, whole)]
+    torch.testing.assert_close(*gradients)
+    peak = peak_bytes(lambda: torch.autograd.grad(quality_focal_loss(logits, target, reduction='sum'), logits))
+    assert peak < 1.3 * logits.numel() * logits.element_size()

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import (
@@ -13,11 +12,11 @@ from ..checks import (
     check_reduction,
     check_same_shape,
     check_temperature,
-    wide,
 )
 from ..transfer import to_device
 from ._common import reduce
 from ._mixed_nll import mixed_nll
+from ._quality_focal import quality_focal, quality_focal_sum
 from ._tempered_kl import tempered_kl
 
 __all__ = ['distillation_kl', 'quality_focal_loss', 'soft_cross_entropy']
@@ -76,10 +75,10 @@ def quality_focal_loss(logits: Tensor, target_probs: Tensor, *, gamma: float = 2
     if gamma != 0 and not 1 <= gamma < math.inf:  # below 1 the gradient at p = t is not defined
         raise ValueError(f'gamma: must be 0 or at least 1, got {gamma}')
     check_same_shape('target_probs', target_probs, 'logits', logits)
-    logits = logits.to(wide(logits.dtype))
-    target = target_probs.detach().to(logits.dtype)
-    distance = (target - logits.sigmoid()).abs()
-    return reduce(distance**gamma * F.binary_cross_entropy_with_logits(logits, target, reduction='none'), reduction)
+    if reduction == 'none':
+        return quality_focal(logits, target_probs.detach(), gamma)
+    total = quality_focal_sum(logits, target_probs.detach(), gamma)
+    return total / max(logits.numel(), 1) if reduction == 'mean' else total
 
 
 def distillation_kl(
