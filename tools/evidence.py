@@ -214,13 +214,14 @@ def main(arguments: Sequence[str] = ()) -> None:
     run.add_argument('name', choices=list(experiments.EXPERIMENTS))
     run.add_argument('--data', default='work_dirs/evidence-data', help='folder of the data (default: %(default)s)')
     run.add_argument('--processes', type=int, default=os.cpu_count(), help='a thread each (default: one per core)')
-    run.add_argument('--methods', nargs='+', metavar='METHOD', help='only these, so that their seeds come first')
+    for part in ('methods', 'panels'):
+        run.add_argument(f'--{part}', nargs='+', metavar='NAME', help='only these, so that their seeds come first')
     args = parser.parse_args(arguments)
     if args.command == 'run':
         import experiment_runner
 
         raw = DOCS / f'evidence/raw/{args.name}.jsonl'
-        experiment = experiments.EXPERIMENTS[args.name].only(args.methods)
+        experiment = experiments.EXPERIMENTS[args.name].only(methods=args.methods, panels=args.panels)
         experiment_runner.train_missing(raw, experiment, args.data, args.processes)
         return
     for name, text in sections().items():

@@ -41,11 +41,15 @@ class Experiment(NamedTuple):
     how: str = CIFAR_HOW
     panels: Dict[str, dict] = {'': {}}
 
-    def only(self, methods: Optional[Sequence[str]]) -> 'Experiment':
-        """With these methods, or all. ValueError: one is not of the experiment."""
-        if not set(methods or ()) <= set(self.methods):
-            raise ValueError(f'methods: of the experiment are {list(self.methods)}, got {methods}')
-        return self._replace(methods={name: self.methods[name] for name in methods or self.methods})
+    def only(self, **names: Optional[Sequence[str]]) -> 'Experiment':
+        """With these ``methods`` and ``panels``, or all. ValueError: one is not of the experiment."""
+        chosen = {}
+        for part, wanted in names.items():
+            of_part = getattr(self, part)
+            if not set(wanted or ()) <= set(of_part):
+                raise ValueError(f'{part}: of the experiment are {list(of_part)}, got {wanted}')
+            chosen[part] = {name: of_part[name] for name in wanted or of_part}
+        return self._replace(**chosen)
 
 
 CIFAR = dict(labels=4000, held_out=1000, noise=0.0, epochs=40, milestones=[0.5, 0.75], batch=64, lr=0.1)
@@ -66,7 +70,7 @@ STORAGE = {
 LANGUAGE_HOW = """\
 English sentences of Multi30k, task 1, from [multi30k/dataset](https://github.com/multi30k/dataset), in a byte-pair
 encoding of 4,000 words. A GPT-2 of three layers and width 128 (1.1 million weights), with its usual dropout, in the
-Hugging Face Trainer: AdamW, batches of 32 sentences, a learning rate that falls linearly to zero. Each seed draws 4,000
+Hugging Face Trainer: AdamW, batches of 32 sentences, a learning rate that falls linearly to zero. Each seed draws 2,000
 sentences from the second half of the training set, the order, the dropout and, from random weights, those. Fine-tuning
 continues a model that was trained plainly for 10 epochs on the first half. The temperature and the epoch of the lowest
 NLL come from the validation set, the measures from test_2016_flickr. NLL is in nats a token.
@@ -112,8 +116,8 @@ EXPERIMENTS = {
     'cifar10-4000-long': Experiment('CIFAR-10, 4,000 labels, 120 epochs', dict(CIFAR, epochs=120), METHODS),
     'bank-storage': Experiment('What the bank keeps: CIFAR-10, 4,000 labels', CIFAR, STORAGE),
     'language-model': Experiment(
-        'A language model on 4,000 sentences',
-        dict(sentences=4000, batch=32),
+        'A language model on 2,000 sentences',
+        dict(sentences=2000, batch=32),
         LANGUAGE_METHODS,
         module='language_model',
         how=LANGUAGE_HOW,

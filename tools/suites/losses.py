@@ -79,7 +79,7 @@ def loss_suite(size: str = 'small') -> List[Table]:
         candidates['identity matrix, sum of products'] = step(identity)
     title = (
         f"PS-KD's loss against `torch.nn.functional.cross_entropy`, {rows} x {classes} logits of {dtype}, forward and "
-        'backward.'
+        'and backward.'
     )
     return [Table(title, compare(candidates, repeats=repeats)), _from_hidden_states(LOSSES[size], labels, top)]
 
