@@ -46,5 +46,6 @@ class _Sum(torch.autograd.Function):
             with torch.enable_grad():
                 numbers = logits[part].detach().requires_grad_()
                 total = quality_focal(numbers, target[part], ctx.gamma).sum()
-            torch.mul(*torch.autograd.grad(total, numbers), grad, out=gradient[part])
+            (of_part,) = torch.autograd.grad(total, numbers)
+            torch.mul(of_part, grad, out=gradient[part])
         return gradient, None, None
