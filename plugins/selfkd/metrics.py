@@ -126,14 +126,21 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, bounds: Tuple[float, floa
     _check(logits, labels, 'logits')
     _check_classes(labels, logits.shape[1])
     logits, labels = logits.double(), labels.long()[:, None]
-    # In 1/T the NLL is convex: its slope, E[z] - z_label, changes sign once at most. Halved on the scale of log T.
-    low, high = (math.log(bound) for bound in bounds)
-    for _ in range(50):
-        middle = (low + high) / 2
-        inverse = math.exp(-middle)
-        slope = ((logits * inverse).softmax(1) * logits).sum(1).mean() - logits.gather(1, labels).mean()
-        low, high = (middle, high) if slope > 0 else (low, middle)
-    return math.exp((low + high) / 2)
+    logits = logits - logits.gather(1, labels)  # so that the slope has a sign, however small, where all are correct
+    # In b = 1/T the NLL is convex: its slope, E[z], grows with b, and its own slope is the variance of z. Ten steps of
+    # Newton's are nearly always enough; where they are not, or lead out of what is possible, log T is halved.
+    low, high = 1 / bounds[1], 1 / bounds[0]
+    inverse = min(max(1.0, low), high)
+    for step in range(60):
+        probs = (logits * inverse).softmax(1)
+        expected = (probs * logits).sum(1, keepdim=True)
+        slope, curvature = float(expected.mean()), float((probs * (logits - expected) ** 2).sum(1).mean())
+        if abs(slope) < 1e-9 * curvature * inverse:
+            break
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+        newton = inverse - slope / curvature if curvature else low
+        inverse = newton if low < newton < high and step < 10 else math.sqrt(low * high)
+    return 1 / inverse
 
 
 def apply_temperature(probs: Tensor, temperature: float) -> Tensor:
