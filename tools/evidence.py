@@ -140,14 +140,17 @@ def draw(name: str, panels: Panels, columns: Dict[str, tuple], drawn: Sequence[s
 
 
 def trained(name: str) -> Dict[str, Dict[str, List[dict]]]:
-    """The finished runs of an experiment: panel -> method -> lines of its raw results."""
+    """The finished runs of an experiment: panel -> method -> lines of its raw results.
+
+    Without the panels that have no two runs of each method yet: they say nothing.
+    """
     import experiment_runner
     import experiments
 
-    found: Dict[str, Dict[str, List[dict]]] = {}
-    for run in experiment_runner.finished(DOCS / f'evidence/raw/{name}.jsonl', experiments.EXPERIMENTS[name]):
-        found.setdefault(run['panel'], {}).setdefault(run['method'], []).append(run)
-    return found
+    experiment, found = experiments.EXPERIMENTS[name], {}
+    for run in experiment_runner.finished(DOCS / f'evidence/raw/{name}.jsonl', experiment):
+        found.setdefault(run['panel'], {method: [] for method in experiment.methods})[run['method']].append(run)
+    return {panel: of_panel for panel, of_panel in found.items() if all(len(runs) > 1 for runs in of_panel.values())}
 
 
 def panels_of(runs: Dict[str, Dict[str, List[dict]]]) -> Panels:

@@ -203,8 +203,7 @@ def score_loss(head: nn.Module, logits: Tensor, past: Tensor) -> Tensor:
 
 def _finite(rows: Tensor) -> Tensor:
     """Which rows are finite, without a tensor of their size."""
-    least, most = rows.aminmax(dim=1)
-    return least.isfinite() & most.isfinite()
+    return rows.amin(1).isfinite() & rows.amax(1).isfinite()
 
 
 class Places:
