@@ -154,15 +154,17 @@ def trained(name: str) -> Dict[str, Dict[str, List[dict]]]:
 
 
 def panels_of(runs: Dict[str, Dict[str, List[dict]]]) -> Panels:
-    """What the finished runs measured, at the end and earlier."""
-    return {
-        f'{panel}, {when}'.strip(', '): {
-            method: [dict(run['measures'][key], seed=run['seed']) for run in of] for method, of in of_panel.items()
-        }
-        for panel, of_panel in runs.items()
-        for key, when in WHEN.items()
-        if all(key in run['measures'] for of in of_panel.values() for run in of)
-    }
+    """What the finished runs measured, at the end and earlier, where that is not the same."""
+    panels = {}
+    for panel, of_panel in runs.items():
+        measures = [run['measures'] for of in of_panel.values() for run in of]
+        for key, when in WHEN.items():
+            if key == 'last' or any(found.get(key, found['last']) != found['last'] for found in measures):
+                panels[f'{panel}, {when}'.strip(', ')] = {
+                    method: [dict(run['measures'][key], seed=run['seed']) for run in of]
+                    for method, of in of_panel.items()
+                }
+    return panels
 
 
 def experiment_page(name: str) -> str:
