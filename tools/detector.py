@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def prepare(folder: str) -> Path:
     """Makes the data where they are not there yet: digits on photographs, in the layout of PASCAL VOC."""
     place = Path(folder) / 'VOCdevkit'
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
+    if not (place / 'VOC2007').exists():  # which is there once it is whole
         voc(place)
     return place
 

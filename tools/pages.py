@@ -215,13 +215,21 @@ def _shown(default: Any) -> str:
 
 
 def cost(name: str) -> str:
-    """Time and memory of a training step, from the table of that name on docs/performance.md."""
+    """Time and memory of a training step, from the tables of that name on docs/performance.md.
+
+    Raises:
+        ValueError: no costs are found there.
+    """
     page = (ROOT / 'docs/performance.md').read_text()
     body = page.split(f'<!-- {name} -->\n')[1].split(f'<!-- end {name} -->')[0]
-    title = body.split('\n')[0]
-    rows = re.findall(r'^\| ([^|]+) \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|$', body, re.MULTILINE)
-    lines = [f'| {title} | time | memory of its tensors |', '| --- | --- | --- |']
-    return '\n'.join([*lines, *(f'| {row} | {time} | {memory} |' for row, time, memory in rows)])
+    tables = []
+    for block in re.split(r'^(?=[^|\n].*\n\nMeasured on )', body, flags=re.MULTILINE)[1:]:
+        rows = re.findall(r'^\| ([^|]+) \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|', block, re.MULTILINE)
+        lines = [f'| {block.splitlines()[0]} | time | memory of its tensors |', '| --- | --- | --- |']
+        tables.append('\n'.join([*lines, *(f'| {row} | {time} | {memory} |' for row, time, memory in rows)]))
+    if not all(table.count('\n') > 2 for table in tables) or not tables:  # a plain row and another
+        raise ValueError(f'docs/performance.md, {name}: there are no costs, or not all of them were understood')
+    return '\n\n'.join(tables)
 
 
 PACKAGES = ('torch', 'numpy', 'mmengine', 'mmcv', 'mmcv-lite', 'mmpretrain', 'mmdet', 'mmsegmentation', 'fairseq-fixed')

@@ -29,3 +29,14 @@ def test_old_names_and_settings_of_other_parts_are_no_options():
     assert '`--pskd-alpha` | `0.3`' in table
     assert 'pskd-past' not in table
     assert 'max-epoch' not in table
+
+
+def test_costs_have_a_table_for_each_measured_step():
+    assert [pages.cost(name).count('| time | memory') for name in ('fairseq', 'mmdet')] == [1, 4]
+    assert '\n| PS-KD, token bank | ' in pages.cost('fairseq')  # whose table has a column more
+    assert '\n| Deformable DETR, PS-KD | ' in pages.cost('mmdet')
+
+
+def test_a_section_without_costs_is_named():
+    with pytest.raises(ValueError, match='loss-full: there are no costs'):
+        pages.cost('loss-full')

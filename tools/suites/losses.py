@@ -78,8 +78,8 @@ def loss_suite(size: str = 'small') -> List[Table]:
     if classes < 100_000:  # a matrix of 40 GB and more
         candidates['identity matrix, sum of products'] = step(identity)
     title = (
-        f"PS-KD's loss against `torch.nn.functional.cross_entropy`, {rows} x {classes} logits of {dtype}, forward and "
-        'and backward.'
+        f"PS-KD's loss against `torch.nn.functional.cross_entropy`, {rows} x {classes} logits of {str(dtype)[6:]}, "
+        'forward and backward.'
     )
     return [Table(title, compare(candidates, repeats=repeats)), _from_hidden_states(LOSSES[size], labels, top)]
 
