@@ -22,6 +22,8 @@ __all__ = ['Places', 'check_places', 'check_scores', 'score_loss', 'scores', 'sc
 # What decides which query is which, in a decoder's call.
 ASKED = ('query', 'query_pos', 'reference_points', 'self_attn_mask', 'attn_mask', 'self_attn_masks')
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def scoring_head(model: nn.Module) -> Any:
     """The head that scores classes at places: a ``bbox_head``, or SOLO's mask head; else None."""
@@ -43,8 +45,8 @@ def check_places(hook: str, model: nn.Module) -> None:
     transformer = isinstance(model, DetectionTransformer)
     asked = model.forward_transformer if transformer else head.forward
     known = ['img_feats', 'batch_data_samples'] if transformer else []
-    given = inspect.signature(asked).parameters.values()
-    others = [part.name for part in given if part.name not in known and part.default is part.empty][not transformer :]
+    given = [part for part in inspect.signature(asked).parameters.values() if part.kind not in VARIADIC]
+    others = [part.name for part in given[not transformer :] if part.name not in known and part.default is part.empty]
     if others:
         raise ValueError(
             f'{hook}: {name} scores boxes by {", ".join(others)} as well as by images: where it reads texts, a past '
@@ -253,5 +255,7 @@ class Places:
             )
         found = model.forward_transformer(feats, data_samples)
         self._asked = {}  # not to be held through the backward pass
-        wanted = inspect.signature(head.forward).parameters
-        return head(**{name: value for name, value in found.items() if name in wanted})
+        parts = inspect.signature(head.forward).parameters
+        # A subclass's forward(*args, **kwargs) hands on to its base class's, which names these two.
+        wanted = {'hidden_states', 'references'} if any(p.kind in VARIADIC for p in parts.values()) else set()
+        return head(**{name: value for name, value in found.items() if name in wanted.union(parts)})

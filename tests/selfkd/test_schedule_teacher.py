@@ -35,10 +35,20 @@ def test_in_eval_mode_it_is_without_noise_and_follows_only_update():
     torch.set_rng_state(random_state)
     torch.testing.assert_close(teacher(x), expected)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert not teacher(x).requires_grad
     teacher.update(model)
     torch.testing.assert_close(teacher(x), copy.deepcopy(model).eval()(x))
     assert model.training
+
+
+def test_a_copys_weights_require_gradients_as_the_models_and_take_none_along():
+    """F.linear goes another, slower way for weights that need none where its input is not contiguous."""
+    model = nn.Linear(2, 3)
+    model(torch.randn(4, 2)).sum().backward()
+    model.bias.requires_grad_(False)
+    copied = SnapshotTeacher(model).model
+    assert (copied.weight.requires_grad, copied.bias.requires_grad) == (True, False)
+    assert copied.weight.grad is None
 
 
 def test_in_train_mode_dropout_is_drawn_anew_from_the_step():

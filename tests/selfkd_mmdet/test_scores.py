@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers.mmdet import PSKD, config
 from helpers.mmengine import train
 from mmdet.models.dense_heads import CenterNetHead, CornerHead
+from mmdet.registry import MODELS as DETECTORS
 from mmengine.hooks import Hook
 from torch import nn
 
@@ -91,6 +92,17 @@ def test_the_copys_decoder_is_asked_the_students_queries(voc, tmp_path):
         handle.remove()
     with pytest.raises(RuntimeError, match='does not call its decoder with query='):  # nothing was noted
         hook._places.scores(inputs, samples)
+
+
+@pytest.mark.parametrize('model', ['rtmdet', 'deformable detr'])
+def test_a_forward_that_hands_on_its_arguments(voc, tmp_path, model):
+    cfg = config(voc, tmp_path, PSKD, model=model)
+    head = DETECTORS.get(cfg.model.bbox_head.type)
+    own = type('HandingOn', (head,), {'forward': lambda self, *args, **kwargs: head.forward(self, *args, **kwargs)})
+    DETECTORS.register_module(module=own, force=True)
+    cfg.model.bbox_head.type = 'HandingOn'
+    train(cfg, watch := Watch())
+    assert watch.steps[-1]['logs']['loss_pskd'] > 0
 
 
 def test_a_score_of_class_times_objectness_is_the_products_logit():
