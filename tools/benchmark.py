@@ -28,8 +28,8 @@ SUITES = {
     'fairseq': 'suites.fairseq:step_suite',
 }
 
-# Else most of it goes back to the system, and each pass pays for its pages anew: a past copy's pass, which frees its maps
-# as it goes, more than the student's.
+# Else most of it goes back to the system, and each pass pays for its pages anew: a past copy's pass, which frees its
+# maps as it goes, more than the student's.
 ALLOCATOR = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**40)}
 
 
