@@ -170,6 +170,14 @@ class TwoClasses(d2_runs.Trainer):
             sample['instances'].gt_classes %= 2
         return loader
 
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        for name, weight in model.named_parameters():
+            if 'cls_score.weight' in name:  # far apart: a KL of 1e-4 is near float32's rounding
+                weight.data.mul_(30)
+        return model
+
 
 @pytest.mark.parametrize('case', ['faster', 'mask', 'cascade', 'c4', *BESIDE])
 def test_cskd_recomputed_pair_by_pair(voc, tmp_path, case):
@@ -189,7 +197,8 @@ def test_cskd_recomputed_pair_by_pair(voc, tmp_path, case):
             expected += 0.5 * 2**2 * (teacher * (teacher / student).log()).sum().item() / len(label)
             kinds.add('other image' if image[anchor] != image[partner] else 'same image')
         suffix = f'_stage{i % stages}' if stages > 1 else ''
-        assert spy.losses[step][f'loss_cskd{suffix}'] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        assert expected > 0.005
+        assert spy.losses[step][f'loss_cskd{suffix}'] == pytest.approx(expected, rel=1e-3)
         plain = F.cross_entropy(logits, label).item()
         assert spy.losses[step][f'loss_cls{suffix}'] == pytest.approx(plain, rel=1e-5)
     assert 'other image' in kinds
