@@ -122,7 +122,6 @@ ONE_STAGE_METHODS = {
         ('PS-KD 0.8, in the focal loss', dict(type='selfkd_mmdet.PSKDHook', alpha=0.8), False),
         ('PS-KD 0.8, a loss of its own', dict(type='selfkd_mmdet.PSKDHook', alpha=0.8), True),
         ('PS-KD 0.3, in the focal loss', dict(type='selfkd_mmdet.PSKDHook', alpha=0.3), False),
-        ('PS-KD 0.3, a loss of its own', dict(type='selfkd_mmdet.PSKDHook', alpha=0.3), True),
     )
 }
 EXPERIMENTS = {

@@ -307,7 +307,7 @@ class PredictionBank:
             if saved[name] != own:
                 raise ValueError(
                     f'PredictionBank: the saved bank has {name}={saved[name]}, this one {name}={own}: resume with the '
-                    'settings and the training set of the saved run, or start without it'
+                    'settings and the training set of the saved run, or load its weights without resuming'
                 )
         self._refuse_if_damaged(state)
         self._pending.clear()

@@ -4,7 +4,8 @@ Values of tensors are looked at where that is free: on the CPU, and not while to
 """
 
 import math
-from typing import Optional, Sequence, Tuple, Union
+from numbers import Real
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ def at_least_zero(user: str, **settings: float) -> None:
         Traceback (most recent call last):
         ValueError: CSKDHook: weight must be at least 0, got -1
     """
+    _numbers(user, settings)
     for name, value in settings.items():
         if not value >= 0:
             raise ValueError(f'{user}: {name} must be at least 0, got {value}')
@@ -56,6 +58,7 @@ def at_least_zero(user: str, **settings: float) -> None:
 
 def positive(user: str, **settings: float) -> None:
     """As [`at_least_zero`][], and refuses zero."""
+    _numbers(user, settings)
     for name, value in settings.items():
         if not value > 0:
             raise ValueError(f'{user}: {name} must be above 0, got {value}')
@@ -64,9 +67,16 @@ def positive(user: str, **settings: float) -> None:
 
 def share(user: str, **settings: float) -> None:
     """As [`at_least_zero`][], and refuses what is above one."""
+    _numbers(user, settings)
     for name, value in settings.items():
         if not 0 <= value <= 1:
             raise ValueError(f'{user}: {name} must lie in [0, 1], got {value}')
+
+
+def _numbers(user: str, settings: Dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+            raise ValueError(f'{user}: {name} must be a number, as 0.5, got {value!r}')
 
 
 def one_of(user: str, allowed: Sequence[object], **settings: object) -> None:
@@ -160,8 +170,8 @@ def check_probs(name: str, probs: Tensor, shape: Tuple[int, ...], ignored: Optio
         probs = probs.detach()
         # A few samples at a time, so that the second look at them is at the cache.
         chunks = probs.split(max(1, 2**17 * len(probs) // probs.numel()))
-        sums = torch.cat([chunk.sum(1, dtype=wide(probs.dtype)) for chunk in chunks])
-        lows = torch.cat([chunk.amin(1) for chunk in chunks])
+        looks = [(chunk.sum(1, dtype=wide(probs.dtype)), chunk.amin(1)) for chunk in chunks]
+        sums, lows = map(torch.cat, zip(*looks))
         if ignored is not None:
             sums, lows = sums.masked_fill(ignored, 1), lows.masked_fill(ignored, 0)
         _check_sums_and_lows(name, sums, lows, probs.shape[1])

@@ -41,7 +41,7 @@ def check_options(user: str, task: str, options: Dict[str, Any]) -> None:
         raise ValueError(f'{user}: interval must be a positive number of steps, got {interval}')
     if not 0 <= decay < 1:
         raise ValueError(f'{user}: ema_decay must lie in [0, 1), got {decay}')
-    check_momentum(options.get('bank_momentum', 0.0), options.get('top_k'))
+    check_momentum(options.get('bank_momentum', 0.0), options.get('top_k'), f'{user}: ')
     if options.get('bank_dtype') is not None:
         storage_name(f'{user}: bank_dtype', options['bank_dtype'])
     idle = [] if teacher == 'auto' else options_without_effect(teacher, task, options)
@@ -52,14 +52,14 @@ def check_options(user: str, task: str, options: Dict[str, Any]) -> None:
         )
 
 
-def check_momentum(momentum: float, top_k: Optional[int]) -> None:
-    """Refuses a bank's momentum that is out of range, or beside ``top_k``."""
+def check_momentum(momentum: float, top_k: Optional[int], user: str = '') -> None:
+    """Refuses a bank's momentum that is out of range, or beside ``top_k``. ``user``: what messages begin with."""
     if not 0 <= momentum < 1:
-        raise ValueError(f'bank_momentum: must lie in [0, 1), got {momentum}')
+        raise ValueError(f'{user}bank_momentum: must lie in [0, 1), got {momentum}')
     if momentum and top_k:
         raise ValueError(
-            f'bank_momentum: rows of which a few classes are kept cannot be averaged, got {momentum} beside '
-            f'top_k={top_k}: remove one of the two'
+            f'{user}bank_momentum={momentum} averages whole predictions, and with top_k={top_k} only a few classes of '
+            'each are kept: remove one of the two'
         )
 
 

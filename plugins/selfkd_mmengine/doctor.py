@@ -11,7 +11,7 @@ from mmengine.config import Config, DictAction
 
 from selfkd.cli import command_parser, refusing
 
-from .configs import load_config
+from .configs import load_config, refuse_lost_hooks
 from .trial import METHODS, Outcome, classify, forget_weights, refusal, train
 
 __all__ = ['diagnose', 'main', 'shortened']
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     with refusing(parser, ModuleNotFoundError):
         cfg = load_config(args.config)
+        refuse_lost_hooks(args.config)
         cfg.merge_from_dict(args.cfg_options)
         with tempfile.TemporaryDirectory() as folder:
             cfg = shortened(cfg, folder, args.batch_size)

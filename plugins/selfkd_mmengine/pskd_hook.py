@@ -108,6 +108,7 @@ class PSKDHookBase(SelfKDHook):
             saved = (self._resumed_state or {}).get('source')
             if self.teacher == 'auto' and saved:
                 self.source = saved  # what it was, whatever the resumed run would choose
+                runner.logger.info(f"PSKDHook: teacher='auto' goes on with the {saved} of the checkpoint")
             else:
                 self.source = choose_teacher(self.teacher, obstacle, log=runner.logger.info)
             if saved not in (None, self.source):

@@ -1,12 +1,14 @@
 """The command ``selfkd train``."""
 
 import argparse
+import inspect
 import os
 import re
 from pathlib import Path
 from typing import Sequence
 
 from mmengine.config import Config, DictAction
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
@@ -17,6 +19,9 @@ from .configs import load_config, refuse_lost_hooks
 from .launch import leave_group, prepare_cpu_launch
 
 __all__ = ['main', 'refuse_cut_checkpoint', 'refuse_ignored']
+
+OURS = r"'type': '(selfkd_\w+\.\w+)'"
+LOGGED = {'PSKDHook': r'train/(s\d+\.)?pskd_', 'CSKDHook': r'train/(s\d+\.)?loss_cskd'}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -62,6 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     prepare_cpu_launch(cfg)
     runner = Runner.from_cfg(cfg)
     refuse_ignored(cfg, runner.model)
+    runner.register_hook(StaleLogs())
     runner.train()
     del runner
     leave_group()
@@ -79,12 +85,40 @@ def refuse_cut_checkpoint(cfg: Config) -> None:
 
 
 def refuse_ignored(cfg: Config, model: nn.Module) -> None:
-    """Some models (MMDetection's RPN) take any option, and leave what they do not know out without a word."""
+    """What the config asks for, and nothing reads: a section whose name the runner does not know (``default_hook``), or
+    an option of a model that takes any (MMDetection's RPN)."""
+    sections, known = cfg.to_dict(), inspect.signature(Runner.__init__).parameters
+    read = str([content for section, content in sections.items() if section in known])
+    for section, content in sections.items():
+        for name in re.findall(OURS, str({section: content})):
+            if f"'{name}'" not in read:  # a variable of the config may be used in a section that is read
+                raise ValueError(
+                    f'{section}: asks for {name}, and no part of MMEngine reads a section of this name, so training '
+                    'would be plain: hooks go into default_hooks, networks into model'
+                )
     built = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    for name in re.findall(r"'type': '(selfkd_\w+\.\w+)'", str(cfg.model.to_dict())):
+    for name in re.findall(OURS, str(cfg.model.to_dict())):
         name = name.split('.')[-1]
         if name not in built:
             raise ValueError(
                 f'{name}: the config asks for it, but {cfg.model.type} was built without it, so training would be '
                 'plain: the model has no such part; take another model, or leave the option out'
             )
+
+
+class StaleLogs(Hook):
+    """A run that was trained with a hook of ours may be resumed without it. MMEngine restores what was logged, and
+    would print the hook's last numbers to the end of training."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        hub = checkpoint.get('message_hub') if runner._resume else None
+        for name, logged in LOGGED.items() if hub else ():
+            stale = [key for key in hub['log_scalars'] if re.match(logged, key)]
+            if stale and all(type(hook).__name__ != name for hook in runner.hooks):
+                runner.logger.warning(
+                    f'the checkpoint was trained with {name}, and this config has no such hook: training goes on '
+                    'without the method'
+                )
+                for key in stale:
+                    del hub['log_scalars'][key]
+                    hub['resumed_keys'].pop(key, None)

@@ -64,6 +64,16 @@ class FRSKDImageClassifier(ImageClassifier):
         check_head_type('FRSKDImageClassifier', kwargs.get('head'))
         known = list(inspect.signature(ImageClassifier.__init__).parameters)[1:]
         foreign = sorted(set(kwargs) - set(known)) if type(self) is FRSKDImageClassifier else []
+        own = ['base_type', 'stages', *list(inspect.signature(SelfTeacher.__init__).parameters)[4:]]
+        misplaced = [name for name in own if name in foreign]
+        if misplaced:
+            raise ValueError(
+                f'FRSKDImageClassifier: {", ".join(misplaced)}: the settings of the method belong to self_teacher, so '
+                f'write model.self_teacher.{misplaced[0]}'
+            )
+        unknown = sorted(set(self_teacher or {}).difference(own))
+        if unknown:
+            raise ValueError(f'FRSKDImageClassifier: self_teacher has no setting {", ".join(unknown)}, but {own}')
         if foreign or 'backbone' not in kwargs:
             raise ValueError(
                 f'FRSKDImageClassifier: stands for an ImageClassifier, whose settings are {known}, got '

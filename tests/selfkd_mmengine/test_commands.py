@@ -1,8 +1,11 @@
 """`selfkd train` and `selfkd report` on files that are not there, not whole, or in the way."""
 
+import json
+
 import pytest
 import torch
 from helpers.mmengine import digits_config
+from mmengine.logging import MMLogger
 
 from selfkd.cli import main
 from selfkd_mmpretrain.report import check_runs, finished_run
@@ -81,3 +84,40 @@ def test_training_does_not_start_from_a_checkpoint_that_is_not_whole(digits, tmp
     assert 'last_checkpoint: is empty, name a checkpoint after --resume' in refused(capsys, *train, '--resume')
     (tmp_path / 'file').write_text('')
     assert f'{tmp_path}/file' in refused(capsys, 'train', run / 'config.py', '--work-dir', tmp_path / 'file')
+
+
+PSKD = 'selfkd_mmpretrain.PSKDHook'
+
+
+def test_a_section_that_nothing_reads_is_refused(digits, tmp_path):
+    """A variable of the config is no such section, where it is used in one that is read."""
+    cfg = digits_config(digits, tmp_path / 'run', **{'train_cfg.max_epochs': 2})
+    cfg.dump(tmp_path / 'config.py')
+    options = ['--cfg-options', f'default_hook.pskd.type={PSKD}']
+    with pytest.raises(ValueError, match='default_hook: asks for selfkd_mmpretrain.PSKDHook, and no part of MMEngine'):
+        main(['train', str(tmp_path / 'config.py'), *options])
+    cfg.own_hook = dict(type=PSKD)
+    cfg.default_hooks.pskd = cfg.own_hook
+    cfg.dump(tmp_path / 'config.py')
+    main(['train', str(tmp_path / 'config.py')])
+    assert 'pskd_alpha' in scalars(tmp_path / 'run')[-1]
+
+
+def scalars(folder):
+    lines = [line for file in sorted(folder.glob('*/vis_data/scalars.json')) for line in file.read_text().splitlines()]
+    return [line for line in map(json.loads, lines) if 'loss' in line]
+
+
+def test_resuming_without_the_hook_says_so_and_does_not_repeat_its_numbers(digits, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(MMLogger, 'warning', lambda self, text, *args, **options: warnings.append(text))
+    cfg = digits_config(digits, tmp_path / 'run', **{'default_hooks.logger.interval': 1})
+    cfg.dump(tmp_path / 'config.py')
+    train = ['train', str(tmp_path / 'config.py'), '--cfg-options']
+    main([*train, 'train_cfg.max_epochs=2', f'default_hooks.pskd.type={PSKD}'])
+    assert 'pskd_soft' in scalars(tmp_path / 'run')[-1]
+    again = [*train[:2], '--work-dir', str(tmp_path / 'again'), '--resume', str(tmp_path / 'run/epoch_2.pth')]
+    main(again)
+    assert len(scalars(tmp_path / 'again')) == 5
+    assert not any('pskd' in name for line in scalars(tmp_path / 'again') for name in line)
+    assert any('was trained with PSKDHook, and this config has no such hook' in text for text in warnings)

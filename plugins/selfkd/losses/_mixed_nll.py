@@ -1,6 +1,7 @@
 """The cross-entropy against a mixed target that is never built, and its gradient, a few samples at a time."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import tracing, wide
@@ -92,19 +93,22 @@ class _MixedNLL(torch.autograd.Function):
         soft, hard = -alpha * grad, -grad if ctx.keep_hard else grad * (alpha - 1)
         gradient, dtype = torch.empty_like(logits), wide(logits.dtype)
         for rows in row_slices(logits):
-            log_probs = None if ctx.normalized else log_softmax(logits[rows])
+            probs = None if ctx.normalized else F.softmax(logits[rows], 1, dtype=dtype)
             part_of = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows))
             weights = (hard[rows].unsqueeze(1), soft[rows].unsqueeze(1))
             settings = (rest[rows], ctx.smoothing, of_rows(ignored, rows), *weights)
-            gradient[rows] = gradient_of_terms(log_probs, logits[rows], *part_of, *settings)
+            place = gradient[rows] if gradient.dtype == dtype and not ctx.normalized else None
+            part = gradient_of_terms(probs, logits[rows], *part_of, *settings, out=place)
+            if place is None:
+                gradient[rows] = part
         return (gradient, *[None] * 8)
 
 
-def gradient_of_terms(log_probs, logits, labels, past, classes, rest, smoothing, ignored, hard, soft):
+def gradient_of_terms(probs, logits, labels, past, classes, rest, smoothing, ignored, hard, soft, out=None):
     """Of the losses, with respect to the logits: each one's share of the softmax, less the target.
 
-    ``hard`` and ``soft``, ``[N, 1, ...]``, are minus the weights of the two parts. ``log_probs`` is overwritten; None:
-    the logits are normalised, and the gradient is minus the target.
+    ``hard`` and ``soft``, ``[N, 1, ...]``, are minus the weights of the two parts. ``probs`` is the logits' softmax,
+    which the gradient overwrites if it has no ``out``; None: the logits are normalised, and it is minus the target.
     """
     if ignored is not None and classes is not None:  # whose past may hold anything
         past = past.masked_fill(ignored.unsqueeze(1), 0)
@@ -113,7 +117,7 @@ def gradient_of_terms(log_probs, logits, labels, past, classes, rest, smoothing,
     each = smoothing / other_classes(logits)  # what every class gets from the smoothed label
     own = 1 - smoothing - each  # what the label's own gets besides
     ids = labels is not None and not labels.is_floating_point()
-    if log_probs is None:
+    if probs is None:
         gradient = torch.zeros_like(logits, dtype=wide(logits.dtype))
     else:
         share = torch.zeros_like(hard)
@@ -122,7 +126,7 @@ def gradient_of_terms(log_probs, logits, labels, past, classes, rest, smoothing,
         if past is not None:
             left = logits.shape[1] - past.shape[1]
             share = share - soft * (past.sum(1, keepdim=True) + (rest * left if classes is not None else 0))
-        gradient = log_probs.exp_().mul_(share)
+        gradient = torch.mul(probs, share, out=probs if out is None else out)
     if classes is not None or smoothing:
         gradient += hard * each + (soft * rest if classes is not None else 0)
     if classes is not None:

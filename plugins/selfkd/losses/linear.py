@@ -137,7 +137,8 @@ class _LinearPSKD(torch.autograd.Function):
                 hard, soft = (
                     (-weight_of * factor[rows]).unsqueeze(1) for weight_of in (1 if keep_hard else 1 - share, share)
                 )
-                part = gradient_of_terms(log_probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
+                probs = log_probs.exp_()
+                part = gradient_of_terms(probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
                 _add_gradients(gradients, part, hidden, weight, rows)
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) if keeps else g / count for g in gradients))
