@@ -111,14 +111,16 @@ class StaleLogs(Hook):
     would print the hook's last numbers to the end of training."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        hub = checkpoint.get('message_hub') if runner._resume else None
-        for name, logged in LOGGED.items() if hub else ():
-            stale = [key for key in hub['log_scalars'] if re.match(logged, key)]
+        if not runner._resume or 'message_hub' not in checkpoint:
+            return
+        scalars, resumed = (checkpoint['message_hub'][name] for name in ('log_scalars', 'resumed_keys'))
+        for name, logged in LOGGED.items():
+            stale = [key for key in scalars if re.match(logged, key)]
             if stale and all(type(hook).__name__ != name for hook in runner.hooks):
                 runner.logger.warning(
                     f'the checkpoint was trained with {name}, and this config has no such hook: training goes on '
                     'without the method'
                 )
                 for key in stale:
-                    del hub['log_scalars'][key]
-                    hub['resumed_keys'].pop(key, None)
+                    del scalars[key]
+                    resumed.pop(key, None)

@@ -117,7 +117,8 @@ def test_resuming_without_the_hook_says_so_and_does_not_repeat_its_numbers(digit
     main([*train, 'train_cfg.max_epochs=2', f'default_hooks.pskd.type={PSKD}'])
     assert 'pskd_soft' in scalars(tmp_path / 'run')[-1]
     again = [*train[:2], '--work-dir', str(tmp_path / 'again'), '--resume', str(tmp_path / 'run/epoch_2.pth')]
-    main(again)
+    # mmengine names a run after the second that it began in, and would write into the first run's folder.
+    main([*again, '--cfg-options', 'experiment_name=again'])
     assert len(scalars(tmp_path / 'again')) == 5
     assert not any('pskd' in name for line in scalars(tmp_path / 'again') for name in line)
     assert any('was trained with PSKDHook, and this config has no such hook' in text for text in warnings)
