@@ -377,7 +377,7 @@ def refused(message, cfg, error=ValueError):
         (dict(SNAPSHOT, ema_decay=0.9), "with teacher='snapshot' ema_decay would do nothing: remove"),
         (dict(PSKD, teacher='ema', bank_momentum=0.5), "with teacher='ema' bank_momentum would do nothing: remove"),
         (dict(PSKD, teacher='ema', ema_decay=1.0), r'ema_decay must lie in \[0, 1\), got 1.0'),
-        (dict(PSKD, bank_momentum=0.5, top_k=3), 'bank_momentum: rows of which a few classes are kept cannot'),
+        (dict(PSKD, bank_momentum=0.5, top_k=3), 'bank_momentum=0.5 averages whole predictions, and with top_k=3'),
         (dict(PSKD, top_k=11), r'top_k: must lie in \[1, num_classes=10\] or be None, got 11'),
         (
             dict(PSKD, teacher='bank', teacher_mode='eval', interval=3),
