@@ -89,7 +89,13 @@ def test_training_does_not_start_from_a_checkpoint_that_is_not_whole(digits, tmp
 PSKD = 'selfkd_mmpretrain.PSKDHook'
 
 
-def test_a_section_that_nothing_reads_is_refused(digits, tmp_path):
+@pytest.fixture
+def in_process(monkeypatch):
+    """`selfkd train` sets LOCAL_RANK for good, which accelerate would take for a launch of several processes."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+
+
+def test_a_section_that_nothing_reads_is_refused(digits, tmp_path, in_process):
     """A variable of the config is no such section, where it is used in one that is read."""
     cfg = digits_config(digits, tmp_path / 'run', **{'train_cfg.max_epochs': 2})
     cfg.dump(tmp_path / 'config.py')
@@ -108,7 +114,7 @@ def scalars(folder):
     return [line for line in map(json.loads, lines) if 'loss' in line]
 
 
-def test_resuming_without_the_hook_says_so_and_does_not_repeat_its_numbers(digits, tmp_path, monkeypatch):
+def test_resuming_without_the_hook_says_so_and_does_not_repeat_its_numbers(digits, tmp_path, in_process, monkeypatch):
     warnings = []
     monkeypatch.setattr(MMLogger, 'warning', lambda self, text, *args, **options: warnings.append(text))
     cfg = digits_config(digits, tmp_path / 'run', **{'default_hooks.logger.interval': 1})
