@@ -158,7 +158,7 @@ def _copy_of(model: nn.Module) -> nn.Module:
         memo.update({id(child): nn.Identity() for name, child in module.named_children() if name == SELF_TEACHER})
     copied = copy.deepcopy(model, memo)
     # Only gradients are dropped. Without requires_grad, F.linear takes another way where its input is not contiguous:
-    # on a CPU one four times slower, and rounded otherwise than the student's.
+    # on a CPU one four times slower, and rounded differently from the student's.
     for parameter in copied.parameters():
         parameter.grad = None
     copies = dict(copied.named_modules())

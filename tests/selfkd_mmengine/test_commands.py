@@ -114,17 +114,25 @@ def scalars(folder):
     return [line for line in map(json.loads, lines) if 'loss' in line]
 
 
-def test_resuming_without_the_hook_says_so_and_does_not_repeat_its_numbers(digits, tmp_path, in_process, monkeypatch):
+@pytest.mark.parametrize(('kind', 'logged'), [('PSKDHook', 'pskd_soft'), ('CSKDHook', 'loss_cskd')])
+def test_resuming_without_the_hook_says_so_and_does_not_repeat_its_numbers(
+    digits, tmp_path, in_process, monkeypatch, kind, logged
+):
+    """And with it again: it acts."""
     warnings = []
     monkeypatch.setattr(MMLogger, 'warning', lambda self, text, *args, **options: warnings.append(text))
     cfg = digits_config(digits, tmp_path / 'run', **{'default_hooks.logger.interval': 1})
     cfg.dump(tmp_path / 'config.py')
     train = ['train', str(tmp_path / 'config.py'), '--cfg-options']
-    main([*train, 'train_cfg.max_epochs=2', f'default_hooks.pskd.type={PSKD}'])
-    assert 'pskd_soft' in scalars(tmp_path / 'run')[-1]
+    main([*train, 'train_cfg.max_epochs=2', f'default_hooks.ours.type=selfkd_mmpretrain.{kind}'])
+    assert logged in scalars(tmp_path / 'run')[-1]
     again = [*train[:2], '--work-dir', str(tmp_path / 'again'), '--resume', str(tmp_path / 'run/epoch_2.pth')]
     # mmengine names a run after the second that it began in, and would write into the first run's folder.
     main([*again, '--cfg-options', 'experiment_name=again'])
     assert len(scalars(tmp_path / 'again')) == 5
-    assert not any('pskd' in name for line in scalars(tmp_path / 'again') for name in line)
-    assert any('was trained with PSKDHook, and this config has no such hook' in text for text in warnings)
+    assert not any(logged[-4:] in name for line in scalars(tmp_path / 'again') for name in line)
+    assert any(f'was trained with {kind}, and this config has no such hook' in text for text in warnings)
+    on = [*train[:2], '--work-dir', str(tmp_path / 'on'), '--resume', str(tmp_path / 'again/epoch_3.pth')]
+    options = ['experiment_name=on', 'train_cfg.max_epochs=5', f'default_hooks.ours.type=selfkd_mmpretrain.{kind}']
+    main([*on, '--cfg-options', *options])
+    assert scalars(tmp_path / 'on')[-1][logged] > 0

@@ -131,9 +131,10 @@ def test_a_list_of_hooks_that_drops_the_inherited_ones_is_refused(tmp_path, styl
     for config in (lost, write('grandchild', 'train_cfg = dict(max_epochs=2)', 'lost')):
         with pytest.raises(ValueError, match=message):
             refuse_lost_hooks(config)
-        with pytest.raises(SystemExit, match='2'):
-            main(['train', config])
-        assert 'training would be without EMAHook' in capsys.readouterr().err
+        for command in ('train', 'doctor'):
+            with pytest.raises(SystemExit, match='2'):
+                main([command, config])
+            assert 'training would be without EMAHook' in capsys.readouterr().err
 
     both = f"custom_hooks = [dict(type='EMAHook'), dict(type={kind}, alpha=0.8)]"
     added = f'pskd=dict(type={kind}, alpha=0.8)'

@@ -436,6 +436,8 @@ FOCAL = dict(type='LinearClsHead', num_classes=10, in_channels=32, loss=dict(typ
             dict(loss=None),
             r"stands for an ImageClassifier, whose settings are .* got \['loss'\]: the config is of another",
         ),
+        (dict(alpha=2), 'alpha: the settings of the method belong to self_teacher, so write model.self_teacher.alpha'),
+        (dict(self_teacher=dict(alhpa=2)), r"self_teacher has no setting alhpa, but \['base_type', 'stages', 'alpha'"),
         (
             dict(backbone=dict(type='ConvMixer', arch='768/32'), head=CONVMIXER_HEAD),
             'ConvMixer gives feature maps of one size',

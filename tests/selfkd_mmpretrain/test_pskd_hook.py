@@ -370,6 +370,8 @@ def refused(message, cfg, error=ValueError):
 @pytest.mark.parametrize(
     ('hook', 'message'),
     [
+        (dict(PSKD, alpha=[0, 8]), r'PSKDHook: alpha must be a number, as 0.5, got \[0, 8\]'),
+        (dict(PSKD, alpha=True), 'PSKDHook: alpha must be a number, as 0.5, got True'),
         (dict(PSKD, alpha=1.2), r'alpha must lie in \[0, 1\], got 1.2'),
         (dict(PSKD, teacher='cnn'), r"teacher must be one of \['auto', 'bank', 'snapshot', 'ema'\], got 'cnn'"),
         (dict(PSKD, bank_dtype='int8'), r"bank_dtype: must be one of \['float32', 'float16', 'log8'\], got 'int8'"),
