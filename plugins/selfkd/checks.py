@@ -5,7 +5,7 @@ Values of tensors are looked at where that is free: on the CPU, and not while to
 
 import math
 from numbers import Real
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -164,17 +164,30 @@ def check_alpha(alpha: Union[float, Tensor], logits: Tensor) -> Union[float, Ten
 
 def check_probs(name: str, probs: Tensor, shape: Tuple[int, ...], ignored: Optional[Tensor] = None) -> None:
     """Distributions over dimension 1; rows that are ``ignored``, bool ``[N, ...]``, may hold anything."""
-    if probs.shape != shape or not probs.is_floating_point():
-        raise ValueError(f'{name}: must be floating with shape {tuple(shape)}, got {probs.dtype}, {tuple(probs.shape)}')
-    if free_to_look(probs):
+    check = check_of_rows(name, probs, shape, ignored)
+    if check is not None:
         probs = probs.detach()
         # A few samples at a time, so that the second look at them is at the cache.
         chunks = probs.split(max(1, 2**17 * len(probs) // probs.numel()))
         looks = [(chunk.sum(1, dtype=wide(probs.dtype)), chunk.amin(1)) for chunk in chunks]
-        sums, lows = map(torch.cat, zip(*looks))
+        check(*map(torch.cat, zip(*looks)))
+
+
+def check_of_rows(
+    name: str, probs: Tensor, shape: Tuple[int, ...], ignored: Optional[Tensor] = None
+) -> Optional[Callable[[Tensor, Tensor], None]]:
+    """For who reads the distributions anyway: what is to be called with their sums and least values, if anything."""
+    if probs.shape != shape or not probs.is_floating_point():
+        raise ValueError(f'{name}: must be floating with shape {tuple(shape)}, got {probs.dtype}, {tuple(probs.shape)}')
+    if not free_to_look(probs):
+        return None
+
+    def check(sums: Tensor, lows: Tensor) -> None:
         if ignored is not None:
             sums, lows = sums.masked_fill(ignored, 1), lows.masked_fill(ignored, 0)
         _check_sums_and_lows(name, sums, lows, probs.shape[1])
+
+    return check
 
 
 def check_top_k(name: str, values: Tensor, classes: Tensor, logits: Tensor) -> None:

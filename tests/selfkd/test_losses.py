@@ -416,6 +416,28 @@ def test_a_few_samples_at_a_time_are_as_all_at_once_to_the_second_derivative(cas
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('case', CASES)
+def test_the_gradient_is_the_same_however_it_is_asked_for(case, dtype):
+    """On CPUs it is written in the forward pass, and used once, if it can be."""
+    logits, labels, past = draw_batch(25, 12, 9)
+    other, z = draw_batch(26, 12, 9)[2], (logits + 300).to(dtype).requires_grad_()
+    exact = z.detach().double().requires_grad_()  # traced by plain autograd, as a second derivative needs it
+    (expected,) = torch.autograd.grad(CASES[case](exact, labels, past, other), exact, create_graph=True)
+    expected = expected.detach().to(dtype)
+    loss = CASES[case](z, labels, past, other)
+    (first,) = torch.autograd.grad(loss, z, retain_graph=True)
+    torch.testing.assert_close(first, expected)
+    first.zero_()  # whoever asked may do so
+    (again,) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(again, expected)
+    (scaled,) = torch.autograd.grad(4 * CASES[case](z, labels, past, other), z)
+    torch.testing.assert_close(scaled, 4 * expected)
+    (CASES[case](z, labels, past, other) / 2).backward()
+    (CASES[case](z, labels, past, other) / 2).backward()
+    torch.testing.assert_close(z.grad, expected)
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_of_half_precision_logits_nothing_wider_is_kept(case):
     """What autograd keeps for the backward pass, besides the inputs, is numbers per sample."""

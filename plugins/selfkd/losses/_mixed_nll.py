@@ -1,38 +1,89 @@
 """The cross-entropy against a mixed target that is never built, and its gradient, a few samples at a time."""
 
+from typing import NamedTuple, Optional, Union
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import tracing, wide
 from ..topk import TopK
-from ._common import class_dot, log_softmax, mix, of_rows, other_classes, row_slices, times
+from ._common import (
+    class_dot,
+    counted,
+    log_softmax,
+    mix,
+    of_rows,
+    other_classes,
+    reduce,
+    row_slices,
+    softmax_and_log,
+    times,
+    weights,
+)
 
 
-def mixed_nll(logits, labels, past, classes, alpha, smoothing=0.0, ignored=None, normalized=False, keep_hard=False):
-    """mix(hard, soft, alpha) per sample: hard = -log p_y (smoothed), soft = -sum_c q_c log p_c, and 0 where ignored.
+class Mixture(NamedTuple):
+    """What a loss is mixed of: mix(hard, soft, alpha) with hard = -log p_y (smoothed), soft = -sum_c q_c log p_c.
 
-    ``labels`` are class ids ``[N, ...]``, or probs y ``[N, C, ...]`` with hard = -sum_c y_c log p_c. q is ``past``,
-    probs ``[N, C, ...]``, or with ``classes`` top-k values. Without ``labels`` hard is 0, without ``past`` soft.
-    ``normalized``: the logits are log p. Returns that and, as constants, its hard part, its soft part and -log p_y.
+    All of it is constant: no tensor here requires a gradient.
+
+    Attributes:
+        labels: class ids ``[N, ...]``, or probs y ``[N, C, ...]`` with hard = -sum_c y_c log p_c. None: hard is 0.
+        past: q, probs ``[N, C, ...]``, or with ``classes`` top-k values ``[N, k]``. None: soft is 0.
+        classes: of the top-k values.
+        alpha: a number, or a tensor ``[N, ...]`` or ``[]``.
+        smoothing: share of the label that is spread over the other classes.
+        ignored: bool ``[N, ...]``, where the loss is 0.
+        normalized: the logits are log p.
+        keep_hard: the hard part keeps its whole weight.
+    """
+
+    labels: Optional[Tensor]
+    past: Optional[Tensor]
+    classes: Optional[Tensor]
+    alpha: Union[float, Tensor]
+    smoothing: float = 0.0
+    ignored: Optional[Tensor] = None
+    normalized: bool = False
+    keep_hard: bool = False
+
+    def rows(self, rows: slice, dtype: torch.dtype) -> 'Mixture':
+        """Of some of the samples, the probs in ``dtype``."""
+        probs = {name: of_rows(getattr(self, name), rows, dtype) for name in ('labels', 'past')}
+        others = {name: of_rows(getattr(self, name), rows) for name in ('classes', 'alpha', 'ignored')}
+        return self._replace(**probs, **others)
+
+
+def mixed_nll(logits: Tensor, mixture: Mixture, reduction: str = 'none', check=None):
+    """The loss of a mixture, reduced, and per sample and as constants its hard part, its soft part and -log p_y.
+
+    ``check`` is called with the sums and the least values of a dense past's rows.
     """
     if tracing():  # torch.func and torch.compile differentiate (and compile) the plain operations
-        log_probs = logits if normalized else log_softmax(logits)
-        labels, past = _constant(labels), _constant(past)
-        return terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored, keep_hard)[:4]
-    return _MixedNLL.apply(logits, labels, past, classes, alpha, smoothing, ignored, normalized, keep_hard)
+        log_probs = logits if mixture.normalized else log_softmax(logits)
+        losses, *parts = terms_of(log_probs, mixture)[:4]
+        return (reduce(losses, reduction, mixture.ignored), *parts)
+    early = reduction != 'none' and logits.device.type == 'cpu' and not mixture.normalized and torch.is_grad_enabled()
+    return _MixedNLL.apply(logits, mixture, reduction, early, check)
 
 
-def _constant(value):
-    return value if value is None else value.detach()
+def terms_of(log_probs, mixture, spent=False):
+    """Of each sample the loss, its hard part, its soft part, -log p_y, and the probability of each class that a top-k
+    past has not kept.
 
-
-def terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored, keep_hard=False):
-    """What ``mixed_nll`` returns, and the probability of each class that a top-k past has not kept."""
+    ``spent``: the log-probabilities are not needed any more, and are overwritten.
+    """
+    labels, past, classes, alpha, smoothing, ignored, _, keep_hard = mixture
     zero = log_probs.new_zeros(()).expand(log_probs.shape[:1] + log_probs.shape[2:])
     total = log_probs.sum(1) if smoothing or classes is not None else None
-    nll = hard = soft = zero
-    rest = zero
+    nll = hard = soft = rest = zero
+    if labels is not None and labels.is_floating_point():
+        hard = -class_dot(labels, log_probs)
+    elif labels is not None:
+        nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
+        each = smoothing / other_classes(log_probs)
+        hard = (1 - smoothing - each) * nll - each * total if smoothing else nll.clone()
     if classes is not None:
         classes = classes.long()
         kept, rest = log_probs.gather(1, classes), TopK(past, classes).rest(log_probs.shape[1])
@@ -40,13 +91,7 @@ def terms_of(log_probs, labels, past, classes, alpha, smoothing, ignored, keep_h
         rest = rest.masked_fill(~others.isfinite(), 0)  # next to masked classes, what was not kept is left out
         soft = -(class_dot(past, kept) + times(rest, others))
     elif past is not None:
-        soft = -class_dot(past, log_probs)
-    if labels is not None and labels.is_floating_point():
-        hard = -class_dot(labels, log_probs)
-    elif labels is not None:
-        nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
-        each = smoothing / other_classes(log_probs)
-        hard = (1 - smoothing - each) * nll - each * total if smoothing else nll.clone()
+        soft = -class_dot(past, log_probs, out=log_probs if spent else None)
     terms = [mix(hard, soft, alpha, keep_hard=keep_hard), hard, soft, nll]
     if ignored is not None:
         terms = [term.masked_fill(ignored, 0) for term in terms]
@@ -60,73 +105,116 @@ class _MixedNLL(torch.autograd.Function):
     such tensor per term in its backward pass. Here the log-probabilities of a few samples are made, and made again for
     the gradient, which is written once, in the logits' dtype: with respect to the log-probabilities it is minus the
     mixed target.
+
+    On CPUs it is written ``early``, in the forward pass, where a slice's softmax and past are in the cache.
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, past, classes, alpha, smoothing, ignored, normalized, keep_hard):
+    def forward(ctx, logits, mixture, reduction, early, check):
         dtype, samples = wide(logits.dtype), logits.shape[:1] + logits.shape[2:]
         terms = [logits.new_empty(samples, dtype=dtype) for _ in range(5)]
-        for rows in row_slices(logits):
-            log_probs = logits[rows] if normalized else log_softmax(logits[rows])
-            part_of = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows))
-            parts = terms_of(log_probs, *part_of, of_rows(alpha, rows), smoothing, of_rows(ignored, rows), keep_hard)
-            for term, part in zip(terms, parts):
-                term[rows] = part
-        rest = terms.pop()
-        of_tensor = alpha if isinstance(alpha, Tensor) else None
-        ctx.save_for_backward(logits, labels, past, classes, rest, of_tensor, ignored)
-        ctx.alpha, ctx.smoothing, ctx.normalized, ctx.keep_hard = alpha, smoothing, normalized, keep_hard
-        ctx.mark_non_differentiable(*terms[1:])
-        return tuple(terms)
+        looks, slices = [], list(row_slices(logits))
+        ctx.gradient = torch.empty_like(logits) if early and slices and ctx.needs_input_grad[0] else None
+        if ctx.gradient is not None:
+            minus = _minus_weights(mixture, terms[0].new_ones(()), reduction, samples)
+            # The same memory for every slice, so that it stays in the cache.
+            buffers = [logits.new_empty(logits[slices[0]].shape, dtype=dtype) for _ in range(2)]
+        for rows in slices:
+            part = mixture.rows(rows, dtype)
+            if ctx.gradient is not None:
+                of_part = [weight[rows] for weight in minus]
+                found = _terms_and_gradient(logits[rows], part, of_part, ctx.gradient[rows], buffers)
+            elif mixture.normalized:
+                found = terms_of(logits[rows], part)
+            else:
+                found = terms_of(log_softmax(logits[rows]), part, spent=True)
+            for term, value in zip(terms, found):
+                term[rows] = value
+            if check is not None:
+                looks.append((part.past.sum(1), part.past.amin(1)))
+        if looks:
+            check(*map(torch.cat, zip(*looks)))
+        losses, *parts, rest = terms
+        of_tensors = [value if isinstance(value, Tensor) else None for value in mixture]
+        ctx.save_for_backward(logits, rest, *of_tensors)  # it lets go of them after the backward pass
+        ctx.mixture = [None if isinstance(value, Tensor) else value for value in mixture]
+        ctx.reduction = reduction
+        ctx.mark_non_differentiable(*parts)
+        return (reduce(losses, reduction, mixture.ignored), *parts)
 
     @staticmethod
     def backward(ctx, grad, *unused):
-        logits, labels, past, classes, rest, alpha, ignored = ctx.saved_tensors
-        alpha = ctx.alpha if alpha is None else alpha
+        logits, rest, *tensors = ctx.saved_tensors
+        mixture = Mixture._make(x if tensor is None else tensor for x, tensor in zip(ctx.mixture, tensors))
+        gradient, ctx.gradient = ctx.gradient, None  # whoever gets it may write into it
+        dtype = wide(logits.dtype)
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for: by the plain operations
-            log_probs = logits if ctx.normalized else log_softmax(logits)
-            labels, past = (of_rows(x, slice(None), log_probs.dtype) for x in (labels, past))
-            losses = terms_of(log_probs, labels, past, classes, alpha, ctx.smoothing, ignored, ctx.keep_hard)[0]
-            return (*torch.autograd.grad(losses, logits, grad, create_graph=True), *[None] * 8)
-        if ignored is not None:
-            grad = grad.masked_fill(ignored, 0)
-        soft, hard = -alpha * grad, -grad if ctx.keep_hard else grad * (alpha - 1)
-        gradient, dtype = torch.empty_like(logits), wide(logits.dtype)
-        for rows in row_slices(logits):
-            probs = None if ctx.normalized else F.softmax(logits[rows], 1, dtype=dtype)
-            part_of = (of_rows(labels, rows, dtype), of_rows(past, rows, dtype), of_rows(classes, rows))
-            weights = (hard[rows].unsqueeze(1), soft[rows].unsqueeze(1))
-            settings = (rest[rows], ctx.smoothing, of_rows(ignored, rows), *weights)
-            place = gradient[rows] if gradient.dtype == dtype and not ctx.normalized else None
-            part = gradient_of_terms(probs, logits[rows], *part_of, *settings, out=place)
-            if place is None:
-                gradient[rows] = part
-        return (gradient, *[None] * 8)
+            log_probs = logits if mixture.normalized else log_softmax(logits)
+            losses = terms_of(log_probs, mixture.rows(slice(None), dtype))[0]
+            loss = reduce(losses, ctx.reduction, mixture.ignored)
+            gradient = torch.autograd.grad(loss, logits, grad, create_graph=True)[0]
+        elif gradient is not None and grad == 1:
+            pass
+        elif gradient is not None and gradient.dtype == dtype:  # half precision would round twice
+            gradient.mul_(grad)
+        else:
+            gradient = torch.empty_like(logits)
+            minus = _minus_weights(mixture, grad, ctx.reduction, rest.shape)
+            for rows in row_slices(logits):
+                of_part = [weight[rows] for weight in minus]
+                _write_gradient(gradient[rows], logits[rows], mixture.rows(rows, dtype), rest[rows], of_part)
+        return gradient, None, None, None, None
 
 
-def gradient_of_terms(probs, logits, labels, past, classes, rest, smoothing, ignored, hard, soft, out=None):
-    """Of the losses, with respect to the logits: each one's share of the softmax, less the target.
+def _minus_weights(mixture: Mixture, grad: Tensor, reduction: str, samples: torch.Size):
+    """What each sample's hard and soft part weighs in the loss, times -1, ``[N, 1, ...]``."""
+    grad = (-grad / counted(samples, reduction, mixture.ignored)).expand(samples)
+    if mixture.ignored is not None:
+        grad = grad.masked_fill(mixture.ignored, 0)
+    return [(grad * weight).unsqueeze(1) for weight in weights(mixture.alpha, mixture.keep_hard)]
 
-    ``hard`` and ``soft``, ``[N, 1, ...]``, are minus the weights of the two parts. ``probs`` is the logits' softmax,
-    which the gradient overwrites if it has no ``out``; None: the logits are normalised, and it is minus the target.
+
+def _terms_and_gradient(logits: Tensor, mixture: Mixture, minus, gradient: Tensor, buffers):
+    """``terms_of``, and the gradient in its place."""
+    probs, log_probs = (buffer[: len(logits)] for buffer in buffers)
+    probs = gradient if gradient.dtype == probs.dtype else probs
+    softmax_and_log(logits, probs, log_probs)
+    found = terms_of(log_probs, mixture, spent=True)
+    gradient_of_terms(probs, mixture, found[-1], *minus)
+    if probs is not gradient:
+        gradient.copy_(probs)
+    return found
+
+
+def _write_gradient(gradient: Tensor, logits: Tensor, mixture: Mixture, rest: Tensor, minus) -> None:
+    dtype = wide(logits.dtype)
+    of_logits = torch.zeros_like(logits, dtype=dtype) if mixture.normalized else F.softmax(logits, 1, dtype=dtype)
+    gradient_of_terms(of_logits, mixture, rest, *minus)
+    gradient.copy_(of_logits)
+
+
+def gradient_of_terms(gradient, mixture, rest, hard, soft):
+    """Of the losses, with respect to the logits, in place of their softmax: each one's share of it, less the target.
+
+    ``hard`` and ``soft``, ``[N, 1, ...]``, are minus the weights of the two parts. Normalised logits have no softmax:
+    their gradient is minus the target, in place of zeros.
     """
+    labels, past, classes, _, smoothing, ignored, normalized, _ = mixture
     if ignored is not None and classes is not None:  # whose past may hold anything
         past = past.masked_fill(ignored.unsqueeze(1), 0)
         rest = rest.masked_fill(ignored, 0)
     rest = rest.unsqueeze(1)
-    each = smoothing / other_classes(logits)  # what every class gets from the smoothed label
+    each = smoothing / other_classes(gradient)  # what every class gets from the smoothed label
     own = 1 - smoothing - each  # what the label's own gets besides
     ids = labels is not None and not labels.is_floating_point()
-    if probs is None:
-        gradient = torch.zeros_like(logits, dtype=wide(logits.dtype))
-    else:
+    if not normalized:
         share = torch.zeros_like(hard)
         if labels is not None:
-            share = share - hard * (own + each * logits.shape[1] if ids else labels.sum(1, keepdim=True))
+            share = share - hard * (own + each * gradient.shape[1] if ids else labels.sum(1, keepdim=True))
         if past is not None:
-            left = logits.shape[1] - past.shape[1]
+            left = gradient.shape[1] - past.shape[1]
             share = share - soft * (past.sum(1, keepdim=True) + (rest * left if classes is not None else 0))
-        gradient = torch.mul(probs, share, out=probs if out is None else out)
+        gradient *= share
     if classes is not None or smoothing:
         gradient += hard * each + (soft * rest if classes is not None else 0)
     if classes is not None:
@@ -139,4 +227,3 @@ def gradient_of_terms(probs, logits, labels, past, classes, rest, smoothing, ign
         gradient.addcmul_(hard, labels)
     if ignored is not None and classes is None and past is not None:
         gradient.masked_fill_(ignored.unsqueeze(1), 0)
-    return gradient

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..checks import check_alpha, check_labels, check_reduction, check_top_k, tracing, wide
 from ..topk import TopK, draw_top_k
-from ._common import log_softmax, of_rows, times
-from ._mixed_nll import gradient_of_terms, terms_of
+from ._common import softmax_and_log, times, weights
+from ._mixed_nll import Mixture, gradient_of_terms, terms_of
 from .pskd import PSKDParts, pskd_loss
 
 __all__ = ['linear_pskd_loss']
 
-LOGITS_AT_ONCE = {'cpu': 2**22}  # small enough for the cache; elsewhere large enough to keep the device busy
+LOGITS_AT_ONCE = {'cpu': 2**23}  # the products want many, the cache few; elsewhere enough to keep the device busy
 
 
 def linear_pskd_loss(
@@ -119,27 +119,26 @@ class _LinearPSKD(torch.autograd.Function):
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
         ]
         sums, drawn = hidden.new_zeros(4, dtype=dtype), []  # the loss and its parts
+        mixture = Mixture(labels, values, classes, alpha, ignored=ignored, keep_hard=keep_hard)
         tokens = max(16, LOGITS_AT_ONCE.get(hidden.device.type, 2**25) // len(weight))
         for start in range(0, len(hidden), tokens):
             rows = slice(start, start + tokens)
-            logits = F.linear(hidden[rows], weight, bias)
-            past = (of_rows(values, rows, dtype), of_rows(classes, rows))
-            log_probs = log_softmax(logits)
-            share = of_rows(alpha, rows)
-            losses, hard, soft, nll, rest = terms_of(
-                log_probs, labels[rows], *past, share, 0.0, ignored[rows], keep_hard
-            )
-            terms = (losses, hard if keep_hard else times(1 - share, hard), times(share, soft), nll)
-            sums += torch.stack([(term * scale[rows]).sum() for term in terms])
+            probs, log_probs = softmax_and_log(F.linear(hidden[rows], weight, bias))
             if k:
                 drawn.append(draw_top_k(log_probs, k, uniform[rows]))
+            part = mixture.rows(rows, dtype)
+            loss, hard, soft, nll, rest = terms_of(log_probs, part, spent=True)
+            of_hard, of_soft = weights(part.alpha, keep_hard)
+            terms = (loss, times(of_hard, hard), times(of_soft, soft), nll)
+            sums += torch.stack([(term * scale[rows]).sum() for term in terms])
             if any(ctx.needs_input_grad):
-                hard, soft = (
-                    (-weight_of * factor[rows]).unsqueeze(1) for weight_of in (1 if keep_hard else 1 - share, share)
-                )
-                probs = log_probs.exp_()
-                part = gradient_of_terms(probs, logits, labels[rows], *past, rest, 0.0, ignored[rows], hard, soft)
-                _add_gradients(gradients, part, hidden, weight, rows)
+                minus = [(-share * factor[rows]).unsqueeze(1) for share in (of_hard, of_soft)]
+                gradient_of_terms(probs, part, rest, *minus)
+                if gradients[2] is not None:
+                    gradients[2] += probs.sum(0)
+                of_logits = probs.to(hidden.dtype)
+                del probs, log_probs  # their memory is needed now
+                _add_gradients(gradients, of_logits, hidden, weight, rows)
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) if keeps else g / count for g in gradients))
         kept = [torch.cat(parts) for parts in zip(*drawn)] if k else [sums.new_empty(0), labels.new_empty(0)]
@@ -156,10 +155,7 @@ class _LinearPSKD(torch.autograd.Function):
 
 
 def _add_gradients(gradients, of_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:
-    of_hidden, of_weight, of_bias = gradients
-    if of_bias is not None:
-        of_bias += of_logits.sum(0)
-    of_logits = of_logits.to(hidden.dtype)
+    of_hidden, of_weight, _ = gradients
     if of_hidden is not None:
         if of_hidden.dtype == hidden.dtype:
             torch.matmul(of_logits, weight, out=of_hidden[rows])

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_alpha, check_labels, check_logits, check_probs, check_top_k, wide
+from ..checks import check_alpha, check_labels, check_logits, check_of_rows, check_probs, check_top_k, wide
 from ..topk import TopK
-from ._common import mix, reduce, times
-from ._mixed_nll import mixed_nll
+from ._common import mix, reduce, times, weights
+from ._mixed_nll import Mixture, mixed_nll
 from .soft import soft_cross_entropy
 
 __all__ = ['PSKDParts', 'cross_entropy', 'progressive_targets', 'pskd_cross_entropy', 'pskd_loss']
@@ -136,19 +136,21 @@ def pskd_loss(
     if labels_or_probs.is_floating_point() and label_smoothing:
         raise ValueError('label_smoothing: needs class ids, but labels_or_probs holds probs')
     labels, ignored = _checked_labels(labels_or_probs, logits, ignore_index)
-    past, classes = past_probs, None
+    past, classes, check = past_probs, None, None
     if isinstance(past, TopK):
         check_top_k('past_probs', *past, logits)
         past, classes = past
     elif past is not None:
-        check_probs('past_probs', past, logits.shape, ignored)
+        check = check_of_rows('past_probs', past, logits.shape, ignored)
 
-    losses, *parts = mixed_nll(logits, labels, past, classes, alpha, label_smoothing, ignored, normalized, keep_hard)
-    loss = reduce(losses, reduction, ignored)
+    past = past if past is None else past.detach()
+    mixture = Mixture(labels, past, classes, alpha, label_smoothing, ignored, normalized, keep_hard)
+    loss, *parts = mixed_nll(logits, mixture, reduction, check)
     if not return_parts:
         return loss
     hard, soft, nll = [part.detach() for part in parts]  # a list: torch.compile 2.1 breaks at the other
-    weighted = (hard if keep_hard else times(1 - alpha, hard), times(alpha, soft), nll)
+    of_hard, of_soft = weights(alpha, keep_hard)
+    weighted = (times(of_hard, hard), times(of_soft, soft), nll)
     return loss, PSKDParts(*[reduce(part, reduction, ignored) for part in weighted])
 
 
@@ -158,7 +160,7 @@ def _checked_labels(labels: Tensor, logits: Tensor, ignore_index: Optional[int])
         if ignore_index is not None:
             raise ValueError(f'ignore_index: needs class ids, but labels_or_probs holds probs; got {ignore_index}')
         check_probs('labels_or_probs', labels, logits.shape)
-        return labels, None
+        return labels.detach(), None
     if ignore_index is None:
         return check_labels(labels, logits), None
     ignored = labels == ignore_index
@@ -227,7 +229,8 @@ def pskd_cross_entropy(
     if not return_parts:
         return loss
     nll = F.nll_loss(wide_logits.log_softmax(1), target, reduction='none', **options) if ids else torch.zeros_like(hard)
-    parts = (hard if keep_hard else times(1 - alpha, hard), times(alpha, soft), nll)
+    of_hard, of_soft = weights(alpha, keep_hard)
+    parts = (times(of_hard, hard), times(of_soft, soft), nll)
     return loss, PSKDParts(*[_reduce_as_torch(part.detach(), *over) for part in parts])
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checks import (
     REDUCTIONS,
     check_logits,
+    check_of_rows,
     check_probs,
     check_reduction,
     check_same_shape,
@@ -15,7 +16,7 @@ from ..checks import (
 )
 from ..transfer import to_device
 from ._common import reduce
-from ._mixed_nll import mixed_nll
+from ._mixed_nll import Mixture, mixed_nll
 from ._quality_focal import quality_focal, quality_focal_sum
 from ._tempered_kl import tempered_kl
 
@@ -44,12 +45,13 @@ def soft_cross_entropy(logits: Tensor, target_probs: Tensor, *, class_weight=Non
         tensor(0.4701)
     """
     check_logits(logits, reduction)
-    check_probs('target_probs', target_probs, logits.shape)
+    check = check_of_rows('target_probs', target_probs, logits.shape)
     if class_weight is not None:
+        check_probs('target_probs', target_probs, logits.shape)
+        check = None  # the weighted ones are no distributions
         factors = to_device(torch.as_tensor(class_weight, dtype=target_probs.dtype), target_probs.device)
         target_probs = target_probs * factors.view(-1, *[1] * (logits.dim() - 2))
-    losses, *_ = mixed_nll(logits, None, target_probs, None, 1.0)
-    return reduce(losses, reduction)
+    return mixed_nll(logits, Mixture(None, target_probs.detach(), None, 1.0), reduction, check)[0]
 
 
 def quality_focal_loss(logits: Tensor, target_probs: Tensor, *, gamma: float = 2.0, reduction: str = 'mean') -> Tensor:
