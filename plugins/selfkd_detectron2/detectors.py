@@ -122,8 +122,7 @@ class RegionTap:
 
         modules = [self.model.backbone, pooler, *box_heads, *self.predictors]
         handles = [module.register_forward_hook(note) for module in modules]
-        # Before another method of ours changes the loss.
-        handles.append(heads.register_forward_hook(check, prepend=True))
+        handles.append(heads.register_forward_hook(check, prepend=True))  # before another of ours changes the loss
         return handles
 
     def _check_loss(self, call: Classified, losses: Dict[str, Tensor]) -> None:

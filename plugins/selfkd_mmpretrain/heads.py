@@ -62,6 +62,11 @@ def check_head(
             f'{user}: {name} has two classifiers with a loss each, and one prediction is needed: use a network with '
             'one classifier, or train without this method'
         )
+    _check_loss(user, head, loss, own_losses, sigmoid)
+
+
+def _check_loss(user: str, head: nn.Module, loss: nn.Module, own_losses: bool, sigmoid: bool) -> None:
+    name = type(head).__name__
     if isinstance(head, MultiLabelClsHead) and not is_sigmoid(loss):
         raise ValueError(
             f'{user}: {name} predicts a sigmoid for each class and trains with {type(loss).__name__}, which is no '

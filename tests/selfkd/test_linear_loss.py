@@ -44,6 +44,20 @@ def test_it_is_the_loss_of_the_logits_with_all_its_gradients(reduction, shares, 
         torch.testing.assert_close(own, theirs)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_second_backward_pass_gives_the_same_gradients(dtype):
+    hidden, weight, bias, labels, past, alpha = case(dtype=dtype)
+    inputs = [hidden, weight, bias]
+    loss = linear_pskd_loss(hidden, weight, labels, past, alpha, bias=bias)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()  # whoever asked may do so
+    for again, expected in zip(torch.autograd.grad(loss, inputs), kept):
+        assert torch.equal(again, expected)
+        assert expected.any()
+
+
 def test_new_predictions_are_drawn_in_the_same_pass():
     hidden, weight, bias, labels, past, alpha = case()
     uniform = torch.rand(len(hidden), generator=torch.Generator().manual_seed(1))

@@ -1,7 +1,7 @@
 """What the losses share: log-softmax, products in which 0 times infinity is 0, reductions."""
 
 import math
-from typing import Iterator, Optional, Union
+from typing import Iterator, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,13 @@ def log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=1, dtype=wide(logits.dtype))
 
 
-def softmax_and_log(logits: Tensor, out: Optional[Tensor] = None, log_out: Optional[Tensor] = None):
-    """Softmax and its logarithm, of one exponential: on CPUs nothing else takes as long. In ``out`` and ``log_out``."""
-    dtype = wide(logits.dtype)
-    if logits.dtype != dtype:
-        logits = logits.to(dtype) if log_out is None else log_out.copy_(logits)
+def softmax_and_log(logits: Tensor, log_out: Tensor, out: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+    """Softmax, in ``out``, and its logarithm, in ``log_out``, which may be the logits.
+
+    Of one exponential: on CPUs nothing else takes as long.
+    """
+    if logits.dtype != log_out.dtype:
+        logits = log_out.copy_(logits)
     probs = torch.softmax(logits, 1, out=out)
     log_probs = torch.sub(logits, logits.amax(1, keepdim=True), out=log_out)
     return probs, log_probs.add_(probs.amax(1, keepdim=True).log_())

@@ -1,6 +1,6 @@
 """The cross-entropy against a mixed target that is never built, and its gradient, a few samples at a time."""
 
-from typing import NamedTuple, Optional, Union
+from typing import Iterable, List, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,16 @@ class Mixture(NamedTuple):
         probs = {name: of_rows(getattr(self, name), rows, dtype) for name in ('labels', 'past')}
         others = {name: of_rows(getattr(self, name), rows) for name in ('classes', 'alpha', 'ignored')}
         return self._replace(**probs, **others)
+
+    def tensors(self) -> List[Optional[Tensor]]:
+        """For ``save_for_backward``, which lets go of them after the backward pass: one for each attribute, or None."""
+        return [value if isinstance(value, Tensor) else None for value in self]
+
+    def without_tensors(self) -> 'Mixture':
+        return Mixture._make(None if isinstance(value, Tensor) else value for value in self)
+
+    def with_tensors(self, tensors: Iterable[Optional[Tensor]]) -> 'Mixture':
+        return Mixture._make(value if tensor is None else tensor for value, tensor in zip(self, tensors))
 
 
 def mixed_nll(logits: Tensor, mixture: Mixture, reduction: str = 'none', check=None):
@@ -135,17 +145,15 @@ class _MixedNLL(torch.autograd.Function):
         if looks:
             check(*map(torch.cat, zip(*looks)))
         losses, *parts, rest = terms
-        of_tensors = [value if isinstance(value, Tensor) else None for value in mixture]
-        ctx.save_for_backward(logits, rest, *of_tensors)  # it lets go of them after the backward pass
-        ctx.mixture = [None if isinstance(value, Tensor) else value for value in mixture]
-        ctx.reduction = reduction
+        ctx.save_for_backward(logits, rest, *mixture.tensors())
+        ctx.mixture, ctx.reduction = mixture.without_tensors(), reduction
         ctx.mark_non_differentiable(*parts)
         return (reduce(losses, reduction, mixture.ignored), *parts)
 
     @staticmethod
     def backward(ctx, grad, *unused):
         logits, rest, *tensors = ctx.saved_tensors
-        mixture = Mixture._make(x if tensor is None else tensor for x, tensor in zip(ctx.mixture, tensors))
+        mixture = ctx.mixture.with_tensors(tensors)
         gradient, ctx.gradient = ctx.gradient, None  # whoever gets it may write into it
         dtype = wide(logits.dtype)
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for: by the plain operations
@@ -178,7 +186,7 @@ def _terms_and_gradient(logits: Tensor, mixture: Mixture, minus, gradient: Tenso
     """``terms_of``, and the gradient in its place."""
     probs, log_probs = (buffer[: len(logits)] for buffer in buffers)
     probs = gradient if gradient.dtype == probs.dtype else probs
-    softmax_and_log(logits, probs, log_probs)
+    softmax_and_log(logits, log_probs, out=probs)
     found = terms_of(log_probs, mixture, spent=True)
     gradient_of_terms(probs, mixture, found[-1], *minus)
     if probs is not gradient:

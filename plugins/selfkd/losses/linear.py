@@ -83,11 +83,11 @@ def linear_pskd_loss(
         loss, parts = pskd_loss(logits, labels, past, alpha, return_parts=True, **options)
         drawn = draw_top_k(logits, *draw) if draw else None
     else:
-        k, uniform = draw or (0, None)
         values, classes = past or (None, None)
-        loss, hard, soft, nll, *new = _LinearPSKD.apply(
-            hidden, weight, bias, labels, values, classes, alpha, ignored, reduction == 'mean', keep_hard, k, uniform
-        )
+        mixture = Mixture(labels, values, classes, alpha, ignored=ignored, keep_hard=keep_hard)
+        needs_grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        settings = (mixture, reduction == 'mean', needs_grad, *(draw or (0, None)))
+        loss, hard, soft, nll, *new = _LinearPSKD.apply(hidden, weight, bias, *settings)
         parts, drawn = PSKDParts(hard, soft, nll), TopK(*new)
     returned = (loss, *[parts] * return_parts, *[drawn] * bool(draw))
     return returned if len(returned) > 1 else loss
@@ -106,52 +106,66 @@ class _LinearPSKD(torch.autograd.Function):
     """The gradients are taken in the forward pass, where a chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, values, classes, alpha, ignored, mean, keep_hard, k, uniform):
-        dtype = wide(hidden.dtype)
-        counted = (~ignored).to(dtype)
-        # float16 neither holds small gradients nor the scale that a GradScaler multiplies them with.
-        keeps = hidden.dtype != torch.float16
-        count = counted.sum().clamp(min=1) if mean else counted.new_ones(())
-        scale = counted / count
-        factor = scale if keeps else counted  # the mean is taken at the end
-        gradients = [
-            torch.zeros(x.shape, dtype=x.dtype if x is hidden and keeps else dtype, device=x.device) if needed else None
-            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
-        ]
-        sums, drawn = hidden.new_zeros(4, dtype=dtype), []  # the loss and its parts
-        mixture = Mixture(labels, values, classes, alpha, ignored=ignored, keep_hard=keep_hard)
-        tokens = max(16, LOGITS_AT_ONCE.get(hidden.device.type, 2**25) // len(weight))
-        for start in range(0, len(hidden), tokens):
-            rows = slice(start, start + tokens)
-            probs, log_probs = softmax_and_log(F.linear(hidden[rows], weight, bias))
-            if k:
-                drawn.append(draw_top_k(log_probs, k, uniform[rows]))
-            part = mixture.rows(rows, dtype)
-            loss, hard, soft, nll, rest = terms_of(log_probs, part, spent=True)
-            of_hard, of_soft = weights(part.alpha, keep_hard)
-            terms = (loss, times(of_hard, hard), times(of_soft, soft), nll)
-            sums += torch.stack([(term * scale[rows]).sum() for term in terms])
-            if any(ctx.needs_input_grad):
-                minus = [(-share * factor[rows]).unsqueeze(1) for share in (of_hard, of_soft)]
-                gradient_of_terms(probs, part, rest, *minus)
-                if gradients[2] is not None:
-                    gradients[2] += probs.sum(0)
-                of_logits = probs.to(hidden.dtype)
-                del probs, log_probs  # their memory is needed now
-                _add_gradients(gradients, of_logits, hidden, weight, rows)
-        ctx.dtype = hidden.dtype
-        ctx.save_for_backward(*(g if g is None else g.to(hidden.dtype) if keeps else g / count for g in gradients))
-        kept = [torch.cat(parts) for parts in zip(*drawn)] if k else [sums.new_empty(0), labels.new_empty(0)]
+    def forward(ctx, hidden, weight, bias, mixture, mean, needs_grad, k, uniform):
+        sums, ctx.gradients, drawn = _by_chunks(hidden, weight, bias, mixture, mean, needs_grad, k, uniform)
+        # For a second backward pass. It lets go of them after the last one.
+        ctx.save_for_backward(hidden, weight, bias, *mixture.tensors())
+        ctx.mixture, ctx.settings = mixture.without_tensors(), (mean, needs_grad)
         loss, *parts = (value.clone() for value in sums)
-        ctx.mark_non_differentiable(*parts, *kept)
-        return (loss, *parts, *kept)
+        ctx.mark_non_differentiable(*parts, *drawn)
+        return (loss, *parts, *drawn)
 
     @staticmethod
     def backward(ctx, grad, *unused):
         if torch.is_grad_enabled():
             raise RuntimeError('linear_pskd_loss: has no second derivative: use pskd_loss, which has one')
-        scaled = (g if g is None else (g * grad.to(g.dtype)).to(ctx.dtype) for g in ctx.saved_tensors)
-        return (*scaled, *[None] * 9)
+        hidden, weight, bias, *tensors = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None  # whoever gets them may write into them
+        if gradients is None:
+            gradients = _by_chunks(hidden, weight, bias, ctx.mixture.with_tensors(tensors), *ctx.settings)[1]
+        if grad.device.type != 'cpu' or grad != 1:
+            gradients = [g if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
+        return (*(g if g is None else g.to(hidden.dtype) for g in gradients), *[None] * 5)
+
+
+def _by_chunks(hidden, weight, bias, mixture, mean, needs_grad, k=0, uniform=None):
+    """The loss and its parts as one tensor, the gradients that are needed (float16's are wide yet), and what was drawn:
+    values and classes."""
+    dtype = wide(hidden.dtype)
+    counted = (~mixture.ignored).to(dtype)
+    # float16 neither holds small gradients nor the scale that a GradScaler multiplies them with.
+    keeps = hidden.dtype != torch.float16
+    count = counted.sum().clamp(min=1) if mean else counted.new_ones(())
+    scale = counted / count
+    factor = scale if keeps else counted  # the mean is taken at the end
+    gradients = [
+        torch.zeros(x.shape, dtype=x.dtype if x is hidden and keeps else dtype, device=x.device) if needed else None
+        for x, needed in zip((hidden, weight, bias), needs_grad)
+    ]
+    sums, drawn = hidden.new_zeros(4, dtype=dtype), []
+    tokens = max(16, LOGITS_AT_ONCE.get(hidden.device.type, 2**25) // len(weight))
+    for start in range(0, len(hidden), tokens):
+        rows = slice(start, start + tokens)
+        part = mixture.rows(rows, dtype)
+        log_probs = F.linear(hidden[rows], weight, bias).to(dtype)  # logits yet
+        probs, log_probs = softmax_and_log(log_probs, log_out=log_probs)
+        if k:
+            drawn.append(draw_top_k(log_probs, k, uniform[rows]))
+        loss, hard, soft, nll, rest = terms_of(log_probs, part, spent=True)
+        shares = weights(part.alpha, part.keep_hard)
+        terms = (loss, times(shares[0], hard), times(shares[1], soft), nll)
+        sums += torch.stack([(term * scale[rows]).sum() for term in terms])
+        if any(needs_grad):
+            gradient_of_terms(probs, part, rest, *((-share * factor[rows]).unsqueeze(1) for share in shares))
+            if gradients[2] is not None:
+                gradients[2] += probs.sum(0)
+            of_logits = probs.to(hidden.dtype)
+            del probs, log_probs  # their memory is needed now
+            _add_gradients(gradients, of_logits, hidden, weight, rows)
+            del of_logits
+    gradients = [g if g is None else g.to(hidden.dtype) if keeps else g.div_(count) for g in gradients]
+    kept = [torch.cat(parts) for parts in zip(*drawn)]
+    return sums, gradients, kept or [sums.new_empty(0), mixture.labels.new_empty(0)]
 
 
 def _add_gradients(gradients, of_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:
