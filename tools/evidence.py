@@ -73,6 +73,8 @@ EXPERIMENTS = {  # by the module that trains them
     'cifar': {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')},
     'language_model': {**CLASSIFICATION, **SCALED},
     'detector': COLUMNS['detection'],
+    'bccd': COLUMNS['detection'],
+    'camvid': COLUMNS['segmentation'],
 }
 DRAWN = {  # section: what its picture has of the columns, if not all
     'digits': ('error %', 'NLL', 'ECE %'),
@@ -81,7 +83,7 @@ DRAWN = {  # section: what its picture has of the columns, if not all
     'detectron2': ('AP50 %', 'ECE %'),
     'translation': ('chrF', 'NLL (bits)', 'ECE %'),
 }
-EXPERIMENTS_DRAWN = ('error %', 'NLL', 'mAP@0.5 %', 'ECE %', 'NLL scaled')
+EXPERIMENTS_DRAWN = ('error %', 'NLL', 'mAP@0.5 %', 'mIoU %', 'ECE %', 'ECE of pixels %', 'NLL scaled')
 WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
 PAGE = """\
 # {title}

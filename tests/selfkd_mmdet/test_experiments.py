@@ -1,4 +1,7 @@
-"""The experiment on a one-stage detector, on a few images."""
+"""The experiments on detectors, on a few images."""
+
+import itertools
+import re
 
 import pytest
 from helpers import ROOT
@@ -43,3 +46,24 @@ def test_a_run_trains_with_the_term_that_it_names_and_measures_itself(folder, mo
     # Of the two steps of the second epoch, level by level in the focal loss.
     assert calls['score_loss'] == (6 if 'own' in method else 0)
     assert (calls['quality_focal_loss'] > 0) == ('focal' in method)
+
+
+@pytest.mark.parametrize('method', ['plain', 'PS-KD 0.8', 'CS-KD'])
+def test_blood_cells(folder, monkeypatch, tmp_path, method):
+    """BCCD's layout: that of VOC, without a year, and with three classes."""
+    import bccd
+    import experiments
+
+    with pytest.raises(FileNotFoundError, match='git clone https://github.com/Shenggan/BCCD_Dataset'):
+        bccd.prepare(folder)
+    (tmp_path / 'VOCdevkit/VOC2007').rename(tmp_path / 'BCCD')
+    kinds = itertools.cycle(['RBC', 'WBC', 'Platelets'])
+    for path in (tmp_path / 'BCCD/Annotations').iterdir():
+        path.write_text(re.sub('<name>.*?</name>', lambda name: f'<name>{next(kinds)}</name>', path.read_text()))
+    experiment = experiments.EXPERIMENTS['bccd']
+    settings = {**experiment.settings, **experiment.methods[method]}
+    short = {'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 2, 'train_dataloader.batch_size': 2}
+    settings['options'] = {**settings.get('options', {}), **short}
+    measures = bccd.run(folder, settings, 3)['measures']['last']
+    assert {'pascal_voc/mAP', 'calibration/detections'} <= set(measures)
+    assert measures['seed'] == 3
