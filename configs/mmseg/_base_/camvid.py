@@ -40,7 +40,7 @@ val_evaluator = [
 ]
 test_dataloader, test_evaluator = val_dataloader, val_evaluator
 
-iters = 1840  # 40 passes
+iters = 920  # 20 passes
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.01))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=60),
