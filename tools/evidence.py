@@ -73,6 +73,7 @@ EXPERIMENTS = {  # by the module that trains them
     'cifar': {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')},
     'language_model': {**CLASSIFICATION, **SCALED},
     'detector': COLUMNS['detection'],
+    'translation': {**COLUMNS['translation'], 'BLEU 2017': ('bleu_2017', 1, 1, 'higher')},
     'bccd': COLUMNS['detection'],
     'camvid': COLUMNS['segmentation'],
 }
@@ -83,7 +84,17 @@ DRAWN = {  # section: what its picture has of the columns, if not all
     'detectron2': ('AP50 %', 'ECE %'),
     'translation': ('chrF', 'NLL (bits)', 'ECE %'),
 }
-EXPERIMENTS_DRAWN = ('error %', 'NLL', 'mAP@0.5 %', 'mIoU %', 'ECE %', 'ECE of pixels %', 'NLL scaled')
+EXPERIMENTS_DRAWN = (
+    'error %',
+    'BLEU',
+    'NLL',
+    'NLL (bits)',
+    'mAP@0.5 %',
+    'mIoU %',
+    'ECE %',
+    'ECE of pixels %',
+    'NLL scaled',
+)
 WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
 PAGE = """\
 # {title}
