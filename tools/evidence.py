@@ -73,7 +73,7 @@ EXPERIMENTS = {  # by the module that trains them
     'cifar': {**CLASSIFICATION, **SCALED, **AURC, 'AUROC %': ('auroc', 100, 1, 'higher')},
     'language_model': {**CLASSIFICATION, **SCALED},
     'detector': COLUMNS['detection'],
-    'translation': {**COLUMNS['translation'], 'BLEU 2017': ('bleu_2017', 1, 1, 'higher')},
+    'translator': {**COLUMNS['translation'], 'BLEU 2017': ('bleu_2017', 1, 1, 'higher')},
     'bccd': COLUMNS['detection'],
     'camvid': COLUMNS['segmentation'],
 }

@@ -2,7 +2,7 @@
 
 Methods stand in the order of their value, plain training first: all of them are trained with one seed before the next
 seed's turn. Keys of settings, panels and methods: the module that trains (tools/cifar.py, tools/language_model.py,
-tools/translation.py, tools/detector.py, tools/bccd.py, tools/camvid.py).
+tools/translator.py, tools/detector.py, tools/bccd.py, tools/camvid.py).
 """
 
 from typing import Dict, NamedTuple, Optional, Sequence
@@ -223,7 +223,7 @@ EXPERIMENTS = {
         dict(epochs=15, dropout=0.2),
         MULTI30K_METHODS,
         seeds=3,
-        module='translation',
+        module='translator',
         how=MULTI30K_HOW,
     ),
 }

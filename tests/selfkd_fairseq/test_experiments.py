@@ -23,11 +23,11 @@ def folder(monkeypatch, tmp_path):
 @pytest.mark.parametrize('method', ['label smoothing', 'PS-KD 0.3, bank'])
 def test_a_run_measures_both_test_sets_at_the_end_and_earlier(folder, method):
     import experiments
-    import translation
+    import translator
 
     experiment = experiments.EXPERIMENTS['multi30k']
     settings = {**experiment.settings, **experiment.methods[method], 'epochs': 2}
-    found = translation.run(str(folder), settings, 3)
+    found = translator.run(str(folder), settings, 3)
     assert set(found['measures']) == {'last', 'early'}
     for measures in found['measures'].values():
         assert {'bleu', 'chrf', 'nll', 'ece', 'nll_scaled', 'ece_scaled', 'bleu_2017', 'chrf_2017'} <= set(measures)
@@ -36,10 +36,10 @@ def test_a_run_measures_both_test_sets_at_the_end_and_earlier(folder, method):
 
 
 def test_what_goes_wrong_is_said(folder):
-    import translation
+    import translator
 
     with pytest.raises(RuntimeError, match='invalid choice: .nonsense'):
-        translation.run(str(folder), dict(epochs=1, dropout=0, args='--criterion nonsense'), 3)
+        translator.run(str(folder), dict(epochs=1, dropout=0, args='--criterion nonsense'), 3)
     (folder / 'multi30k').rename(folder / 'elsewhere')
     with pytest.raises(FileNotFoundError, match='git clone https://github.com/multi30k/dataset'):
-        translation.prepare(f'{folder}/elsewhere')
+        translator.prepare(f'{folder}/elsewhere')
