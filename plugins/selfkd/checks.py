@@ -183,15 +183,14 @@ def check_of_rows(
         return None
 
     def check(sums: Tensor, lows: Tensor) -> None:
-        if ignored is not None:
-            sums, lows = sums.masked_fill(ignored, 1), lows.masked_fill(ignored, 0)
-        _check_sums_and_lows(name, sums, lows, probs.shape[1])
+        _check_sums_and_lows(name, sums, lows, probs.shape[1], ignored)
 
     return check
 
 
-def check_top_k(name: str, values: Tensor, classes: Tensor, logits: Tensor) -> None:
-    """The kept probabilities and their classes, ``[N, k]``, beside logits ``[N, C]``."""
+def check_top_k(name: str, values: Tensor, classes: Tensor, logits: Tensor, ignored: Optional[Tensor] = None) -> None:
+    """The kept probabilities and their classes, ``[N, k]``, beside logits ``[N, C]``; of rows that are ``ignored`` the
+    values may be any."""
     if logits.dim() != 2 or values.shape != classes.shape or values.dim() != 2 or len(values) != len(logits):
         raise ValueError(
             f'{name}: TopK needs values and classes [N, k] beside logits [N, C], '
@@ -200,10 +199,12 @@ def check_top_k(name: str, values: Tensor, classes: Tensor, logits: Tensor) -> N
     if free_to_look(values):
         rest = 1 - values.sum(1, dtype=torch.float32)
         sums = torch.where(rest > 0, torch.ones_like(rest), 1 - rest)  # what is left is spread over the others
-        _check_sums_and_lows(name, sums, values.amin(1), values.shape[1])
+        _check_sums_and_lows(name, sums, values.amin(1), values.shape[1], ignored)
 
 
-def _check_sums_and_lows(name: str, sums: Tensor, lows: Tensor, num_classes: int) -> None:
+def _check_sums_and_lows(name: str, sums: Tensor, lows: Tensor, num_classes: int, ignored: Optional[Tensor]) -> None:
+    if ignored is not None:
+        sums, lows = sums.masked_fill(ignored, 1), lows.masked_fill(ignored, 0)
     low, high = sums.aminmax()
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f'{name}: holds values that are not finite: {DIVERGED}')

@@ -69,6 +69,21 @@ def test_new_predictions_are_drawn_in_the_same_pass():
     loss.backward()
 
 
+def test_of_no_tokens_none_are_drawn():
+    hidden, weight, bias, labels, past, _ = case()
+    none = TopK(past.values[:0], past.classes[:0])
+    loss, drawn = linear_pskd_loss(hidden[:0], weight, labels[:0], none, 0.3, bias=bias, draw=(4, torch.rand(0)))
+    assert (loss.item(), *drawn.values.shape, *drawn.classes.shape) == (0, 0, 4, 0, 4)
+
+
+def test_gradients_of_several_scales_at_once():
+    hidden, weight, bias, labels, past, alpha = case()
+    loss = linear_pskd_loss(hidden, weight, labels, past, alpha, bias=bias)
+    (both,) = torch.autograd.grad(loss, hidden, torch.tensor([1.0, 2.0], dtype=loss.dtype), is_grads_batched=True)
+    torch.testing.assert_close(both[1], 2 * both[0])
+    assert both[0].any()
+
+
 @pytest.mark.parametrize('keep_hard', [True, False])
 def test_its_parts_are_those_of_the_loss_of_the_logits(keep_hard):
     hidden, weight, bias, labels, past, alpha = case()

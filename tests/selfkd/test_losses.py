@@ -1,5 +1,6 @@
 """The loss math against closed forms, torch's own losses and a plain float64 re-statement of the papers."""
 
+import gc
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from selfkd.losses import (
     TopK,
@@ -436,6 +438,48 @@ def test_the_gradient_is_the_same_however_it_is_asked_for(case, dtype):
     (CASES[case](z, labels, past, other) / 2).backward()
     (CASES[case](z, labels, past, other) / 2).backward()
     torch.testing.assert_close(z.grad, expected)
+
+
+def test_a_checkpoint_drops_the_gradient_that_was_written_early():
+    """As it drops all that is saved for the backward pass."""
+    logits, labels, past = draw_batch(27, 12, 9)
+    z = logits.requires_grad_()
+
+    def early():
+        gc.collect()
+        tensors = (found for found in gc.get_objects() if type(found) is torch.Tensor)
+        return [found.gradient for found in tensors if getattr(found, 'gradient', None) is not None]
+
+    loss = pskd_loss(z, labels, past, 0.3)
+    assert [gradient.shape for gradient in early()] == [z.shape]
+    (expected,) = torch.autograd.grad(loss, z)
+    assert not early()
+    value = checkpoint(pskd_loss, z, labels, past, 0.3, use_reentrant=False)
+    assert not early()
+    (recomputed,) = torch.autograd.grad(value, z)
+    torch.testing.assert_close(recomputed, expected)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+        value = pskd_loss(z, labels, past, 0.3)  # as if what is saved was moved away and back
+    assert not early()
+    torch.testing.assert_close(torch.autograd.grad(value, z)[0], expected)
+
+
+@pytest.mark.parametrize('top_k', [True, False])
+def test_a_past_that_is_ignored_may_hold_anything_in_every_way_of_differentiating(top_k):
+    logits, labels, past = draw_batch(28, 6, 5)
+    labels[2] = -100
+    spoilt = past.clone()
+    spoilt[2] = math.nan
+
+    def loss(z, past):
+        past = TopK(*past.topk(3, 1)) if top_k else past
+        return pskd_loss(z, labels, past, 0.3, ignore_index=-100)
+
+    z = logits.clone().requires_grad_()
+    for create_graph in (False, True):
+        ours, clean = (torch.autograd.grad(loss(z, p), z, create_graph=create_graph)[0] for p in (spoilt, past))
+        torch.testing.assert_close(ours, clean)
+    torch.testing.assert_close(torch.func.grad(loss)(logits.detach(), spoilt), clean.detach())
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -26,7 +26,7 @@ from ._common import (
 class Mixture(NamedTuple):
     """What a loss is mixed of: mix(hard, soft, alpha) with hard = -log p_y (smoothed), soft = -sum_c q_c log p_c.
 
-    All of it is constant: no tensor here requires a gradient.
+    All of it is constant: no gradient flows into it.
 
     Attributes:
         labels: class ids ``[N, ...]``, or probs y ``[N, C, ...]`` with hard = -sum_c y_c log p_c. None: hard is 0.
@@ -72,10 +72,18 @@ def mixed_nll(logits: Tensor, mixture: Mixture, reduction: str = 'none', check=N
     """
     if tracing():  # torch.func and torch.compile differentiate (and compile) the plain operations
         log_probs = logits if mixture.normalized else log_softmax(logits)
-        losses, *parts = terms_of(log_probs, mixture)[:4]
+        losses, *parts = terms_of(log_probs, _without_ignored_past(mixture))[:4]
         return (reduce(losses, reduction, mixture.ignored), *parts)
     early = reduction != 'none' and logits.device.type == 'cpu' and not mixture.normalized and torch.is_grad_enabled()
     return _MixedNLL.apply(logits, mixture, reduction, early, check)
+
+
+def _without_ignored_past(mixture: Mixture) -> Mixture:
+    """The past may hold anything where it is ignored, and plain operations' gradients multiply that with 0."""
+    labels, past, classes, alpha, smoothing, ignored, normalized, keep_hard = mixture
+    if past is not None and ignored is not None:
+        past = past.masked_fill(ignored.unsqueeze(1), 0)
+    return Mixture(labels, past, classes, alpha, smoothing, ignored, normalized, keep_hard)
 
 
 def terms_of(log_probs, mixture, spent=False):
@@ -116,7 +124,8 @@ class _MixedNLL(torch.autograd.Function):
     the gradient, which is written once, in the logits' dtype: with respect to the log-probabilities it is minus the
     mixed target.
 
-    On CPUs it is written ``early``, in the forward pass, where a slice's softmax and past are in the cache.
+    On CPUs it is written ``early``, in the forward pass, where a slice's softmax and past are in the cache, and kept.
+    The first backward pass takes it, and may scale it. A second one makes it again.
     """
 
     @staticmethod
@@ -124,16 +133,16 @@ class _MixedNLL(torch.autograd.Function):
         dtype, samples = wide(logits.dtype), logits.shape[:1] + logits.shape[2:]
         terms = [logits.new_empty(samples, dtype=dtype) for _ in range(5)]
         looks, slices = [], list(row_slices(logits))
-        ctx.gradient = torch.empty_like(logits) if early and slices and ctx.needs_input_grad[0] else None
-        if ctx.gradient is not None:
+        gradient = torch.empty_like(logits) if early and slices and ctx.needs_input_grad[0] else None
+        if gradient is not None:
             minus = _minus_weights(mixture, terms[0].new_ones(()), reduction, samples)
             # The same memory for every slice, so that it stays in the cache.
             buffers = [logits.new_empty(logits[slices[0]].shape, dtype=dtype) for _ in range(2)]
         for rows in slices:
             part = mixture.rows(rows, dtype)
-            if ctx.gradient is not None:
+            if gradient is not None:
                 of_part = [weight[rows] for weight in minus]
-                found = _terms_and_gradient(logits[rows], part, of_part, ctx.gradient[rows], buffers)
+                found = _terms_and_gradient(logits[rows], part, of_part, gradient[rows], buffers)
             elif mixture.normalized:
                 found = terms_of(logits[rows], part)
             else:
@@ -145,20 +154,22 @@ class _MixedNLL(torch.autograd.Function):
         if looks:
             check(*map(torch.cat, zip(*looks)))
         losses, *parts, rest = terms
-        ctx.save_for_backward(logits, rest, *mixture.tensors())
+        keeper = rest.new_empty(0)  # what drops saved tensors (a checkpoint) or moves them drops the gradient as well
+        keeper.gradient = gradient
+        ctx.save_for_backward(logits, rest, keeper, *mixture.tensors())
         ctx.mixture, ctx.reduction = mixture.without_tensors(), reduction
         ctx.mark_non_differentiable(*parts)
         return (reduce(losses, reduction, mixture.ignored), *parts)
 
     @staticmethod
     def backward(ctx, grad, *unused):
-        logits, rest, *tensors = ctx.saved_tensors
+        logits, rest, keeper, *tensors = ctx.saved_tensors
         mixture = ctx.mixture.with_tensors(tensors)
-        gradient, ctx.gradient = ctx.gradient, None  # whoever gets it may write into it
+        gradient = keeper.__dict__.pop('gradient', None)  # whoever gets it may write into it
         dtype = wide(logits.dtype)
         if torch.is_grad_enabled():  # a gradient of the gradient is asked for: by the plain operations
             log_probs = logits if mixture.normalized else log_softmax(logits)
-            losses = terms_of(log_probs, mixture.rows(slice(None), dtype))[0]
+            losses = terms_of(log_probs, _without_ignored_past(mixture.rows(slice(None), dtype)))[0]
             loss = reduce(losses, ctx.reduction, mixture.ignored)
             gradient = torch.autograd.grad(loss, logits, grad, create_graph=True)[0]
         elif gradient is not None and grad == 1:
@@ -166,7 +177,7 @@ class _MixedNLL(torch.autograd.Function):
         elif gradient is not None and gradient.dtype == dtype:  # half precision would round twice
             gradient.mul_(grad)
         else:
-            gradient = torch.empty_like(logits)
+            gradient = torch.empty_like(logits) if gradient is None else gradient
             minus = _minus_weights(mixture, grad, ctx.reduction, rest.shape)
             for rows in row_slices(logits):
                 of_part = [weight[rows] for weight in minus]

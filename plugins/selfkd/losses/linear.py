@@ -73,7 +73,7 @@ def linear_pskd_loss(
     ignored = labels == ignore_index
     labels = check_labels(labels.masked_fill(ignored, 0), of_logits)
     if past is not None:
-        check_top_k('past', *past, of_logits)
+        check_top_k('past', *past, of_logits, ignored)
     elif isinstance(alpha, Tensor) or alpha != 0:
         raise ValueError(f'past: None is allowed with alpha=0 only, got alpha={alpha}')
     if tracing():
@@ -107,10 +107,9 @@ class _LinearPSKD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, mixture, mean, needs_grad, k, uniform):
-        sums, ctx.gradients, drawn = _by_chunks(hidden, weight, bias, mixture, mean, needs_grad, k, uniform)
-        # For a second backward pass. It lets go of them after the last one.
-        ctx.save_for_backward(hidden, weight, bias, *mixture.tensors())
-        ctx.mixture, ctx.settings = mixture.without_tensors(), (mean, needs_grad)
+        sums, gradients, drawn = _by_chunks(hidden, weight, bias, mixture, mean, needs_grad, k, uniform)
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*gradients)
         loss, *parts = (value.clone() for value in sums)
         ctx.mark_non_differentiable(*parts, *drawn)
         return (loss, *parts, *drawn)
@@ -119,25 +118,20 @@ class _LinearPSKD(torch.autograd.Function):
     def backward(ctx, grad, *unused):
         if torch.is_grad_enabled():
             raise RuntimeError('linear_pskd_loss: has no second derivative: use pskd_loss, which has one')
-        hidden, weight, bias, *tensors = ctx.saved_tensors
-        gradients, ctx.gradients = ctx.gradients, None  # whoever gets them may write into them
-        if gradients is None:
-            gradients = _by_chunks(hidden, weight, bias, ctx.mixture.with_tensors(tensors), *ctx.settings)[1]
-        if grad.device.type != 'cpu' or grad != 1:
-            gradients = [g if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
-        return (*(g if g is None else g.to(hidden.dtype) for g in gradients), *[None] * 5)
+        scaled = (g if g is None else (g * grad.to(g.dtype)).to(ctx.dtype) for g in ctx.saved_tensors)
+        return (*scaled, *[None] * 5)
 
 
-def _by_chunks(hidden, weight, bias, mixture, mean, needs_grad, k=0, uniform=None):
-    """The loss and its parts as one tensor, the gradients that are needed (float16's are wide yet), and what was drawn:
-    values and classes."""
+def _by_chunks(hidden, weight, bias, mixture, mean, needs_grad, k, uniform):
+    """The loss and its parts as one tensor, the gradients that are needed (float16's are still wide), and what was
+    drawn: values and classes."""
     dtype = wide(hidden.dtype)
-    counted = (~mixture.ignored).to(dtype)
+    valid = (~mixture.ignored).to(dtype)
     # float16 neither holds small gradients nor the scale that a GradScaler multiplies them with.
     keeps = hidden.dtype != torch.float16
-    count = counted.sum().clamp(min=1) if mean else counted.new_ones(())
-    scale = counted / count
-    factor = scale if keeps else counted  # the mean is taken at the end
+    count = valid.sum().clamp(min=1) if mean else valid.new_ones(())
+    scale = valid / count
+    factor = scale if keeps else valid  # the mean is taken at the end
     gradients = [
         torch.zeros(x.shape, dtype=x.dtype if x is hidden and keeps else dtype, device=x.device) if needed else None
         for x, needed in zip((hidden, weight, bias), needs_grad)
@@ -147,7 +141,7 @@ def _by_chunks(hidden, weight, bias, mixture, mean, needs_grad, k=0, uniform=Non
     for start in range(0, len(hidden), tokens):
         rows = slice(start, start + tokens)
         part = mixture.rows(rows, dtype)
-        log_probs = F.linear(hidden[rows], weight, bias).to(dtype)  # logits yet
+        log_probs = F.linear(hidden[rows], weight, bias).to(dtype)  # still logits
         probs, log_probs = softmax_and_log(log_probs, log_out=log_probs)
         if k:
             drawn.append(draw_top_k(log_probs, k, uniform[rows]))
@@ -165,7 +159,7 @@ def _by_chunks(hidden, weight, bias, mixture, mean, needs_grad, k=0, uniform=Non
             del of_logits
     gradients = [g if g is None else g.to(hidden.dtype) if keeps else g.div_(count) for g in gradients]
     kept = [torch.cat(parts) for parts in zip(*drawn)]
-    return sums, gradients, kept or [sums.new_empty(0), mixture.labels.new_empty(0)]
+    return sums, gradients, kept or [sums.new_empty(0, k), mixture.labels.new_empty(0, k)]
 
 
 def _add_gradients(gradients, of_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:

@@ -138,7 +138,7 @@ def pskd_loss(
     labels, ignored = _checked_labels(labels_or_probs, logits, ignore_index)
     past, classes, check = past_probs, None, None
     if isinstance(past, TopK):
-        check_top_k('past_probs', *past, logits)
+        check_top_k('past_probs', *past, logits, ignored)
         past, classes = past
     elif past is not None:
         check = check_of_rows('past_probs', past, logits.shape, ignored)
