@@ -3,7 +3,6 @@
 from typing import Iterable, List, NamedTuple, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import tracing, wide
@@ -207,9 +206,14 @@ def _terms_and_gradient(logits: Tensor, mixture: Mixture, minus, gradient: Tenso
 
 def _write_gradient(gradient: Tensor, logits: Tensor, mixture: Mixture, rest: Tensor, minus) -> None:
     dtype = wide(logits.dtype)
-    of_logits = torch.zeros_like(logits, dtype=dtype) if mixture.normalized else F.softmax(logits, 1, dtype=dtype)
+    of_logits = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    if mixture.normalized:
+        of_logits.zero_()
+    else:
+        torch.softmax(logits, 1, dtype=dtype, out=of_logits)
     gradient_of_terms(of_logits, mixture, rest, *minus)
-    gradient.copy_(of_logits)
+    if of_logits is not gradient:
+        gradient.copy_(of_logits)
 
 
 def gradient_of_terms(gradient, mixture, rest, hard, soft):
