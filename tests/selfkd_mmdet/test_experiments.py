@@ -48,7 +48,7 @@ def test_a_run_trains_with_the_term_that_it_names_and_measures_itself(folder, mo
     assert (calls['quality_focal_loss'] > 0) == ('focal' in method)
 
 
-@pytest.mark.parametrize('method', ['plain', 'PS-KD 0.8', 'CS-KD'])
+@pytest.mark.parametrize('method', ['PS-KD 0.8', 'CS-KD'])
 def test_blood_cells(folder, monkeypatch, tmp_path, method):
     """BCCD's layout: that of VOC, without a year, and with three classes."""
     import bccd
