@@ -176,7 +176,7 @@ def check_probs(name: str, probs: Tensor, shape: Tuple[int, ...], ignored: Optio
 def check_of_rows(
     name: str, probs: Tensor, shape: Tuple[int, ...], ignored: Optional[Tensor] = None
 ) -> Optional[Callable[[Tensor, Tensor], None]]:
-    """For who reads the distributions anyway: what is to be called with their sums and least values, if anything."""
+    """For a caller that reads the distributions anyway: the check to call with their sums and least values, if any."""
     if probs.shape != shape or not probs.is_floating_point():
         raise ValueError(f'{name}: must be floating with shape {tuple(shape)}, got {probs.dtype}, {tuple(probs.shape)}')
     if not free_to_look(probs):

@@ -1,7 +1,7 @@
 _base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/bccd.py']
 
 # From scratch, small, as for the digits: a quarter of ResNet-18's channels, four levels with 32 channels, norms
-# everywhere. Cells are 20 to 130 pixels large at this size.
+# everywhere. At this size 98 % of the cells are 16 to 114 pixels large.
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(
     backbone=dict(depth=18, base_channels=16, stem_channels=16, frozen_stages=-1, norm_eval=False, init_cfg=None),
