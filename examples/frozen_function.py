@@ -20,7 +20,7 @@ data = TensorDataset(torch.randn(64, 8), torch.randint(4, (64,)))
 model, criterion = nn.Linear(8, 4), nn.CrossEntropyLoss(label_smoothing=0.1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-pskd = PSKD(DataLoader(data, batch_size=16), num_classes=4, alpha=0.8, max_epochs=3)
+pskd = PSKD(DataLoader(data, batch_size=16), num_classes=4, alpha=0.3, max_epochs=3)
 for _ in range(3):
     with pskd.tap():
         train_one_epoch(model, criterion, optimizer, pskd.batches())

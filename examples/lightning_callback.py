@@ -25,7 +25,7 @@ class Classifier(pl.LightningModule):
 
 digits = load_digits()
 data = TensorDataset(torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target))
-pskd = selfkd_lightning.PSKD(alpha=0.8)
+pskd = selfkd_lightning.PSKD(alpha=0.3)
 trainer = pl.Trainer(max_epochs=3, callbacks=[pskd], accelerator='cpu', logger=False, enable_checkpointing=False)
 trainer.fit(Classifier(), DataLoader(data, batch_size=50, shuffle=True))
 print(f'alpha {pskd.current_alpha:.1f}')

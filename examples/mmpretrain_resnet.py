@@ -4,7 +4,7 @@
 _base_ = 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'
 
 # All that selfkd needs:
-default_hooks = dict(pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8))
+default_hooks = dict(pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.3))
 
 # Your data and schedule, here images in folders that are named as their classes:
 model = dict(head=dict(num_classes=10))

@@ -15,7 +15,7 @@ loader = DataLoader(TensorDataset(images[:800], labels[:800]), batch_size=50, sh
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-pskd = PSKD(loader, num_classes=10, alpha=0.8, max_epochs=20)
+pskd = PSKD(loader, num_classes=10, alpha=0.3, max_epochs=20)
 for _ in range(20):
     for x, y in pskd.batches():  # was: in loader
         loss = pskd.loss(model(x), y)  # was: F.cross_entropy(model(x), y)

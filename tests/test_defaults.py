@@ -98,7 +98,7 @@ PLACES = {
         'PSKD',
         'classification',
         ['background'],
-        ('alpha', 'bank_dtype'),
+        ('bank_dtype',),
     ),
     'mmpretrain CSKD': Place('mmpretrain', constructor('selfkd_mmpretrain:CSKDHook'), 'CSKD', 'classification'),
     'mmdet CSKD': Place('mmdet', constructor('selfkd_mmdet:CSKDHook'), 'CSKD', 'detection'),

@@ -95,6 +95,10 @@ EXPERIMENTS_DRAWN = (
     'ECE of pixels %',
     'NLL scaled',
 )
+SMALLER = {  # on the papers' data, but smaller: methods and measures that docs/reproduce.md has of an experiment
+    'cifar10-4000': (('plain', 'PS-KD 0.8', 'CS-KD', 'FRSKD'), ('error %', 'NLL', 'ECE %', 'AURC x1000')),
+    'multi30k': (('plain', 'PS-KD 0.3', 'PS-KD 0.7'), ('BLEU', 'chrF')),
+}
 WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
 PAGE = """\
 # {title}
@@ -201,6 +205,20 @@ def experiment_page(name: str) -> str:
     )
 
 
+def smaller() -> str:
+    """Means at the end of training of the experiments on the papers' data."""
+    import experiments
+
+    parts = []
+    for name, (methods, titles) in SMALLER.items():
+        for of_method in trained(name).values():
+            groups = {method: [run['measures']['last'] for run in of_method[method]] for method in methods}
+            columns = EXPERIMENTS[experiments.EXPERIMENTS[name].module]
+            means, _, _ = comparison_table(groups, {title: columns[title] for title in titles}).partition('\n\n')
+            parts.append(f'[{experiments.EXPERIMENTS[name].title}](evidence/{name}.md)\n\n{means}')
+    return '\n\n'.join(parts)
+
+
 def held_out_section(runs: Dict[str, Dict[str, List[dict]]]) -> str:
     """With a table for each panel."""
     tables = [(f'**{panel}**\n\n' if panel else '') + held_out_table(of_panel) for panel, of_panel in runs.items()]
@@ -251,6 +269,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         draw(name, panels_of(trained(name)), columns, [title for title in EXPERIMENTS_DRAWN if title in columns])
         (DOCS / f'evidence/{name}.md').write_text(experiment_page(name))
         print(f'{name}.md: written')
+    if smaller():
+        write_section(str(DOCS / 'reproduce.md'), 'smaller', smaller())
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ TASKS = ('classification', 'detection', 'segmentation', 'translation', 'language
 
 # One default for all tasks, or one for each of those that have the option.
 PSKD: Dict[str, Any] = {
-    'alpha': {'classification': 0.8, 'detection': 0.8, 'segmentation': 0.3, 'translation': 0.3, 'language models': 0.3},
+    'alpha': {'classification': 0.3, 'detection': 0.8, 'segmentation': 0.3, 'translation': 0.3, 'language models': 0.3},
     'teacher': 'auto',
     'teacher_mode': 'train',
     'interval': None,

@@ -32,7 +32,7 @@ class PSKD(MethodCallback):
     Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021
     https://arxiv.org/abs/2006.12000
 
-    ``Trainer(max_epochs=90, callbacks=[selfkd_lightning.PSKD(alpha=0.8)])`` softens the cross-entropy that
+    ``Trainer(max_epochs=90, callbacks=[selfkd_lightning.PSKD(alpha=0.3)])`` softens the cross-entropy that
     ``training_step`` computes by what was predicted for the same samples in the last epoch. Which samples a batch holds
     is noted when the loader makes it. Past predictions go into Lightning's checkpoints.
 
@@ -57,7 +57,7 @@ class PSKD(MethodCallback):
     @renamed(dtype='bank_dtype', device='bank_device')
     def __init__(
         self,
-        alpha: float = 0.8,
+        alpha: float = 0.3,
         *,
         teacher: str = 'auto',
         teacher_mode: str = 'train',

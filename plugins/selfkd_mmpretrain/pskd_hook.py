@@ -35,10 +35,10 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
     for each class (multi-label heads), so has the past. Of a head with several classifiers (Conformer) each learns from
     its own past. Nothing else of the config changes::
 
-        default_hooks = dict(pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8))
+        default_hooks = dict(pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.3))
 
     Args:
-        alpha: final share of the past prediction, in [0, 1]. Defaults to 0.8, the paper's.
+        alpha: final share of the past prediction, in [0, 1]. Defaults to 0.3; the paper's is 0.8.
         teacher: where past predictions come from. ``'bank'`` keeps the prediction of each training sample from when it
             was last trained on (the paper's way, no extra forward pass). ``'snapshot'`` runs the previous epoch's model
             on the present inputs, and ``'ema'`` a moving average of the weights. ``'auto'`` takes the bank, or the
@@ -65,7 +65,7 @@ class PSKDHook(ClassifierHook, PSKDHookBase):
 
     def __init__(
         self,
-        alpha: float = 0.8,
+        alpha: float = 0.3,
         *,
         teacher: str = 'auto',
         teacher_mode: str = 'train',

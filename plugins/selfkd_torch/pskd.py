@@ -68,7 +68,7 @@ class PSKD(Method):
         >>> images, labels, model = torch.randn(8, 4), torch.arange(8) % 2, nn.Linear(4, 2)
         >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        >>> pskd = PSKD(loader, max_epochs=3, alpha=0.8)
+        >>> pskd = PSKD(loader, max_epochs=3)
         >>> for epoch in range(3):
         ...     for x, y in pskd.batches():
         ...         loss = pskd.loss(model(x), y)
@@ -76,7 +76,7 @@ class PSKD(Method):
         ...         loss.backward()
         ...         optimizer.step()
         >>> round(pskd.current_alpha, 1)
-        0.8
+        0.3
     """
 
     name, task, call = 'PSKD', 'classification', 'pskd.loss(logits, target)'
@@ -90,7 +90,7 @@ class PSKD(Method):
         *,
         max_epochs: Optional[int] = None,
         max_steps: Optional[int] = None,
-        alpha: Optional[float] = 0.8,
+        alpha: float = 0.3,
         teacher: str = 'auto',
         teacher_mode: str = 'train',
         interval: Optional[int] = None,
@@ -106,7 +106,7 @@ class PSKD(Method):
         self._settings: Dict[str, Any] = dict(teacher_mode=teacher_mode, interval=interval)
         self._settings.update(ema_decay=ema_decay, top_k=top_k)
         self._settings.update(bank_dtype=bank_dtype, bank_device=bank_device, bank_momentum=bank_momentum)
-        given = dict(alpha=alpha or 0.0, teacher=teacher, **self._settings, model=model, outputs=outputs)
+        given = dict(alpha=alpha, teacher=teacher, **self._settings, model=model, outputs=outputs)
         check_options('PSKD', self.task, given)
         super().__init__(loader)
         self.num_classes, self.max_epochs = num_classes, max_epochs
@@ -162,7 +162,7 @@ class PSKD(Method):
     @property
     def current_alpha(self) -> float:
         """The share in the epoch under way."""
-        return linear_growth(self.alpha or 0.0, self._progress)
+        return linear_growth(self.alpha, self._progress)
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         """In place of ``F.cross_entropy(logits, target, **options)``, and with its options.

@@ -10,7 +10,7 @@ __all__ = ['steps_of']
 
 
 def steps_of(
-    data: Batches, alpha: Optional[float], interval: Optional[int], max_epochs: Optional[int], max_steps: Optional[int]
+    data: Batches, alpha: float, interval: Optional[int], max_epochs: Optional[int], max_steps: Optional[int]
 ) -> Optional[int]:
     """How many steps the training takes, which ``data`` count from now on; None where epochs are counted.
 

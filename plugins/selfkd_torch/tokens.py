@@ -31,7 +31,6 @@ class TokenPSKD(PSKD):
     labels), or the tokens themselves. Where their labels are single ones, it is a [`PSKD`][].
 
     Args:
-        alpha: Defaults to 0.3 for tokens, to 0.8 for single labels.
         top_k: classes that the bank keeps of a token, some of them drawn. Defaults to 8 for tokens.
         bank_dtype: Defaults to float16 for tokens.
         bank_device: Defaults to the CPU for tokens.
@@ -40,13 +39,11 @@ class TokenPSKD(PSKD):
     task = 'language models'
 
     @renamed(dtype='bank_dtype', device='bank_device')
-    def __init__(
-        self, *args, alpha: Optional[float] = None, bank_dtype: Union[str, torch.dtype, None] = None, **options
-    ):
+    def __init__(self, *args, bank_dtype: Union[str, torch.dtype, None] = None, **options):
         self.of_tokens: Optional[bool] = None  # whether the samples' labels are sequences, once one was looked at
         self.joined = False  # whether it was seen that a batch has its samples in one row
         self._ignore_index = -100
-        super().__init__(*args, alpha=alpha, bank_dtype=bank_dtype, **options)
+        super().__init__(*args, bank_dtype=bank_dtype, **options)
 
     def loss(self, logits: Tensor, target: Tensor, **options) -> Tensor:
         self._ignore_index = options.get('ignore_index', -100)
@@ -91,10 +88,6 @@ class TokenPSKD(PSKD):
         return loss
 
     def past_of(self, logits: Tensor, target: Tensor, *, keep: bool = True) -> Optional[Prediction]:
-        if self.alpha is None:
-            task = 'language models' if self._has_tokens() else 'classification'
-            self.alpha = DEFAULTS['alpha'][task]
-            logger.info('PSKD: alpha=%s, the default for %s', self.alpha, task)
         if isinstance(self.past, TokenBankPast):
             self.past.ignore_index = self._ignore_index
         return super().past_of(logits, target, keep=keep)

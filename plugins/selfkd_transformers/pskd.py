@@ -41,9 +41,7 @@ class PSKDArguments(MethodArguments):
     name: ClassVar[str] = 'PSKD'
     off: ClassVar[Optional[str]] = 'pskd_alpha'
 
-    pskd_alpha: Optional[float] = setting(
-        None, 'Share of the past in the target, grows up to it. 0: no PS-KD. Default: 0.3 of tokens, 0.8 of samples.'
-    )
+    pskd_alpha: float = setting(0.3, 'Share of the past in the target, grows up to it. 0: no PS-KD.')
     pskd_teacher: str = setting(
         'auto', '"bank": kept predictions; "snapshot": the model of the last epoch, run anew; "ema": an average of it.'
     )
@@ -89,7 +87,7 @@ class PSKDMixin(MethodMixin):
 
     def _check(self) -> List[tuple]:
         settings, teacher, fused = self._settings(), self.args.pskd_teacher, self.args.pskd_fused
-        check_options('PSKD', 'language models', dict(settings, alpha=settings['alpha'] or 0.0))
+        check_options('PSKD', 'language models', settings)
         if not PSKDArguments.on(self.args):
             return super()._check()
         return [
@@ -175,9 +173,7 @@ class PSKDMixin(MethodMixin):
             self.pskd.plain_is_wrong = any(kind.__name__ == 'SFTTrainer' for kind in type(self).__mro__)
         if any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks):
             training = f'{state.num_train_epochs} epochs'
-            logger.warning(
-                may_end_early('PSKD', args.pskd_alpha or 'its final value', training, ['EarlyStoppingCallback'])
-            )
+            logger.warning(may_end_early('PSKD', args.pskd_alpha, training, ['EarlyStoppingCallback']))
         return [self.pskd, *others]
 
     def _look_at(self, inputs, rows: Optional[Tensor]) -> None:

@@ -25,7 +25,8 @@ from helpers.processes import free_port
 from selfkd_mmengine.launch import leave_group, prepare_cpu_launch
 
 GLOBAL_BATCH = 8
-BANK, SNAPSHOT = dict(type='selfkd_mmpretrain.PSKDHook'), dict(type='selfkd_mmpretrain.PSKDHook', teacher='snapshot')
+BANK = dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)
+SNAPSHOT = dict(BANK, teacher='snapshot')
 
 
 @DATASETS.register_module(force=True)

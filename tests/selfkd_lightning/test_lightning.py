@@ -511,7 +511,7 @@ def test_data_without_a_length(digits, caplog):
     module = fit(Classifier(), stream, limited, max_epochs=-1, max_steps=6, limit_train_batches=2)
     assert len(module.losses) == 6
     assert limited.pskd.max_epochs == 3
-    assert limited.current_alpha == pytest.approx(0.8)
+    assert limited.current_alpha == pytest.approx(0.3)
     fit(Classifier(), stream, snapshot(), max_epochs=4, max_steps=9)
     assert 'where max_steps ends training earlier, it does not get there' in caplog.text
 
@@ -520,7 +520,7 @@ def test_an_endless_loader_has_epochs_by_limit_train_batches(digits):
     sampler = torch.utils.data.RandomSampler(digits, replacement=True, num_samples=10**9)
     endless, callback = loader_of(digits, shuffle=False, sampler=sampler), PSKD()
     fit(Classifier(), endless, callback, limit_train_batches=3)
-    assert callback.current_alpha == pytest.approx(0.8)
+    assert callback.current_alpha == pytest.approx(0.3)
     with pytest.raises(ValueError, match='has no past, and training ends after 1'):
         fit(Classifier(), endless, PSKD(), max_epochs=-1, max_steps=9)
 

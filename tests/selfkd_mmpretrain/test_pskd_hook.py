@@ -339,9 +339,11 @@ def test_command_line_alone_switches_it_on(digits, tmp_path):
     assert 'pskd_alpha: 0.8000' in outcome.stdout + outcome.stderr
 
 
-def test_fragment_among_the_bases(digits):
-    cfg = Config.fromfile(ROOT / 'configs/mmpretrain/pskd/resnet18-w16_1xb50_digits.py')
-    assert cfg.custom_hooks == [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)]
+def test_fragment_among_the_bases(tmp_path):
+    bases = [str(ROOT / f'configs/mmpretrain/_base_/{name}.py') for name in ('digits', 'pskd')]
+    (tmp_path / 'mine.py').write_text(f'_base_ = {bases!r}\n')
+    cfg = Config.fromfile(tmp_path / 'mine.py')
+    assert cfg.custom_hooks == [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.3)]
 
 
 def test_new_style_config(digits, tmp_path):

@@ -38,11 +38,11 @@ def network():
 
 
 def bank_of(loader, **options):
-    return PSKD(loader, num_classes=CLASSES, **{'max_epochs': 4, **options})
+    return PSKD(loader, num_classes=CLASSES, **{'alpha': 0.8, 'max_epochs': 4, **options})
 
 
 def snapshot_of(loader, model, **options):
-    return PSKD(loader, teacher='snapshot', model=model, **{'max_epochs': 4, **options})
+    return PSKD(loader, teacher='snapshot', model=model, **{'alpha': 0.8, 'max_epochs': 4, **options})
 
 
 def epoch_of(method, model=None, change=lambda x, y: (x, y), steps=None):

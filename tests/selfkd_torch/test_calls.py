@@ -45,7 +45,7 @@ def linear():
 
 
 def snapshot_of(model, loader=None, **options):
-    return PSKD(loader or loader_of(), max_epochs=2, teacher='snapshot', model=model, **options)
+    return PSKD(loader or loader_of(), alpha=0.8, max_epochs=2, teacher='snapshot', model=model, **options)
 
 
 def softened(logits, target, past, alpha=0.8):
@@ -104,7 +104,7 @@ def test_a_call_that_fails_and_one_that_checkpoint_repeats():
 def test_a_validation_loss_within_an_epoch_is_refused(teacher):
     """Else the past of the training batch would be in it."""
     model = linear()
-    pskd = PSKD(loader_of(), max_epochs=2) if teacher == 'bank' else snapshot_of(model)
+    pskd = PSKD(loader_of(), alpha=0.8, max_epochs=2) if teacher == 'bank' else snapshot_of(model)
     for x, y in pskd.batches():
         with torch.no_grad(), pytest.raises(RuntimeError, match='for validation use the plain one'):
             pskd.loss(model(-x), y)
@@ -335,7 +335,7 @@ def test_a_criterion_in_a_tap_is_softened_with_its_options():
         found = []
         for how in ('explicit', 'tap()', 'tap(criterion)', 'tap(wrapped)'):
             model, criterion = linear(), nn.CrossEntropyLoss(**option)
-            pskd = PSKD(loader_of(), num_classes=CLASSES, max_epochs=2)
+            pskd = PSKD(loader_of(), num_classes=CLASSES, alpha=0.8, max_epochs=2)
             used = Wrapped(criterion) if how == 'tap(wrapped)' else criterion
             for _ in range(2):
                 if how == 'explicit':
@@ -380,7 +380,7 @@ def test_a_loss_written_another_way_and_samples_without_a_past(kind):
     found = []
     for how in ('explicit', 'tap'):
         model, order = linear(), [*range(6), *range(6, 12)]
-        pskd = PSKD(loader_of(x, y, sampler=order, batch_size=12), num_classes=CLASSES, max_epochs=2)
+        pskd = PSKD(loader_of(x, y, sampler=order, batch_size=12), num_classes=CLASSES, alpha=0.8, max_epochs=2)
         for _ in range(2):
             with pskd.tap(Written(kind)) if how == 'tap' else torch.enable_grad():
                 criterion = Written(kind)
@@ -398,7 +398,7 @@ def test_a_loss_written_another_way_and_samples_without_a_past(kind):
 @pytest.mark.parametrize('kind', ['binary', 'focal', 'adjusted', 'weighted', 'sum'])
 def test_a_loss_that_is_no_plain_cross_entropy_is_refused(kind):
     criterion, model = Written(kind), linear()
-    pskd = PSKD(loader_of(), num_classes=CLASSES, max_epochs=2)
+    pskd = PSKD(loader_of(), num_classes=CLASSES, alpha=0.8, max_epochs=2)
     message = r'tap\(Written\(\)\): .* it is not the cross-entropy of a softmax'
     with pytest.raises(ValueError, match=message), pskd.tap(criterion):
         each(pskd.batches(), lambda x, y: criterion(model(x), y))
@@ -408,7 +408,7 @@ def test_a_loss_that_is_no_plain_cross_entropy_is_refused(kind):
 
 def test_a_criterion_is_looked_at_in_each_epoch():
     criterion, model = Written('smoothed'), linear()
-    pskd = PSKD(loader_of(), num_classes=CLASSES, max_epochs=2)
+    pskd = PSKD(loader_of(), num_classes=CLASSES, alpha=0.8, max_epochs=2)
     with pskd.tap(criterion):
         each(pskd.batches(), lambda x, y: criterion(model(x), y))
     criterion.kind = 'focal'  # as of some schedule
@@ -572,7 +572,7 @@ def test_the_look_at_the_inputs_draws_nothing():
 def test_half_precision_class_weights():
     for how in ('loss', 'tap'):
         model, criterion = linear().bfloat16(), nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3, 4]).bfloat16())
-        pskd = PSKD(loader_of(X.bfloat16()), num_classes=CLASSES, max_epochs=2)
+        pskd = PSKD(loader_of(X.bfloat16()), num_classes=CLASSES, alpha=0.8, max_epochs=2)
         for _ in range(2):
             for x, y in pskd.batches():
                 with pskd.tap(criterion, check=False):
@@ -629,7 +629,7 @@ def test_samples_with_single_labels_have_a_bank_of_samples():
     assert torch.equal(state, torch.get_rng_state())
     model = linear()
     each(pskd.batches(), lambda x, y: pskd.loss(model(x), y))
-    assert (pskd.bank.num_samples, pskd.bank.top_k, pskd.alpha) == (12, None, 0.8)
+    assert (pskd.bank.num_samples, pskd.bank.top_k, pskd.alpha) == (12, None, 0.3)
     tokens = TokenPSKD(DataLoader(TEXTS), VOCABULARY, max_epochs=2)
     for ids in tokens.batches():
         tokens.loss(torch.zeros(3, VOCABULARY), ids[0, 1:])

@@ -244,7 +244,7 @@ def test_auto_takes_the_bank_or_the_snapshot(digits, caplog, how):
 def test_an_interval_in_place_of_epochs(digits, teacher):
     """In a training of one epoch: alpha grows with what was done when the period began."""
     model, alphas, plain = network(), [], network()
-    pskd = PSKD(loader_of(digits, batch_size=10), max_epochs=1, teacher=teacher, interval=2, model=model)
+    pskd = PSKD(loader_of(digits, batch_size=10), alpha=0.8, max_epochs=1, teacher=teacher, interval=2, model=model)
     losses = train(model, pskd.batches(), pskd.loss, 1, after_step=lambda: alphas.append(pskd.current_alpha))
     assert alphas == pytest.approx([0, 0, 0.8 / 3, 0.8 / 3, 1.6 / 3, 1.6 / 3])
     expected = train(plain, loader_of(digits, batch_size=10), F.cross_entropy, 1)
@@ -260,7 +260,8 @@ def test_the_logs_are_the_parts_of_the_loss(digits, teacher, keep_hard):
     for criterion in (None, LogSoftmaxLoss()):
         model = network()
         given = dict(num_classes=10) if teacher == 'bank' else dict(model=model)
-        pskd = PSKD(loader_of(digits, shuffle=False), max_epochs=2, teacher=teacher, keep_hard=keep_hard, **given)
+        given.update(alpha=0.8, teacher=teacher, keep_hard=keep_hard)
+        pskd = PSKD(loader_of(digits, shuffle=False), max_epochs=2, **given)
         for epoch in range(2):
             for x, y in pskd.batches():
                 logits = model(x)

@@ -237,7 +237,7 @@ def test_the_three_go_together_and_evaluation_is_plain(tmp_path):
     for entry, loss in zip(steps, trainer.losses):
         parts = ('pskd_hard', 'pskd_soft', 'loss_cskd', *FRSKD_TERMS)
         assert sum(entry[name] for name in parts) == pytest.approx(loss, rel=1e-4)
-    assert steps[-1]['pskd_alpha'] == pytest.approx(0.8)
+    assert steps[-1]['pskd_alpha'] == pytest.approx(0.3)
     assert steps[-1]['pskd_soft'] > 0
     found = [entry['eval_loss'] for entry in trainer.state.log_history if 'eval_loss' in entry][-1]
     plain = make(Plain, tmp_path, model=trainer.model)

@@ -252,6 +252,7 @@ def test_evidence_page_says_what_the_runs_say(tmp_path, monkeypatch):
                 assert sorted(run['seed'] for run in runs) == seeds, (path.name, title, name)
     for name in filter(evidence.trained, experiments.EXPERIMENTS):
         assert (ROOT / f'docs/evidence/{name}.md').read_text() == evidence.experiment_page(name)
+    assert evidence.smaller() in (ROOT / 'docs/reproduce.md').read_text()
 
     (tmp_path / 'evidence').mkdir()
     rows = [

@@ -1,1 +1,2 @@
-_base_ = ['../_base_/crops.py', '../_base_/pskd.py']
+_base_ = '../_base_/crops.py'
+default_hooks = dict(pskd=dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8))
