@@ -18,7 +18,8 @@ PRECISION = r'((bbox|segm)_)?m?ap(\d*|[sml]|_\w{1,2}|-.+)'  # with the IoU, the 
 HIGHER = re.compile(rf'{PRECISION}|acc|m?iou|ar|recall|precision|dice|auroc|bleu|chrf|f1|top\d')
 LOWER = re.compile(r'ece|nll|nll_loss|loss|error|brier|aurc|eaurc|fpr95|ppl')
 DETECTRON2 = ('bbox/', 'segm/', 'keypoints/', 'sem_seg/', 'panoptic_seg/', 'calibration/')  # what evaluators log
-NO_MEASURES = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}  # of mmengine's lines
+WHEN = ('step', 'iteration')  # of an evaluation: mmengine's epoch or step, Detectron2's step
+NO_MEASURES = {*WHEN, 'iter', 'epoch', 'time', 'data_time', 'memory'}
 
 
 def logged_measures(work_dir: str) -> Dict[str, float]:
@@ -32,19 +33,26 @@ def logged_measures(work_dir: str) -> Dict[str, float]:
         OSError: no such log in ``work_dir``, or no evaluation in it.
         ValueError: a log or config that is not what the toolkits write.
     """
-    folder = Path(work_dir)
+    return _measures(*_last_evaluation(Path(work_dir)))
+
+
+def _measures(line: dict, log: Path) -> Dict[str, float]:
+    return {**{key: value for key, value in line.items() if key not in NO_MEASURES and value == value}, **_seed(log)}
+
+
+def _last_evaluation(folder: Path) -> Tuple[dict, Path]:
+    """The line of the log, and the log."""
     detectron2 = folder / 'metrics.json'
     logs = [detectron2] if detectron2.exists() else sorted(folder.glob('*/vis_data/scalars.json'), reverse=True)
     for log in logs:
         lines = _lines(log)
         if log == detectron2:  # writes what training and evaluation measured into one line
-            lines = [{key: line[key] for key in line if key.startswith(DETECTRON2)} for line in lines]
+            lines = [{key: line[key] for key in line if key.startswith((*DETECTRON2, *WHEN))} for line in lines]
         evaluations = [line for line in lines if 'lr' not in line and set(line) - NO_MEASURES]
         if evaluations:
-            last = evaluations[-1].items()
-            return {**{key: value for key, value in last if key not in NO_MEASURES and value == value}, **_seed(log)}
+            return evaluations[-1], log
     raise FileNotFoundError(
-        f'{work_dir}: no evaluation in */vis_data/scalars.json (OpenMMLab) or metrics.json (Detectron2)'
+        f'{folder}: no evaluation in */vis_data/scalars.json (OpenMMLab) or metrics.json (Detectron2)'
     )
 
 
@@ -93,6 +101,16 @@ def _seed(log: Path) -> Dict[str, float]:
     return {}
 
 
+def _note_lengths(last: Dict[str, dict]) -> None:
+    """A word on stderr where not all runs were evaluated after as much training: one may be unfinished."""
+    ends: Dict[object, List[str]] = {}
+    for folder, line in last.items():
+        ends.setdefault(next((line[key] for key in WHEN if key in line), None), []).append(folder)
+    if len(ends) > 1:
+        found = '; '.join(f'{end}: {", ".join(runs)}' for end, runs in ends.items())
+        print(f'not all runs trained as long; the last evaluation was at step or epoch {found}', file=sys.stderr)
+
+
 def columns_of(measures: Sequence[str]) -> Dict[str, Column]:
     """Columns for measures by their names' last part; one that is not known is shown, but not called better or worse.
 
@@ -123,19 +141,21 @@ def main(arguments: Sequence[str]) -> None:
         selfkd compare work_dirs/table plain=work_dirs/plain_0,work_dirs/plain_1 PS-KD=work_dirs/pskd_0,work_dirs/pskd_1
 
     Nothing is tested anew. Runs given under one name are averaged (seeds), and compared with those of the first name,
-    seed by seed.
+    seed by seed. Where some were evaluated after more training than others, a line on stderr says which.
     """
     parser = command_parser('compare', main.__doc__)
     parser.add_argument('out', help='folder for table.md and runs.csv')
     parser.add_argument('--measures', nargs='+', metavar='NAME', help='which (default: all that every run has)')
     args, folders = parse_groups(parser, arguments)
     with refusing(parser, ModuleNotFoundError):
-        groups = {name: [logged_measures(folder) for folder in runs] for name, runs in folders.items()}
+        last = {folder: _last_evaluation(Path(folder)) for runs in folders.values() for folder in runs}
+        groups = {name: [_measures(*last[folder]) for folder in runs] for name, runs in folders.items()}
         shared = shared_measures(groups)
         unknown = set(args.measures or ()) - set(shared)
         if unknown or not shared:
             raise ValueError(f'--measures: not every run has {sorted(unknown)}; they all have {shared}')
         print(f'{write_table(args.out, groups, columns_of(args.measures or shared))}\n\nwrote {args.out}')
+    _note_lengths({folder: line for folder, (line, _) in last.items()})
     others = sorted({key for runs in groups.values() for run in runs for key in run} - {*shared, 'seed'})
     if others and not args.measures:
         print(f'left out, as not every run has a number for it: {", ".join(others)}', file=sys.stderr)

@@ -66,6 +66,21 @@ def test_a_killed_runs_broken_line_is_left_out_with_a_word(tmp_path, capsys, cut
     assert logged_measures(str(tmp_path / 'd2')) == {'bbox/AP': 4.0}
 
 
+def test_runs_of_different_lengths_are_said_to_be(tmp_path, capsys):
+    a, b, unfinished = (mmengine_run(tmp_path / name, 1) for name in 'abc')
+    assert compare(capsys, tmp_path / 'out', f'plain={a}', f'x={b}').err == ''
+    log = tmp_path / 'c/20260101_000000/vis_data/scalars.json'
+    log.write_text(log.read_text().replace('"step": 2', '"step": 1'))
+    shown = compare(capsys, tmp_path / 'out', f'plain={a},{b}', f'x={unfinished}')
+    assert f'the last evaluation was at step or epoch 2: {a}, {b}; 1: {unfinished}' in shown.err
+    for name, step in (('d', 9), ('e', 19)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'metrics.json').write_text(f'{{"bbox/AP": 4.0, "loss_cls": 1.0, "iteration": {step}}}\n')
+    shown = compare(capsys, tmp_path / 'out', f'plain={tmp_path}/d', f'x={tmp_path}/e')
+    assert f'epoch 9: {tmp_path}/d; 19: {tmp_path}/e' in shown.err
+    assert 'iteration' not in shown.out
+
+
 def test_every_message_names_the_file(tmp_path, capsys):
     a, b = (mmengine_run(tmp_path / name, 1) for name in 'ab')
     data = tmp_path / 'b/20260101_000000/vis_data'
