@@ -1,9 +1,25 @@
 """Trains and measures one run of an experiment on BCCD, blood cells in VOC's layout: see experiments.py."""
 
 from pathlib import Path
+from typing import Dict
 
 import openmmlab_run
+from mmdet.evaluation import VOCMetric, eval_map
+from mmdet.registry import METRICS
 from openmmlab_run import CLONE
+
+
+@METRICS.register_module()
+class APByClass(VOCMetric):
+    """Also logs what VOCMetric only prints: the average precision of each class, at an IoU of 0.5."""
+
+    def compute_metrics(self, results: list) -> Dict[str, float]:
+        labels, detections = zip(*results)
+        classes = self.dataset_meta['classes']
+        how = dict(iou_thr=0.5, dataset=classes, logger='silent', eval_mode=self.eval_mode, use_legacy_coordinate=True)
+        _, found = eval_map(detections, labels, **how)
+        of_class = {f'AP50_{name}': float(one['ap']) for name, one in zip(classes, found)}
+        return {**super().compute_metrics(results), **of_class}
 
 
 def prepare(folder: str) -> Path:
@@ -19,4 +35,5 @@ def prepare(folder: str) -> Path:
 
 def run(folder: str, settings: dict, seed: int) -> dict:
     """Trains one detector in MMDetection: see [`openmmlab_run.train`][]."""
-    return openmmlab_run.train(settings['config'], f'{prepare(folder)}/', seed, settings.get('options', {}))
+    options = {'val_evaluator.0.type': 'APByClass', **settings.get('options', {})}
+    return openmmlab_run.train(settings['config'], f'{prepare(folder)}/', seed, options)

@@ -74,7 +74,10 @@ EXPERIMENTS = {  # by the module that trains them
     'language_model': {**CLASSIFICATION, **SCALED},
     'detector': COLUMNS['detection'],
     'translator': {**COLUMNS['translation'], 'BLEU 2017': ('bleu_2017', 1, 1, 'higher')},
-    'bccd': COLUMNS['detection'],
+    'bccd': {
+        **COLUMNS['detection'],
+        **{f'{name} AP50 %': (f'pascal_voc/AP50_{name}', 100, 1, 'higher') for name in ('RBC', 'WBC', 'Platelets')},
+    },
     'camvid': COLUMNS['segmentation'],
 }
 DRAWN = {  # section: what its picture has of the columns, if not all

@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
@@ -52,6 +53,7 @@ def test_a_run_trains_with_the_term_that_it_names_and_measures_itself(folder, mo
 def test_blood_cells(folder, monkeypatch, tmp_path, method):
     """BCCD's layout: that of VOC, without a year, and with three classes."""
     import bccd
+    import evidence
     import experiments
 
     with pytest.raises(FileNotFoundError, match='git clone https://github.com/Shenggan/BCCD_Dataset'):
@@ -65,5 +67,17 @@ def test_blood_cells(folder, monkeypatch, tmp_path, method):
     short = {'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 2, 'train_dataloader.batch_size': 2}
     settings['options'] = {**settings.get('options', {}), **short}
     measures = bccd.run(folder, settings, 3)['measures']['last']
-    assert {'pascal_voc/mAP', 'calibration/detections'} <= set(measures)
+    assert set(measures) >= {key for key, *_ in evidence.EXPERIMENTS['bccd'].values()} - {'calibration/ece'}
     assert measures['seed'] == 3
+
+
+def test_precision_of_each_class(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import bccd
+
+    metric = bccd.APByClass(eval_mode='area')
+    metric.dataset_meta = dict(classes=('RBC', 'WBC'))
+    boxes, none = np.array([[0.0, 0, 10, 10], [20, 20, 40, 40]]), np.zeros((0, 5))
+    truth = dict(bboxes=boxes, labels=np.array([0, 1]), bboxes_ignore=none[:, :4], labels_ignore=none[:, 0])
+    found = metric.compute_metrics([(truth, [np.append(boxes[:1], [[0.9]], 1), none])])  # finds the first one only
+    assert (found['AP50_RBC'], found['AP50_WBC'], found['mAP']) == (1.0, 0.0, 0.5)
