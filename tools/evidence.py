@@ -100,7 +100,6 @@ EXPERIMENTS_DRAWN = (
 )
 SMALLER = {  # on the papers' data, but smaller: methods and measures that docs/reproduce.md has of an experiment
     'cifar10-4000': (('plain', 'PS-KD 0.8', 'CS-KD', 'FRSKD'), ('error %', 'NLL', 'ECE %', 'AURC x1000')),
-    'multi30k': (('plain', 'PS-KD 0.3', 'PS-KD 0.7'), ('BLEU', 'chrF')),
 }
 WHEN = {'last': 'at the end', 'early': 'when held-out NLL was lowest'}
 PAGE = """\

@@ -18,8 +18,7 @@ PRECISION = r'((bbox|segm)_)?m?ap(\d*|[sml]|_\w{1,2}|-.+)'  # with the IoU, the 
 HIGHER = re.compile(rf'{PRECISION}|acc|m?iou|ar|recall|precision|dice|auroc|bleu|chrf|f1|top\d')
 LOWER = re.compile(r'ece|nll|nll_loss|loss|error|brier|aurc|eaurc|fpr95|ppl')
 DETECTRON2 = ('bbox/', 'segm/', 'keypoints/', 'sem_seg/', 'panoptic_seg/', 'calibration/')  # what evaluators log
-WHEN = ('step', 'iteration')  # of an evaluation: mmengine's epoch or step, Detectron2's step
-NO_MEASURES = {*WHEN, 'iter', 'epoch', 'time', 'data_time', 'memory'}
+NO_MEASURES = {'step', 'iteration', 'iter', 'epoch', 'time', 'data_time', 'memory'}  # of the toolkits' lines
 
 
 def logged_measures(work_dir: str) -> Dict[str, float]:
@@ -47,7 +46,9 @@ def _last_evaluation(folder: Path) -> Tuple[dict, Path]:
     for log in logs:
         lines = _lines(log)
         if log == detectron2:  # writes what training and evaluation measured into one line
-            lines = [{key: line[key] for key in line if key.startswith((*DETECTRON2, *WHEN))} for line in lines]
+            lines = [
+                {key: line[key] for key in line if key == 'iteration' or key.startswith(DETECTRON2)} for line in lines
+            ]
         evaluations = [line for line in lines if 'lr' not in line and set(line) - NO_MEASURES]
         if evaluations:
             return evaluations[-1], log
@@ -105,10 +106,10 @@ def _note_lengths(last: Dict[str, dict]) -> None:
     """A word on stderr where not all runs were evaluated after as much training: one may be unfinished."""
     ends: Dict[object, List[str]] = {}
     for folder, line in last.items():
-        ends.setdefault(next((line[key] for key in WHEN if key in line), None), []).append(folder)
+        ends.setdefault(line.get('step', line.get('iteration')), []).append(folder)  # mmengine's, Detectron2's
     if len(ends) > 1:
         found = '; '.join(f'{end}: {", ".join(runs)}' for end, runs in ends.items())
-        print(f'not all runs trained as long; the last evaluation was at step or epoch {found}', file=sys.stderr)
+        print(f'not all runs are trained as long: the last evaluation was at step or epoch {found}', file=sys.stderr)
 
 
 def columns_of(measures: Sequence[str]) -> Dict[str, Column]:

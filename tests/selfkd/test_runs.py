@@ -75,10 +75,13 @@ def test_runs_of_different_lengths_are_said_to_be(tmp_path, capsys):
     assert f'the last evaluation was at step or epoch 2: {a}, {b}; 1: {unfinished}' in shown.err
     for name, step in (('d', 9), ('e', 19)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / 'metrics.json').write_text(f'{{"bbox/AP": 4.0, "loss_cls": 1.0, "iteration": {step}}}\n')
+        (tmp_path / name / 'metrics.json').write_text(
+            f'{{"bbox/AP": 4.0, "loss_cls": 1.0, "step_size": 2.0, "iteration": {step}}}\n'
+        )
     shown = compare(capsys, tmp_path / 'out', f'plain={tmp_path}/d', f'x={tmp_path}/e')
     assert f'epoch 9: {tmp_path}/d; 19: {tmp_path}/e' in shown.err
     assert 'iteration' not in shown.out
+    assert 'step' not in shown.out
 
 
 def test_every_message_names_the_file(tmp_path, capsys):

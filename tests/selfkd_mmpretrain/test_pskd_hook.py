@@ -344,6 +344,8 @@ def test_fragment_among_the_bases(tmp_path):
     (tmp_path / 'mine.py').write_text(f'_base_ = {bases!r}\n')
     cfg = Config.fromfile(tmp_path / 'mine.py')
     assert cfg.custom_hooks == [dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.3)]
+    measured = Config.fromfile(ROOT / 'configs/mmpretrain/pskd/resnet18-w16_1xb50_digits.py')
+    assert measured.default_hooks.pskd == dict(type='selfkd_mmpretrain.PSKDHook', alpha=0.8)  # of docs/evidence
 
 
 def test_new_style_config(digits, tmp_path):
